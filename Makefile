@@ -1,0 +1,37 @@
+# make train   sets up its own virtual environment and runs the main job
+# make test    sets up and passes the tests, the linters and the floors
+# make bench   the figures of benchmarks/results
+PYTHON ?= python3
+TORCH ?= torch==2.13.0
+BIN := .venv/bin
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
+
+.PHONY: train test lint bench clean
+
+train: .venv/run.stamp
+	$(BIN)/thalweg train pycode
+
+test: lint .venv/test.stamp
+	$(BIN)/python -m pytest
+
+lint: .venv/test.stamp
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/lint-imports
+	$(BIN)/mypy
+
+bench: .venv/test.stamp
+	$(BIN)/python -m benchmarks
+
+.venv/run.stamp: pyproject.toml
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -c "import torch" 2>/dev/null || $(PIP) "$(TORCH)"
+	$(PIP) --editable ".[digits]"
+	touch $@
+
+.venv/test.stamp: .venv/run.stamp
+	$(PIP) --editable ".[test,lint]"
+	touch $@
+
+clean:
+	rm -rf .venv runs

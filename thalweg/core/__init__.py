@@ -1,0 +1,56 @@
+"""The words: Recipe, Plan, Record, errors, seeds, the protocols where rooms meet. Imports neither torch nor numpy."""
+
+from thalweg.core.errors import (
+    CheckpointError,
+    DataError,
+    DeviceError,
+    LossError,
+    MissingExtra,
+    ModelError,
+    RecipeError,
+    RunFolderError,
+    TaskError,
+    ThalwegError,
+    did_you_mean,
+)
+from thalweg.core.plan import Decision, ParameterRow, Plan
+from thalweg.core.protocols import Feed, Gather, Loss, Sink, Split, Task
+from thalweg.core.recipe import Recipe, divisors
+from thalweg.core.record import Evaluation, Event, Record, StopReason
+from thalweg.core.registry import Registry
+from thalweg.core.streams import seed_for
+from thalweg.core.units import human_bytes, human_count, human_seconds
+
+__all__ = [
+    "CheckpointError",
+    "DataError",
+    "Decision",
+    "DeviceError",
+    "Evaluation",
+    "Event",
+    "Feed",
+    "Gather",
+    "Loss",
+    "LossError",
+    "MissingExtra",
+    "ModelError",
+    "ParameterRow",
+    "Plan",
+    "Recipe",
+    "RecipeError",
+    "Record",
+    "Registry",
+    "RunFolderError",
+    "Sink",
+    "Split",
+    "StopReason",
+    "Task",
+    "TaskError",
+    "ThalwegError",
+    "did_you_mean",
+    "divisors",
+    "human_bytes",
+    "human_count",
+    "human_seconds",
+    "seed_for",
+]

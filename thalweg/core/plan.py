@@ -1,0 +1,85 @@
+"""A Plan is the recipe with every gap filled: values, the reason for each, sizes in bytes, the machine."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from typing import Any
+
+from thalweg.core.recipe import Recipe
+
+
+@dataclass(frozen=True)
+class Decision:
+    """One value that the user did not give, and why it is what it is."""
+
+    path: str
+    value: Any
+    reason: str
+
+
+@dataclass(frozen=True)
+class ParameterRow:
+    """One parameter as the optimizer will treat it. ``decay_reason`` says what decided ``decays``."""
+
+    name: str
+    shape: tuple[int, ...]
+    decays: bool
+    decay_reason: str
+
+
+@dataclass(frozen=True)
+class Plan:
+    """All that is decided before step 1.
+
+    Attributes:
+        task: the task's name.
+        recipe: complete; no field is left open.
+        decisions: where each filled value came from.
+        steps: optimizer updates to attempt.
+        samples: training samples in an epoch; 0 where a stream does not say.
+        loss_divisor: a power of two near the weight of one window; sums of losses are divided by it before the backward
+            pass, so that gradients keep the scale of a mean (half precision needs that).
+        parameters: the table of parameters.
+        sizes: bytes by purpose.
+        machine: what the run is on.
+    """
+
+    task: str
+    recipe: Recipe
+    decisions: tuple[Decision, ...]
+    steps: int
+    samples: int
+    loss_divisor: float
+    parameters: tuple[ParameterRow, ...]
+    sizes: dict[str, int]
+    machine: dict[str, Any]
+
+    def to_json(self) -> str:
+        tree = {
+            "task": self.task,
+            "recipe": self.recipe.to_dict(),
+            "decisions": [vars(d) for d in self.decisions],
+            "steps": self.steps,
+            "samples": self.samples,
+            "loss_divisor": self.loss_divisor,
+            "parameters": [vars(p) for p in self.parameters],
+            "sizes": self.sizes,
+            "machine": self.machine,
+        }
+        return json.dumps(tree, indent=1)
+
+    @classmethod
+    def from_json(cls, text: str) -> Plan:
+        tree = json.loads(text)
+        return cls(
+            task=tree["task"],
+            recipe=Recipe.from_dict(tree["recipe"]),
+            decisions=tuple(Decision(**d) for d in tree["decisions"]),
+            steps=tree["steps"],
+            samples=tree["samples"],
+            loss_divisor=tree["loss_divisor"],
+            parameters=tuple(ParameterRow(**{**p, "shape": tuple(p["shape"])}) for p in tree["parameters"]),
+            sizes=tree["sizes"],
+            machine=tree["machine"],
+        )

@@ -1,0 +1,462 @@
+"""A Recipe is data: complete, printable, serialisable. It says what a run is and nothing of how it is run.
+
+A field that is None was left to the plan, which derives it before step 1 and says why.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import tomllib
+import types
+import typing
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from thalweg.core.errors import RecipeError, did_you_mean
+
+
+def _check(ok: bool, asked: str, numbers: str, remedy: str) -> None:
+    if not ok:
+        raise RecipeError(asked, numbers, remedy)
+
+
+def divisors(number: int) -> list[int]:
+    """All whole numbers that divide ``number``.
+
+    >>> divisors(12)
+    [1, 2, 3, 4, 6, 12]
+    """
+    small = [d for d in range(1, int(number**0.5) + 1) if number % d == 0]
+    return sorted({*small, *(number // d for d in small)})
+
+
+@dataclass(frozen=True, kw_only=True)
+class Train:
+    """How long, and in what portions.
+
+    Args:
+        steps: optimizer updates to attempt; None: derived from ``epochs``.
+        epochs: passes over the training data; used where ``steps`` is None.
+        batch: samples in one step's window.
+        micro_batch: samples in one forward pass; divides ``batch``. None: the whole batch at once.
+        clip: the largest global gradient norm; 0 switches clipping off.
+        last: what becomes of an epoch's last, short window: "keep" trains on it, exactly weighted; "drop" leaves it out.
+    """
+
+    steps: int | None = None
+    epochs: float | None = None
+    batch: int = 64
+    micro_batch: int | None = None
+    clip: float = 1.0
+    last: str = "keep"
+
+    def __post_init__(self) -> None:
+        _check(
+            self.steps is None or self.steps >= 1,
+            f"train.steps={self.steps} asks for no step.",
+            "A run has at least 1.",
+            "Give train.steps=1 or more.",
+        )
+        _check(
+            self.epochs is None or self.epochs > 0,
+            f"train.epochs={self.epochs} asks for no pass.",
+            "A run covers more than 0 epochs.",
+            "Give train.epochs above 0.",
+        )
+        _check(
+            self.batch >= 1,
+            f"train.batch={self.batch} holds no sample.",
+            "A batch has at least 1.",
+            "Give train.batch=1 or more.",
+        )
+        if self.micro_batch is not None:
+            fits = f"Micro-batches that fit here: {', '.join(map(str, divisors(self.batch)))}."
+            _check(
+                self.micro_batch >= 1,
+                f"train.micro_batch={self.micro_batch} holds no sample.",
+                f"train.batch={self.batch}.",
+                fits,
+            )
+            _check(
+                self.batch % self.micro_batch == 0,
+                f"train.batch={self.batch} is not a whole number of train.micro_batch={self.micro_batch}.",
+                f"{self.batch}/{self.micro_batch} = {self.batch / self.micro_batch:.2f}.",
+                fits,
+            )
+        _check(
+            self.clip >= 0,
+            f"train.clip={self.clip} is negative.",
+            "A gradient norm is 0 or more.",
+            "Give a norm such as 1.0, or 0 to switch clipping off.",
+        )
+        _check(
+            self.last in ("keep", "drop"),
+            f"train.last={self.last!r} is not known.",
+            "It says what becomes of an epoch's last, short window.",
+            "Use 'keep' or 'drop'.",
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Optimizer:
+    """Which update rule, at what rate, decaying what.
+
+    Args:
+        rule: a registered rule, such as "adamw".
+        lr: the peak learning rate; None: the rule's published default.
+        decay: weight decay per unit of learning rate; 0 switches it off.
+        decay_form: "decoupled" (weights shrink by 1 - lr*decay), "coupled" (L2: decay*p joins the gradient), or None: the rule's own.
+        no_decay: what is not decayed: the words "bias", "norm", "1d", "embedding", or patterns of parameter names such as "head.*".
+        options: the rule's own hyper-parameters, such as ``b1``.
+    """
+
+    rule: str = "adamw"
+    lr: float | None = None
+    decay: float = 0.0
+    decay_form: str | None = None
+    no_decay: tuple[str, ...] = ("bias", "norm", "1d")
+    options: dict[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        _check(
+            self.lr is None or self.lr >= 0,
+            f"optimizer.lr={self.lr} is negative.",
+            "A learning rate is 0 or more.",
+            "Give a positive rate.",
+        )
+        _check(
+            self.decay >= 0,
+            f"optimizer.decay={self.decay} is negative.",
+            "It would grow the weights.",
+            "Give 0 or more.",
+        )
+        _check(
+            self.decay_form in (None, "decoupled", "coupled"),
+            f"optimizer.decay_form={self.decay_form!r} is not known.",
+            "Weight decay has two forms here.",
+            "Use 'decoupled' or 'coupled', or leave it out for the rule's own.",
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Schedule:
+    """What changes over the run: a factor on the peak value, in the schedule language (``thalweg.schedules``)."""
+
+    lr: str = "warmup(5%) >> cosine(to=0.1)"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Regularize:
+    """What the engine itself regularizes with; dropout and label smoothing are arguments of the task's model and loss.
+
+    Args:
+        average: decay of the exponential moving average of the weights, at most; 0 switches it off. Evaluation uses the average.
+    """
+
+    average: float = 0.0
+
+    def __post_init__(self) -> None:
+        _check(
+            0 <= self.average < 1,
+            f"regularize.average={self.average} is no decay.",
+            "The average is average*old + (1 - average)*new.",
+            "Give a value in [0, 1), such as 0.999.",
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Data:
+    """How samples reach the step.
+
+    Args:
+        workers: processes that read a ``Dataset``; 0 reads in this one. In-memory data needs none.
+        options: arguments for the task's data function.
+    """
+
+    workers: int = 0
+    options: dict[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        _check(
+            self.workers >= 0,
+            f"data.workers={self.workers} is negative.",
+            "It counts processes.",
+            "Give 0 to read in this process, or more.",
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Evaluate:
+    """When and by what a run is judged.
+
+    Args:
+        every: steps between evaluations; None: ten times a run. 0: at the end alone.
+        batch: samples in one evaluation batch; None: the micro-batch.
+        best: the metric that chooses the best checkpoint.
+        goal: "min" or "max"; None: by the metric's name.
+    """
+
+    every: int | None = None
+    batch: int | None = None
+    best: str = "loss"
+    goal: str | None = None
+
+    def __post_init__(self) -> None:
+        _check(
+            self.every is None or self.every >= 0,
+            f"evaluate.every={self.every} is negative.",
+            "It counts steps.",
+            "Give a number of steps, or 0 to evaluate at the end alone.",
+        )
+        _check(
+            self.batch is None or self.batch >= 1,
+            f"evaluate.batch={self.batch} holds no sample.",
+            "A batch has at least 1.",
+            "Give 1 or more.",
+        )
+        _check(
+            self.goal in (None, "min", "max"),
+            f"evaluate.goal={self.goal!r} is not known.",
+            "A metric is better when it is smaller or larger.",
+            "Use 'min' or 'max'.",
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Checkpoint:
+    """When to save, and what to keep.
+
+    Args:
+        every: steps between checkpoints; None: derived. 0: at the end and on interruption alone.
+        keep_last: newest checkpoints kept; at least 1.
+        keep_best: checkpoints kept for the best values of ``evaluate.best``.
+        keep_every: checkpoints at multiples of this step are kept for good; 0: none.
+    """
+
+    every: int | None = None
+    keep_last: int = 2
+    keep_best: int = 1
+    keep_every: int = 0
+
+    def __post_init__(self) -> None:
+        for name in ("every", "keep_best", "keep_every"):
+            value = getattr(self, name)
+            _check(
+                value is None or value >= 0,
+                f"checkpoint.{name}={value} is negative.",
+                "It is a count.",
+                "Give 0 or more.",
+            )
+        _check(
+            self.keep_last >= 1,
+            f"checkpoint.keep_last={self.keep_last} keeps nothing to resume from.",
+            "At least 1 is kept.",
+            "Give 1 or more.",
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recipe:
+    """What a run is. Two runs with one recipe, seed and device kind are the same run.
+
+    Args:
+        seed: names every random stream of the run.
+        device: "auto", or a device that torch knows: "cpu", "cuda", "cuda:1", "mps", "xpu".
+        precision: "auto", "fp32", "bf16" or "fp16".
+        model, loss: arguments for the task's model and loss functions, by name.
+
+    >>> Recipe().override({"optimizer.lr": "3e-4"}).optimizer.lr
+    0.0003
+    """
+
+    seed: int = 0
+    device: str = "auto"
+    precision: str = "auto"
+    model: dict[str, Any] = field(default_factory=dict)
+    loss: dict[str, Any] = field(default_factory=dict)
+    train: Train = field(default_factory=Train)
+    optimizer: Optimizer = field(default_factory=Optimizer)
+    schedule: Schedule = field(default_factory=Schedule)
+    regularize: Regularize = field(default_factory=Regularize)
+    data: Data = field(default_factory=Data)
+    evaluate: Evaluate = field(default_factory=Evaluate)
+    checkpoint: Checkpoint = field(default_factory=Checkpoint)
+
+    def __post_init__(self) -> None:
+        known = ("auto", "fp32", "bf16", "fp16")
+        _check(
+            self.precision in known,
+            f"precision={self.precision!r} is not known.",
+            f"{len(known)} are.",
+            did_you_mean(self.precision, known),
+        )
+
+    def override(self, changes: Mapping[str, Any]) -> Recipe:
+        """A recipe with values replaced by path.
+
+        Args:
+            changes: dotted path to value; a text is read as the field's type, as on the command line.
+
+        Raises:
+            RecipeError: for an unknown path or a value of the wrong kind.
+        """
+        tree = self.to_dict()
+        for path, value in changes.items():
+            _set_path(tree, path, value)
+        return Recipe.from_dict(tree)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Nested plain data; fields left to the plan are left out."""
+        return _plain(self)
+
+    def flat(self) -> dict[str, Any]:
+        """Dotted path to value, for comparing and printing."""
+        return dict(_walk(self.to_dict(), ""))
+
+    def to_toml(self) -> str:
+        import tomli_w
+
+        return tomli_w.dumps(self.to_dict())
+
+    @classmethod
+    def from_dict(cls, tree: Mapping[str, Any]) -> Recipe:
+        return typing.cast(Recipe, _build(cls, tree, ""))
+
+    @classmethod
+    def from_toml(cls, text: str, *, base: Recipe | None = None, name: str = "the recipe") -> Recipe:
+        """Read TOML text; what it leaves out is taken from ``base``."""
+        try:
+            tree = tomllib.loads(text)
+        except tomllib.TOMLDecodeError as err:
+            raise RecipeError(f"{name} is not TOML.", f"{err}.", "See docs/recipes.md for an example.") from None
+        start = (base or Recipe()).to_dict()
+        for path, value in _walk(tree, ""):
+            _set_path(start, path, value)
+        return cls.from_dict(start)
+
+    @classmethod
+    def from_file(cls, path: str | Path, *, base: Recipe | None = None) -> Recipe:
+        path = Path(path)
+        if not path.is_file():
+            raise RecipeError(
+                f"There is no recipe file {path}.", "It was looked for in this folder.", "Check the path."
+            )
+        return cls.from_toml(path.read_text(encoding="utf-8"), base=base, name=str(path))
+
+    def diff(self, other: Recipe) -> list[tuple[str, Any, Any]]:
+        """(path, mine, theirs) where two recipes differ."""
+        mine, theirs = self.flat(), other.flat()
+        return [(k, mine.get(k), theirs.get(k)) for k in sorted({*mine, *theirs}) if mine.get(k) != theirs.get(k)]
+
+
+def _plain(value: Any) -> Any:
+    if dataclasses.is_dataclass(value):
+        pairs = ((f.name, getattr(value, f.name)) for f in dataclasses.fields(value))
+        return {name: _plain(inner) for name, inner in pairs if inner is not None}
+    if isinstance(value, dict):
+        return {str(k): _plain(v) for k, v in value.items() if v is not None}
+    if isinstance(value, (tuple, list)):
+        return [_plain(v) for v in value]
+    return value
+
+
+def _walk(tree: Mapping[str, Any], prefix: str) -> Iterable[tuple[str, Any]]:
+    for key, value in tree.items():
+        if isinstance(value, Mapping):
+            yield from _walk(value, f"{prefix}{key}.")
+        else:
+            yield prefix + key, value
+
+
+def _set_path(tree: dict[str, Any], path: str, value: Any) -> None:
+    """Put ``value`` at a dotted path whose type is read off the dataclasses."""
+    *parents, leaf = path.split(".")
+    kind: Any = Recipe
+    for i, name in enumerate(parents):
+        if kind is not None:
+            kind = _field_type(kind, name, ".".join(parents[:i]))
+            kind = kind if dataclasses.is_dataclass(kind) else None
+        tree = tree.setdefault(name, {})
+    if kind is not None:
+        wanted = _field_type(kind, leaf, ".".join(parents))
+        if dataclasses.is_dataclass(wanted) or _is_table(wanted):
+            if isinstance(value, Mapping):
+                for key, inner in value.items():
+                    _set_path(tree.setdefault(leaf, {}), key, inner) if _is_table(wanted) else None
+            raise RecipeError(f"{path} is a table.", f"Got {value!r}.", f"Name a key in it, such as {path}.name.")
+    tree[leaf] = value
+
+
+def _is_table(kind: Any) -> bool:
+    return typing.get_origin(kind) is dict
+
+
+def _field_type(kind: Any, name: str, where: str) -> Any:
+    hints = typing.get_type_hints(kind)
+    if name not in hints:
+        path = f"{where}.{name}" if where else name
+        table = f"[{where}]" if where else "a recipe"
+        raise RecipeError(f"{path} is not a key of {table}.", f"{len(hints)} are known.", did_you_mean(name, hints))
+    return hints[name]
+
+
+def _build(kind: Any, tree: Mapping[str, Any], where: str) -> Any:
+    values = {}
+    for key, value in tree.items():
+        wanted = _field_type(kind, key, where)
+        path = f"{where}.{key}" if where else key
+        if dataclasses.is_dataclass(wanted):
+            if not isinstance(value, Mapping):
+                raise RecipeError(f"{path} is a table.", f"Got {value!r}.", f"Write [{path}] and keys below it.")
+            values[key] = _build(wanted, value, path)
+        else:
+            values[key] = _convert(value, wanted, path)
+    return kind(**values)
+
+
+def _convert(value: Any, wanted: Any, path: str) -> Any:
+    """Read ``value`` as ``wanted``; texts come from the command line and are parsed."""
+    if typing.get_origin(wanted) in (typing.Union, types.UnionType):
+        inner = [a for a in typing.get_args(wanted) if a is not type(None)]
+        if value is None or value == "auto":
+            return None
+        return _convert(value, inner[0], path)
+    if typing.get_origin(wanted) is dict:
+        if not isinstance(value, Mapping):
+            raise RecipeError(f"{path} is a table.", f"Got {value!r}.", f"Name a key in it, such as {path}.name.")
+        return {str(k): _literal(v) for k, v in value.items()}
+    if typing.get_origin(wanted) is tuple:
+        items = value.split(",") if isinstance(value, str) else value
+        return tuple(str(item).strip() for item in items if str(item).strip())
+    try:
+        if wanted is bool:
+            return {"true": True, "false": False}[str(value).lower()]
+        if wanted is int:
+            number = float(value)
+            if isinstance(value, bool) or number != int(number):
+                raise ValueError
+            return int(value) if not isinstance(value, float) else int(number)
+        if wanted is float:
+            if isinstance(value, bool) or not float(value) < float("inf"):
+                raise ValueError
+            return float(value)
+        if not isinstance(value, str):
+            raise ValueError
+        return value
+    except (ValueError, KeyError, TypeError):
+        kinds = {int: "a whole number", float: "a finite number", bool: "true or false", str: "a text"}
+        raise RecipeError(
+            f"{path}={value!r} is not {kinds[wanted]}.", f"Got {type(value).__name__}.", f"Give {kinds[wanted]}."
+        ) from None
+
+
+def _literal(value: Any) -> Any:
+    """A text from the command line as the TOML value it looks like; all else is left as it is."""
+    if not isinstance(value, str):
+        return value
+    try:
+        return tomllib.loads(f"v = {value}")["v"]
+    except tomllib.TOMLDecodeError:
+        return value

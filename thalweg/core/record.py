@@ -1,0 +1,93 @@
+"""A Record is what one step has to say; the end of a run is a value."""
+
+from __future__ import annotations
+
+import enum
+import math
+from dataclasses import dataclass, field
+from typing import Any
+
+
+class StopReason(enum.Enum):
+    """Why a run ended; ``advice`` is a sentence that a person can act on."""
+
+    FINISHED = "finished"
+    INTERRUPTED = "interrupted"
+    DIVERGED = "diverged"
+
+    @property
+    def advice(self) -> str:
+        return {
+            StopReason.FINISHED: "All steps are done.",
+            StopReason.INTERRUPTED: "The state is saved; the same command with --resume goes on from here.",
+            StopReason.DIVERGED: "Gradients were not finite for many steps in a row, and none of those steps was applied. "
+            "Lower optimizer.lr, lengthen the warm-up, or look for NaN or infinity in the data.",
+        }[self]
+
+    @property
+    def exit_code(self) -> int:
+        return {StopReason.FINISHED: 0, StopReason.INTERRUPTED: 130, StopReason.DIVERGED: 3}[self]
+
+
+@dataclass(frozen=True)
+class Record:
+    """One step.
+
+    Attributes:
+        step: steps attempted, this one included; from 1.
+        epoch: the epoch that this step's samples come from; from 0.
+        loss: sum of losses over sum of weights, before the update.
+        weight: the sum of weights (tokens or samples).
+        grad_norm: global norm of the mean gradient, before clipping.
+        lr: the learning rate of this step.
+        applied: updates applied so far; smaller than ``step`` by the number of skipped steps.
+        skipped: whether this step's gradient was not finite, so that nothing was moved.
+        scale: the loss scale; 1 but for fp16.
+        seconds: wall time since the run (this attempt) began; the one field that two equal runs do not share.
+    """
+
+    step: int
+    epoch: int
+    loss: float
+    weight: float
+    grad_norm: float
+    lr: float
+    applied: int
+    skipped: bool
+    scale: float
+    seconds: float
+
+    def to_dict(self) -> dict[str, Any]:
+        return {"kind": "step", **_jsonable(vars(self))}
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Metrics over held-out data after ``step`` steps, with the averaged weights where there is an average."""
+
+    step: int
+    metrics: dict[str, float]
+    best: bool
+    seconds: float
+
+    def to_dict(self) -> dict[str, Any]:
+        rest = {"step": self.step, "best": self.best, "seconds": self.seconds}
+        return {"kind": "evaluation", **rest, "metrics": _jsonable(self.metrics)}
+
+
+@dataclass(frozen=True)
+class Event:
+    """Something that a person should know, such as a checkpoint saved or a damaged one passed over."""
+
+    step: int
+    name: str
+    text: str
+    detail: dict[str, Any] = field(default_factory=dict)
+
+    def to_dict(self) -> dict[str, Any]:
+        return {"kind": "event", "step": self.step, "name": self.name, "text": self.text, **_jsonable(self.detail)}
+
+
+def _jsonable(values: dict[str, Any]) -> dict[str, Any]:
+    """JSON has no NaN and no infinity: they are written as texts that float() reads back."""
+    return {k: str(v) if isinstance(v, float) and not math.isfinite(v) else v for k, v in values.items()}

@@ -1,0 +1,43 @@
+"""Numbers as people read them."""
+
+from __future__ import annotations
+
+
+def human_bytes(count: int) -> str:
+    """Binary units, three figures.
+
+    >>> human_bytes(1536), human_bytes(3_221_225_472)
+    ('1.50 KiB', '3.00 GiB')
+    """
+    value, unit = float(count), "B"
+    for larger in ("KiB", "MiB", "GiB", "TiB"):
+        if abs(value) < 1024:
+            break
+        value, unit = value / 1024, larger
+    return f"{value:.0f} B" if unit == "B" else f"{value:.3g} {unit}" if value >= 100 else f"{value:.2f} {unit}"
+
+
+def human_seconds(seconds: float) -> str:
+    """Minutes and hours where they help.
+
+    >>> human_seconds(7.25), human_seconds(125), human_seconds(7325)
+    ('7.2 s', '2 min 05 s', '2 h 02 min')
+    """
+    if seconds < 60:
+        return f"{seconds:.1f} s"
+    minutes, rest = divmod(round(seconds), 60)
+    if minutes < 60:
+        return f"{minutes} min {rest:02d} s"
+    return f"{minutes // 60} h {minutes % 60:02d} min"
+
+
+def human_count(count: float) -> str:
+    """Thousands and millions.
+
+    >>> human_count(812), human_count(12_340), human_count(3_400_000)
+    ('812', '12.3k', '3.4M')
+    """
+    for size, unit in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
+        if count >= size:
+            return f"{count / size:.3g}{unit}"
+    return f"{count:.3g}"
