@@ -16,7 +16,7 @@ from thalweg.core.errors import (
 from thalweg.core.plan import Decision, ParameterRow, Plan
 from thalweg.core.protocols import Feed, Gather, Loss, Sink, Split, Task
 from thalweg.core.recipe import Recipe, divisors
-from thalweg.core.record import Evaluation, Event, Record, StopReason
+from thalweg.core.record import Evaluation, Event, Record, StopReason, read_lines
 from thalweg.core.registry import Registry
 from thalweg.core.streams import seed_for
 from thalweg.core.units import human_bytes, human_count, human_seconds
@@ -52,5 +52,6 @@ __all__ = [
     "human_bytes",
     "human_count",
     "human_seconds",
+    "read_lines",
     "seed_for",
 ]

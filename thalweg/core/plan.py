@@ -41,6 +41,7 @@ class Plan:
         loss_divisor: a power of two near the weight of one window; sums of losses are divided by it before the backward
             pass, so that gradients keep the scale of a mean (half precision needs that).
         parameters: the table of parameters.
+        unit: what a weight of 1 is, such as "tokens".
         sizes: bytes by purpose.
         machine: what the run is on.
     """
@@ -52,6 +53,7 @@ class Plan:
     samples: int
     loss_divisor: float
     parameters: tuple[ParameterRow, ...]
+    unit: str
     sizes: dict[str, int]
     machine: dict[str, Any]
 
@@ -64,6 +66,7 @@ class Plan:
             "samples": self.samples,
             "loss_divisor": self.loss_divisor,
             "parameters": [vars(p) for p in self.parameters],
+            "unit": self.unit,
             "sizes": self.sizes,
             "machine": self.machine,
         }
@@ -80,6 +83,7 @@ class Plan:
             samples=tree["samples"],
             loss_divisor=tree["loss_divisor"],
             parameters=tuple(ParameterRow(**{**p, "shape": tuple(p["shape"])}) for p in tree["parameters"]),
+            unit=tree["unit"],
             sizes=tree["sizes"],
             machine=tree["machine"],
         )

@@ -59,6 +59,7 @@ class Task:
         data: ``data(**recipe.data.options)`` gives a ``Split``, or training data alone; or the data itself.
         metrics: ``metrics(model, batch)``: further figures for evaluation.
         sample: ``sample(model)`` gives a text to show at the end of a run.
+        unit: what a weight of 1 is, for people: "tokens" or "samples".
         recipe: what differs from the default recipe, by dotted path.
         about: one line for ``thalweg tasks``.
     """
@@ -70,6 +71,7 @@ class Task:
     sample: Callable[[Any], str] | None = None
     recipe: Mapping[str, Any] = field(default_factory=dict)
     about: str = ""
+    unit: str = "samples"
     name: str = "task"
 
 

@@ -106,15 +106,16 @@ class Optimizer:
     Args:
         rule: a registered rule, such as "adamw".
         lr: the peak learning rate; None: the rule's published default.
-        decay: weight decay per unit of learning rate; 0 switches it off.
-        decay_form: "decoupled" (weights shrink by 1 - lr*decay), "coupled" (L2: decay*p joins the gradient), or None: the rule's own.
+        weight_decay: strength of weight decay; 0 switches it off.
+        decay_form: "decoupled" (weights shrink by 1 - lr*weight_decay), "coupled" (L2: weight_decay*p joins the
+            gradient), or None: the rule's own.
         no_decay: what is not decayed: the words "bias", "norm", "1d", "embedding", or patterns of parameter names such as "head.*".
         options: the rule's own hyper-parameters, such as ``b1``.
     """
 
     rule: str = "adamw"
     lr: float | None = None
-    decay: float = 0.0
+    weight_decay: float = 0.0
     decay_form: str | None = None
     no_decay: tuple[str, ...] = ("bias", "norm", "1d")
     options: dict[str, Any] = field(default_factory=dict)
@@ -127,8 +128,8 @@ class Optimizer:
             "Give a positive rate.",
         )
         _check(
-            self.decay >= 0,
-            f"optimizer.decay={self.decay} is negative.",
+            self.weight_decay >= 0,
+            f"optimizer.weight_decay={self.weight_decay} is negative.",
             "It would grow the weights.",
             "Give 0 or more.",
         )
@@ -303,7 +304,7 @@ class Recipe:
             RecipeError: for an unknown path or a value of the wrong kind.
         """
         tree = self.to_dict()
-        for path, value in changes.items():
+        for path, value in _walk(changes, ""):
             _set_path(tree, path, value)
         return Recipe.from_dict(tree)
 
@@ -381,16 +382,9 @@ def _set_path(tree: dict[str, Any], path: str, value: Any) -> None:
         tree = tree.setdefault(name, {})
     if kind is not None:
         wanted = _field_type(kind, leaf, ".".join(parents))
-        if dataclasses.is_dataclass(wanted) or _is_table(wanted):
-            if isinstance(value, Mapping):
-                for key, inner in value.items():
-                    _set_path(tree.setdefault(leaf, {}), key, inner) if _is_table(wanted) else None
+        if dataclasses.is_dataclass(wanted) or typing.get_origin(wanted) is dict:
             raise RecipeError(f"{path} is a table.", f"Got {value!r}.", f"Name a key in it, such as {path}.name.")
     tree[leaf] = value
-
-
-def _is_table(kind: Any) -> bool:
-    return typing.get_origin(kind) is dict
 
 
 def _field_type(kind: Any, name: str, where: str) -> Any:

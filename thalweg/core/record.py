@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import enum
+import json
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 
@@ -91,3 +94,11 @@ class Event:
 def _jsonable(values: dict[str, Any]) -> dict[str, Any]:
     """JSON has no NaN and no infinity: they are written as texts that float() reads back."""
     return {k: str(v) if isinstance(v, float) and not math.isfinite(v) else v for k, v in values.items()}
+
+
+def read_lines(path: Path) -> Iterator[dict[str, Any]]:
+    """The lines of a record file; a torn last line, as a kill leaves it, is passed over."""
+    with open(path, "rb") as file:
+        for line in file:
+            if line.endswith(b"\n"):
+                yield json.loads(line)

@@ -1,0 +1,90 @@
+"""Files that are there whole or not at all, and stay there when the power goes."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import shutil
+import uuid
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+_CHUNK = 4 << 20
+
+
+def sync_folder(path: Path) -> None:
+    """Make renames and new names in a folder durable."""
+    handle = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def sync_file(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def digest(path: Path) -> str:
+    """sha256 of a file's bytes, in hex."""
+    sha = hashlib.sha256()
+    with open(path, "rb") as file:
+        while chunk := file.read(_CHUNK):
+            sha.update(chunk)
+    return sha.hexdigest()
+
+
+def write_file(path: Path, data: bytes) -> None:
+    """Replace a file whole: written beside it, fsynced, renamed, the folder fsynced."""
+    aside = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.tmp")
+    try:
+        with open(aside, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(aside, path)
+    finally:
+        aside.unlink(missing_ok=True)
+    sync_folder(path.parent)
+
+
+@contextmanager
+def new_folder(path: Path) -> Iterator[Path]:
+    """A folder that appears under its name with all its files durable, or not at all.
+
+    What is written into the yielded folder is fsynced, then the folder is renamed to ``path``. If writing fails, what was
+    written is removed and ``path`` is as it was.
+    """
+    aside = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.tmp")
+    aside.mkdir()
+    try:
+        yield aside
+        for file in aside.iterdir():
+            sync_file(file)
+        sync_folder(aside)
+        if path.exists():
+            remove_folder(path)
+        os.rename(aside, path)
+    except BaseException:
+        shutil.rmtree(aside, ignore_errors=True)
+        raise
+    sync_folder(path.parent)
+
+
+def remove_folder(path: Path) -> None:
+    """Remove a folder so that it never stands half-removed under its own name."""
+    aside = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.tmp")
+    os.rename(path, aside)
+    shutil.rmtree(aside)
+
+
+def sweep(folder: Path, is_ours: Callable[[str], bool]) -> None:
+    """Remove what an earlier, killed process left half-written."""
+    for path in folder.iterdir():
+        if path.name.startswith(".") and path.name.endswith(".tmp") and is_ours(path.name):
+            shutil.rmtree(path) if path.is_dir() else path.unlink()

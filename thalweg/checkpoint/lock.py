@@ -1,0 +1,54 @@
+"""One process to a run folder."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+from pathlib import Path
+from typing import IO
+
+from thalweg.core import RunFolderError
+
+
+class FolderLock:
+    """Holds a run folder for this process; the kernel lets go of it when the process ends, however it ends."""
+
+    def __init__(self, folder: Path) -> None:
+        self.path = folder / "lock"
+        self._file: IO[str] | None = None
+
+    def acquire(self) -> None:
+        """Take the folder.
+
+        Raises:
+            RunFolderError: if it cannot be written, or another process has it.
+        """
+        try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            self._file = open(self.path, "a+", encoding="utf-8")  # noqa: SIM115 - held open as long as the lock
+        except OSError as err:
+            raise RunFolderError(
+                f"The run folder {self.path.parent} cannot be written.",
+                f"{err.strerror}: {err.filename}.",
+                "Choose another with --runs, or see to its permissions.",
+            ) from None
+        try:
+            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            self._file.seek(0)
+            owner = self._file.read().strip() or "unknown"
+            self._file.close()
+            self._file = None
+            raise RunFolderError(
+                f"Another process is training in {self.path.parent}.",
+                f"Its process id is {owner}.",
+                "Wait for it, stop it, or start this run under another name with --name.",
+            ) from None
+        self._file.truncate(0)
+        self._file.write(f"{os.getpid()}\n")
+        self._file.flush()
+
+    def release(self) -> None:
+        if self._file is not None:
+            self._file.close()
+            self._file = None

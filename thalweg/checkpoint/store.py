@@ -1,0 +1,159 @@
+"""Checkpoints of a run: folders of safetensors and JSON with a manifest of digests, verified whenever they are read.
+
+    checkpoints/step-00000120/
+        weights.safetensors   parameters and buffers, by the model's own names
+        average.safetensors   the same for the weight average, where there is one
+        state.safetensors     optimizer slots by parameter name, counters, loss scale
+        state.json            data position, schedule position, length of the records, metrics
+        manifest.json         sizes and sha256 of all of the above
+
+Nothing in a checkpoint can execute: safetensors and JSON hold data alone.
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from thalweg.checkpoint.files import digest, new_folder, remove_folder, sweep
+from thalweg.core import CheckpointError, human_bytes
+
+FORMAT = 1
+_NAME = re.compile(r"step-(\d{8,})")
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """All that a checkpoint holds.
+
+    Attributes:
+        groups: file stem to tensors by name, such as "weights".
+        facts: plain data.
+    """
+
+    groups: Mapping[str, Mapping[str, Tensor]]
+    facts: Mapping[str, Any]
+
+
+class Store:
+    """The checkpoints of one run folder."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        folder.mkdir(parents=True, exist_ok=True)
+        sweep(folder, lambda name: name.startswith(".step-"))
+
+    def path(self, step: int) -> Path:
+        return self.folder / f"step-{step:08d}"
+
+    def steps(self) -> list[int]:
+        """Steps that have a checkpoint, damaged or not, oldest first. The name decides, never the clock."""
+        found = (_NAME.fullmatch(path.name) for path in self.folder.iterdir())
+        return sorted(int(match.group(1)) for match in found if match)
+
+    def save(self, step: int, snapshot: Snapshot) -> Path:
+        """Write a checkpoint; when this returns, it survives a power cut.
+
+        Raises:
+            CheckpointError: if it cannot be written; all earlier checkpoints are as they were.
+        """
+        target = self.path(step)
+        try:
+            with new_folder(target) as aside:
+                for stem, tensors in snapshot.groups.items():
+                    plain = {name: t.detach().contiguous().cpu().clone() for name, t in tensors.items()}
+                    save_file(plain, aside / f"{stem}.safetensors")
+                (aside / "state.json").write_text(json.dumps(dict(snapshot.facts), indent=1, sort_keys=True))
+                files = {p.name: {"bytes": p.stat().st_size, "sha256": digest(p)} for p in sorted(aside.iterdir())}
+                manifest = {"format": FORMAT, "step": step, "files": files}
+                (aside / "manifest.json").write_text(json.dumps(manifest, indent=1))
+        except (OSError, SafetensorError) as err:
+            full = getattr(err, "errno", None) == errno.ENOSPC or "No space" in str(err)
+            raise CheckpointError(
+                f"The checkpoint of step {step} could not be written to {self.folder}.",
+                f"{err}. Newest kept: {self._newest_name()}.",
+                f"Free {human_bytes(self._size(snapshot))}, then resume." if full else "See to the folder, then resume.",
+            ) from None
+        return target
+
+    def load(self, step: int) -> Snapshot:
+        """Read a checkpoint, every byte verified before anything is used.
+
+        Raises:
+            CheckpointError: if a file is missing or differs from the manifest; the file is named.
+        """
+        fault = self.fault(step)
+        if fault:
+            good = [s for s in self.steps() if s != step and not self.fault(s)]
+            remedy = f"The newest good one is step {good[-1]}: --resume {good[-1]}." if good else "No other is left."
+            raise CheckpointError(f"The checkpoint of step {step} is damaged.", fault, remedy)
+        folder = self.path(step)
+        groups = {file.stem: load_file(file) for file in sorted(folder.glob("*.safetensors"))}
+        return Snapshot(groups, json.loads((folder / "state.json").read_text()))
+
+    def fault(self, step: int) -> str:
+        """What is wrong with a checkpoint, or an empty text."""
+        folder = self.path(step)
+        try:
+            manifest = json.loads((folder / "manifest.json").read_text())
+            files = dict(manifest["files"])
+            if manifest["format"] != FORMAT:
+                return f"{folder / 'manifest.json'} is of format {manifest['format']}, this thalweg reads {FORMAT}."
+        except (OSError, ValueError, KeyError, TypeError) as err:
+            return f"{folder / 'manifest.json'} cannot be read: {err}."
+        if set(files) != {p.name for p in folder.iterdir()} - {"manifest.json"}:
+            return f"{folder} does not hold the files that its manifest names."
+        for name, wanted in files.items():
+            path = folder / name
+            if path.stat().st_size != wanted["bytes"]:
+                return f"{path} has {path.stat().st_size} bytes, not {wanted['bytes']}."
+            if digest(path) != wanted["sha256"]:
+                return f"{path} does not have the sha256 of its manifest."
+        return ""
+
+    def newest_good(self) -> tuple[int | None, list[str]]:
+        """The newest step whose checkpoint verifies, and the faults of newer ones that were passed over."""
+        faults = []
+        for step in reversed(self.steps()):
+            fault = self.fault(step)
+            if not fault:
+                return step, faults
+            faults.append(fault)
+        return None, faults
+
+    def retain(self, *, last: int, every: int, best: list[int]) -> list[int]:
+        """Remove what need not be kept: all but the ``last`` newest, multiples of ``every``, and the steps in ``best``.
+
+        Nothing is removed unless the newest checkpoint verifies.
+        """
+        steps = self.steps()
+        keep = {*steps[-last:], *best, *(s for s in steps if every and s % every == 0)}
+        doomed = [s for s in steps if s not in keep]
+        if doomed and self.fault(steps[-1]):
+            return []
+        for step in doomed:
+            remove_folder(self.path(step))
+        return doomed
+
+    def remove_after(self, step: int) -> None:
+        """Remove checkpoints newer than ``step``: the run goes on from there."""
+        for later in self.steps():
+            if later > step:
+                remove_folder(self.path(later))
+
+    def _newest_name(self) -> str:
+        steps = self.steps()
+        return self.path(steps[-1]).name if steps else "none"
+
+    @staticmethod
+    def _size(snapshot: Snapshot) -> int:
+        return sum(t.nbytes for tensors in snapshot.groups.values() for t in tensors.values())

@@ -1,0 +1,26 @@
+"""Data: order as a pure function, sources in memory or not, windows of micro-batches."""
+
+from thalweg.data.feeds import Augment, held_out, make_feed
+from thalweg.data.order import Order, permute, uniforms
+from thalweg.data.sources import Items, Source, Stream, Tensors, TokenWindows, as_source
+from thalweg.data.trees import batch_size, split, tensors, to_device, tree_map
+
+__all__ = [
+    "Augment",
+    "Items",
+    "Order",
+    "Source",
+    "Stream",
+    "Tensors",
+    "TokenWindows",
+    "as_source",
+    "batch_size",
+    "held_out",
+    "make_feed",
+    "permute",
+    "split",
+    "tensors",
+    "to_device",
+    "tree_map",
+    "uniforms",
+]

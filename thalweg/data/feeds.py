@@ -1,0 +1,241 @@
+"""Windows of micro-batches for the steps of a run, from any source, from any step on."""
+
+from __future__ import annotations
+
+import itertools
+import random
+import signal
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader
+
+from thalweg.core import DataError, Feed, seed_for
+from thalweg.data.order import Indices, Order, uniforms
+from thalweg.data.sources import Gather, Items, Source, Stream
+from thalweg.data.trees import split, tensors, to_device, tree_map
+
+Augment = Callable[[Any, Callable[[int], Tensor]], Any]
+_AHEAD_BYTES = 4 << 20  # gathered at once from memory, then handed out as slices
+
+
+def make_feed(
+    source: Source,
+    *,
+    batch: int,
+    micro_batch: int,
+    seed: int,
+    keep_last: bool,
+    device: torch.device,
+    workers: int = 0,
+    augment: Augment | None = None,
+) -> Feed:
+    """The feed for a source. Equal arguments give equal windows, from whatever step they are asked."""
+    if isinstance(source, Stream):
+        return StreamFeed(source, batch=batch, micro_batch=micro_batch, seed=seed, keep_last=keep_last, device=device)
+    order = Order(len(source), batch, seed=seed, keep_last=keep_last)
+    if isinstance(source, Items):
+        return ItemFeed(source, order, micro_batch=micro_batch, seed=seed, device=device, workers=workers)
+    return MemoryFeed(source, order, micro_batch=micro_batch, seed=seed, device=device, augment=augment)
+
+
+class MemoryFeed:
+    """In-memory data: several windows are gathered and augmented at once, then handed out as slices."""
+
+    def __init__(
+        self,
+        source: Gather,
+        order: Order,
+        *,
+        micro_batch: int,
+        seed: int,
+        device: torch.device,
+        augment: Augment | None = None,
+    ) -> None:
+        self.source, self.order, self.micro_batch, self.seed = source, order, micro_batch, seed
+        self.device, self.augment = device, augment
+        one = source.gather(torch.zeros(1, dtype=torch.int64))
+        sample_bytes = max(1, sum(t.numel() * t.element_size() for _, t in tensors(one)))
+        self.ahead = max(1, min(64, _AHEAD_BYTES // (sample_bytes * order.batch)))
+
+    def windows(self, start: int, stop: int) -> Iterator[list[Any]]:
+        step = start
+        while step < stop:
+            epoch, first = self.order.window(step)
+            parts = [first]
+            ends = self.order.steps_per_epoch * (epoch + 1)
+            for later in range(step + 1, min(step + self.ahead, stop, ends)):
+                parts.append(self.order.window(later)[1])
+            yield from self._cut(epoch, parts)
+            step += len(parts)
+
+    def _cut(self, epoch: int, parts: list[Indices]) -> Iterator[list[Any]]:
+        indices = np.concatenate(parts)
+        batch = self.source.gather(torch.from_numpy(indices))
+        if self.augment is not None:
+            key = seed_for(self.seed, "augment", epoch)
+            batch = self.augment(batch, lambda num: torch.from_numpy(uniforms(key, indices, num)))
+        batch = to_device(batch, self.device)
+        at = 0
+        for part in parts:
+            yield split(tree_map(lambda t, a=at, n=len(part): t[a : a + n], batch), self.micro_batch)  # type: ignore[misc]
+            at += len(part)
+
+
+class _OwnRandom:
+    """Python's, numpy's and torch's generators as a named stream: ours inside ``with``, the caller's outside."""
+
+    def __init__(self, name: int) -> None:
+        self._name: int | None = name
+        self._mine: tuple[Any, Any, Tensor] | None = None
+        self._theirs: tuple[Any, Any, Tensor] | None = None
+
+    def __enter__(self) -> None:
+        self._theirs = (random.getstate(), np.random.get_state(), torch.get_rng_state())
+        if self._mine is not None:
+            self._set(self._mine)
+        elif self._name is not None:
+            random.seed(self._name)
+            np.random.seed(self._name & 0xFFFFFFFF)
+            torch.default_generator.manual_seed(self._name)
+
+    def __exit__(self, *_: object) -> None:
+        self._mine = (random.getstate(), np.random.get_state(), torch.get_rng_state())
+        if self._theirs is not None:
+            self._set(self._theirs)
+
+    @staticmethod
+    def _set(states: tuple[Any, Any, Tensor]) -> None:
+        random.setstate(states[0])
+        np.random.set_state(states[1])
+        torch.set_rng_state(states[2])
+
+
+class _Seeded:
+    """A data set whose samples draw from streams named by (seed, epoch, sample), in whatever process they are read."""
+
+    def __init__(self, dataset: Any, seed: int) -> None:
+        self.dataset, self.seed = dataset, seed
+
+    def __getitem__(self, key: tuple[int, int]) -> Any:
+        epoch, sample = key
+        with _OwnRandom(seed_for(self.seed, "sample", epoch, sample)):
+            return self.dataset[sample]
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+
+class ItemFeed:
+    """A map-style data set behind torch's own ``DataLoader``: one worker task is one micro-batch."""
+
+    def __init__(
+        self, source: Items, order: Order, *, micro_batch: int, seed: int, device: torch.device, workers: int
+    ) -> None:
+        self.source, self.order, self.micro_batch, self.seed = source, order, micro_batch, seed
+        self.device, self.workers = device, workers
+
+    def windows(self, start: int, stop: int) -> Iterator[list[Any]]:
+        loader = DataLoader(
+            _Seeded(self.source.dataset, self.seed),  # type: ignore[arg-type]
+            batch_sampler=_Keys(self, start, stop),
+            collate_fn=self.source.collate,
+            num_workers=self.workers,
+            worker_init_fn=_leave_signals_to_the_parent,
+            pin_memory=self.device.type == "cuda",
+            generator=torch.Generator().manual_seed(0),
+        )
+        batches = iter(loader)
+        for step in range(start, stop):
+            count = -(-len(self.order.window(step)[1]) // self.micro_batch)
+            yield [to_device(next(batches), self.device) for _ in range(count)]
+
+
+class _Keys:
+    """The (epoch, sample) keys of each micro-batch from a step on, for ``DataLoader``."""
+
+    def __init__(self, feed: ItemFeed, start: int, stop: int) -> None:
+        order = feed.order
+        self.order = Order(order.num, order.batch, seed=order.seed, keep_last=True)
+        self.order.steps_per_epoch = order.steps_per_epoch
+        self.micro_batch, self.start, self.stop = feed.micro_batch, start, stop
+
+    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
+        for step in range(self.start, self.stop):
+            epoch, indices = self.order.window(step)
+            for at in range(0, len(indices), self.micro_batch):
+                yield [(epoch, int(i)) for i in indices[at : at + self.micro_batch]]
+
+
+def _leave_signals_to_the_parent(worker: int) -> None:
+    """Ctrl-C and SIGTERM reach a whole process group; workers must outlive them for the run to save and stop in order."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+
+
+class StreamFeed:
+    """An iterable: windows are cut from it in its own order; a later step is reached by reading up to it."""
+
+    def __init__(
+        self, source: Stream, *, batch: int, micro_batch: int, seed: int, keep_last: bool, device: torch.device
+    ) -> None:
+        self.source, self.batch, self.micro_batch, self.keep_last = source, batch, micro_batch, keep_last
+        self.seed, self.device = seed, device
+
+    def windows(self, start: int, stop: int) -> Iterator[list[Any]]:
+        step = 0
+        for samples in self._cut():
+            if step >= stop:
+                return
+            if step >= start:
+                parts = [samples[i : i + self.micro_batch] for i in range(0, len(samples), self.micro_batch)]
+                yield [to_device(self.source.collate(part), self.device) for part in parts]
+            step += 1
+
+    def _cut(self) -> Iterator[list[Any]]:
+        epoch = 0
+        while True:
+            window: list[Any] = []
+            seen = 0
+            for sample in self._read(epoch):
+                window.append(sample)
+                seen += 1
+                if len(window) == self.batch:
+                    yield window
+                    window = []
+            if window and (self.keep_last or seen < self.batch):
+                yield window
+            if not seen:
+                raise DataError("The data holds no sample.", "Its iterator ended at once.", "Give at least one sample.")
+            epoch += 1
+
+    def _read(self, epoch: int) -> Iterator[Any]:
+        own = _OwnRandom(seed_for(self.seed, "stream", epoch))
+        with own:
+            samples = iter(self.source.iterable)
+        while True:
+            with own:
+                try:
+                    sample = next(samples)
+                except StopIteration:
+                    return
+            yield sample
+
+
+def held_out(source: Source, batch: int, device: torch.device) -> Iterator[Any]:
+    """All of a source once, in its own order, in batches; the last one may be short."""
+    if isinstance(source, Stream):
+        samples = iter(source.iterable)
+        while taken := list(itertools.islice(samples, batch)):
+            yield to_device(source.collate(taken), device)
+        return
+    for start in range(0, len(source), batch):
+        indices = range(start, min(start + batch, len(source)))
+        if isinstance(source, Items):
+            seeded = _Seeded(source.dataset, 0)
+            yield to_device(source.collate([seeded[(0, i)] for i in indices]), device)
+        else:
+            yield to_device(source.gather(torch.tensor(indices, dtype=torch.int64)), device)

@@ -1,0 +1,105 @@
+"""The order of the data as a pure function of (seed, epoch, position): nothing is shuffled, nothing is held.
+
+A keyed Feistel network is a permutation of [0, 4**k); positions that fall outside [0, num) are walked on until they fall
+inside (Black and Rogaway 2002, "Ciphers with arbitrary finite domains"). Any position of any epoch costs the same, and no
+permutation is ever in memory, be it of a billion samples.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+from numpy.typing import NDArray
+
+from thalweg.core import seed_for
+
+Indices = NDArray[np.int64]
+_ROUNDS = 6
+
+
+def mix(values: NDArray[np.uint64]) -> NDArray[np.uint64]:
+    """SplitMix64's finaliser (Steele, Lea and Flood 2014): every input bit reaches every output bit."""
+    values = (values ^ (values >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    values = (values ^ (values >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return values ^ (values >> np.uint64(31))
+
+
+def permute(num: int, key: int, positions: Indices) -> Indices:
+    """Where each position of a shuffled range of ``num`` points.
+
+    Args:
+        num: length of the range, 1 or more.
+        key: names the permutation.
+        positions: int64, each in [0, num).
+
+    >>> sorted(permute(5, 7, np.arange(5)).tolist())
+    [0, 1, 2, 3, 4]
+    """
+    half = max(1, ((num - 1).bit_length() + 1) // 2)
+    shift, mask = np.uint64(half), np.uint64((1 << half) - 1)
+    keys = mix(np.array([seed_for(key, "round", r) for r in range(_ROUNDS)], dtype=np.uint64))
+
+    def once(values: NDArray[np.uint64]) -> NDArray[np.uint64]:
+        left, right = values >> shift, values & mask
+        for k in keys:
+            left, right = right, left ^ (mix(right + k) & mask)
+        return (left << shift) | right
+
+    with np.errstate(over="ignore"):
+        values = once(positions.astype(np.uint64))
+        outside = np.flatnonzero(values >= num)
+        while outside.size:
+            values[outside] = once(values[outside])
+            outside = outside[values[outside] >= num]
+    return values.astype(np.int64)
+
+
+def uniforms(key: int, samples: Indices, num: int) -> NDArray[np.float32]:
+    """``num`` numbers in [0, 1) for each sample: a function of (key, sample, place) alone.
+
+    Returns:
+        float32, of shape (len(samples), num); 24 random bits each.
+    """
+    with np.errstate(over="ignore"):
+        base = mix(samples.astype(np.uint64) * np.uint64(0x9E3779B97F4A7C15) + np.uint64(seed_for(key, "uniform")))
+        places = mix(np.arange(1, num + 1, dtype=np.uint64) * np.uint64(0xD1B54A32D192ED03))
+        bits = mix(base[:, None] + places[None, :]) >> np.uint64(40)
+    return bits.astype(np.float32) * np.float32(2**-24)
+
+
+class Order:
+    """Which samples a step sees.
+
+    Windows are cut from the stream of one epoch's samples; an epoch's last window is short where ``batch`` does not divide
+    ``num``, and is kept or dropped. Step ``s`` is found by division: seeking is free.
+
+    Args:
+        num: samples in an epoch.
+        batch: samples in a window.
+        seed: the run's seed.
+        keep_last: whether an epoch's short last window is a step.
+
+    >>> order = Order(10, 4, seed=0, keep_last=True)
+    >>> order.steps_per_epoch, [len(order.window(s)[1]) for s in range(4)]
+    (3, [4, 4, 2, 4])
+    """
+
+    def __init__(self, num: int, batch: int, *, seed: int, keep_last: bool) -> None:
+        self.num, self.batch, self.seed = num, batch, seed
+        self.steps_per_epoch = max(1, -(-num // batch) if keep_last else num // batch)
+        self._block = max(1, 65536 // batch) * batch  # whole windows, so that one lies in one block
+        self._cached: tuple[tuple[int, int], Indices] | None = None
+
+    def epoch_of(self, step: int) -> int:
+        """The epoch that step ``step`` (from 0) draws from."""
+        return step // self.steps_per_epoch
+
+    def window(self, step: int) -> tuple[int, Indices]:
+        """(epoch, sample indices) of step ``step`` (from 0)."""
+        epoch, place = divmod(step, self.steps_per_epoch)
+        first = place * self.batch
+        block, offset = divmod(first, self._block)
+        if self._cached is None or self._cached[0] != (epoch, block):
+            start = block * self._block
+            positions = np.arange(start, min(start + self._block, self.num), dtype=np.int64)
+            self._cached = ((epoch, block), permute(self.num, seed_for(self.seed, "order", epoch), positions))
+        return epoch, self._cached[1][offset : offset + self.batch]

@@ -1,0 +1,162 @@
+"""Where samples lie: in memory, behind a ``Dataset``, or in a stream. Each says how its micro-batches come to be."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sized
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, IterableDataset, default_collate
+
+from thalweg.core import DataError, Gather
+from thalweg.data.trees import tensors, tree_map
+
+
+class Tensors:
+    """A dict, tuple or list of tensors of one length, or one tensor: a batch is one gather a tensor."""
+
+    def __init__(self, tree: Any) -> None:
+        self.tree = tree_map(lambda t: t, _as_tensors(tree))
+        lengths = {name: t.shape[0] for name, t in tensors(self.tree) if t.ndim}
+        if not lengths or min(lengths.values()) == 0:
+            raise DataError(
+                "The data holds no sample.", f"Lengths: {lengths or 'no tensor'}.", "Give at least one sample to train on."
+            )
+        if len(set(lengths.values())) > 1:
+            raise DataError(
+                "The tensors of the data differ in length.",
+                ", ".join(f"{name}: {n}" for name, n in lengths.items()) + ".",
+                "Give each tensor one row a sample.",
+            )
+        self.num = next(iter(lengths.values()))
+
+    def __len__(self) -> int:
+        return self.num
+
+    def gather(self, indices: Tensor) -> Any:
+        return tree_map(lambda t: t.index_select(0, indices.to(t.device)), self.tree)
+
+    def to(self, device: torch.device) -> Tensors:
+        return Tensors(tree_map(lambda t: t.to(device), self.tree))
+
+    def nbytes(self) -> int:
+        return sum(t.numel() * t.element_size() for _, t in tensors(self.tree))
+
+
+class TokenWindows:
+    """Fixed windows over one long run of tokens, for language models: sample ``i`` is tokens [i*length, (i+1)*length].
+
+    Args:
+        tokens: 1-D integers; uint8 and uint16 stay so in memory.
+        length: tokens in a window; each window carries one more, the last target.
+
+    >>> windows = TokenWindows(torch.arange(10, dtype=torch.uint8), 4)
+    >>> len(windows), windows.gather(torch.tensor([1]))["targets"].tolist()
+    (2, [[5, 6, 7, 8]])
+    """
+
+    def __init__(self, tokens: Tensor, length: int) -> None:
+        self.tokens, self.length = tokens, length
+        self.num = (tokens.numel() - 1) // length
+        if self.num < 1:
+            raise DataError(
+                f"{tokens.numel()} tokens hold no window of {length}.",
+                f"A window needs {length + 1}.",
+                "Give more text, or a shorter window.",
+            )
+        self._inside = torch.arange(length + 1)
+
+    def __len__(self) -> int:
+        return self.num
+
+    def gather(self, indices: Tensor) -> dict[str, Tensor]:
+        window = self.tokens[indices[:, None] * self.length + self._inside].long()
+        return {"tokens": window[:, :-1], "targets": window[:, 1:]}
+
+
+class Items:
+    """A map-style ``Dataset`` or a list of samples: samples are read one by one and collated."""
+
+    def __init__(self, dataset: Any, collate: Callable[[list[Any]], Any] = default_collate) -> None:
+        if len(dataset) == 0:
+            raise DataError("The data holds no sample.", f"len({type(dataset).__name__}) is 0.", "Give at least one.")
+        self.dataset, self.collate, self.num = dataset, collate, len(dataset)
+
+    def __len__(self) -> int:
+        return self.num
+
+
+class Stream:
+    """An iterable of samples that cannot be asked for one by place; each epoch asks it for a new iterator."""
+
+    def __init__(self, iterable: Iterable[Any], collate: Callable[[list[Any]], Any] = default_collate) -> None:
+        self.iterable, self.collate = iterable, collate
+        self.num = len(iterable) if isinstance(iterable, Sized) else 0
+
+
+Source = Gather | Items | Stream
+
+
+def as_source(data: Any) -> Source:
+    """The source that ``data`` is.
+
+    Args:
+        data: a dict, tuple or list of tensors or arrays; an object with ``__len__`` and ``gather``; a map-style or
+            iterable ``Dataset``; a ``DataLoader`` (its data set and collate function are used; batch size and order come
+            from the recipe); a list of samples; any other iterable.
+
+    Raises:
+        DataError: for empty data, or for what is none of these.
+    """
+    if isinstance(data, (Tensors, TokenWindows, Items, Stream)):
+        return data
+    if isinstance(data, DataLoader):
+        collate = data.collate_fn if data.batch_size is not None else default_collate
+        if isinstance(data.dataset, IterableDataset):
+            return Stream(data.dataset, collate)
+        return Items(data.dataset, collate)
+    if _is_tensor_tree(data):
+        return Tensors(data)
+    if isinstance(data, Gather):
+        if len(data) == 0:
+            raise DataError("The data holds no sample.", f"len({type(data).__name__}) is 0.", "Give at least one.")
+        return data
+    if isinstance(data, IterableDataset):
+        return Stream(data)
+    if hasattr(data, "__getitem__") and hasattr(data, "__len__") and not isinstance(data, Mapping):
+        return Items(data)
+    if isinstance(data, Iterable) and not isinstance(data, (Mapping, str)):
+        if iter(data) is data:
+            raise DataError(
+                "The training data is an iterator that can be read once.",
+                f"Got a {type(data).__name__}; a run may need several epochs, and a resumed one starts anew.",
+                "Give an iterable that can be asked again, such as a class with __iter__, a list or a Dataset.",
+            )
+        return Stream(data)
+    raise DataError(
+        "The data is nothing that samples can be taken from.",
+        f"Got {type(data).__name__}.",
+        "Give a dict of tensors, a torch Dataset or DataLoader, or an iterable of samples.",
+    )
+
+
+def _is_tensor_tree(data: Any) -> bool:
+    if isinstance(data, (Tensor, np.ndarray)):
+        return True
+    if isinstance(data, Mapping):
+        return bool(data) and all(_is_tensor_tree(value) for value in data.values())
+    if isinstance(data, tuple):
+        return bool(data) and all(_is_tensor_tree(value) for value in data)
+    return False
+
+
+def _as_tensors(tree: Any) -> Any:
+    if isinstance(tree, np.ndarray):
+        return torch.from_numpy(np.ascontiguousarray(tree))
+    if isinstance(tree, Mapping):
+        return {key: _as_tensors(value) for key, value in tree.items()}
+    if isinstance(tree, (tuple, list)):
+        return type(tree)(_as_tensors(value) for value in tree)
+    return tree

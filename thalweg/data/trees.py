@@ -1,0 +1,56 @@
+"""Batches are trees of tensors: dicts, tuples, lists, named tuples."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+def tree_map(function: Callable[[Tensor], Tensor], tree: Any) -> Any:
+    """The same tree with ``function`` applied to its tensors; all else is passed on."""
+    if isinstance(tree, Tensor):
+        return function(tree)
+    if isinstance(tree, Mapping):
+        return {key: tree_map(function, value) for key, value in tree.items()}
+    if isinstance(tree, tuple) and hasattr(tree, "_fields"):
+        return type(tree)(*(tree_map(function, value) for value in tree))
+    if isinstance(tree, (tuple, list)):
+        return type(tree)(tree_map(function, value) for value in tree)
+    return tree
+
+
+def tensors(tree: Any, name: str = "") -> Iterator[tuple[str, Tensor]]:
+    """(name, tensor) of all tensors of a tree; places in a sequence are named by number."""
+    if isinstance(tree, Tensor):
+        yield name, tree
+    elif isinstance(tree, Mapping):
+        for key, value in tree.items():
+            yield from tensors(value, f"{name}.{key}" if name else str(key))
+    elif isinstance(tree, (tuple, list)):
+        for place, value in enumerate(tree):
+            yield from tensors(value, f"{name}.{place}" if name else str(place))
+
+
+def batch_size(tree: Any) -> int:
+    """Samples in a batch: the length of its first tensor that has one; 1 where none has."""
+    return next((t.shape[0] for _, t in tensors(tree) if t.ndim), 1)
+
+
+def split(tree: Any, micro_batch: int) -> list[Any]:
+    """Cut a batch along the first dimension of its tensors into micro-batches; the last one may be short."""
+    size = batch_size(tree)
+    if size <= micro_batch:
+        return [tree]
+    starts = range(0, size, micro_batch)
+    cut = lambda start: tree_map(lambda t: t[start : start + micro_batch] if t.ndim else t, tree)
+    return [cut(start) for start in starts]
+
+
+def to_device(tree: Any, device: torch.device) -> Any:
+    """The batch on ``device``; pinned memory is copied without waiting."""
+    if device.type == "cpu":
+        return tree
+    return tree_map(lambda t: t.to(device, non_blocking=True), tree)

@@ -1,0 +1,134 @@
+"""The only room that names a backend. All else asks a ``Device`` what it can do."""
+
+from __future__ import annotations
+
+import os
+import platform
+import resource
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from thalweg.core import DeviceError
+
+#: What each kind of device can do, as far as training here needs to know.
+CAPABILITIES: dict[str, dict[str, Any]] = {
+    "cpu": {"autocast": ("bf16", "fp16"), "float64": True},
+    "cuda": {"autocast": ("bf16", "fp16"), "float64": True},
+    "xpu": {"autocast": ("bf16", "fp16"), "float64": True},
+    "mps": {"autocast": ("bf16", "fp16"), "float64": False},
+}
+
+
+@dataclass(frozen=True)
+class Device:
+    """One device and what it can do."""
+
+    torch: torch.device
+
+    @property
+    def kind(self) -> str:
+        return self.torch.type
+
+    @property
+    def autocasts(self) -> tuple[str, ...]:
+        """Half precisions that autocast has here."""
+        listed: tuple[str, ...] = CAPABILITIES[self.kind]["autocast"]
+        if self.kind == "cuda" and not torch.cuda.is_bf16_supported(including_emulation=False):
+            return tuple(p for p in listed if p != "bf16")
+        return listed
+
+    @property
+    def exact(self) -> torch.dtype:
+        """The dtype for sums that should not round: float64 where the device has it."""
+        return torch.float64 if CAPABILITIES[self.kind]["float64"] else torch.float32
+
+    def generators(self) -> list[torch.Generator]:
+        """Torch's own generators that kernels on this device draw from; seeding them is all the seeding there is."""
+        mine = [torch.default_generator]
+        if self.kind == "cuda":
+            torch.cuda.init()
+            mine.append(torch.cuda.default_generators[self.torch.index or 0])
+        elif self.kind == "xpu":
+            torch.xpu.init()
+            mine.append(torch.xpu.default_generators[self.torch.index or 0])
+        elif self.kind == "mps":
+            mine.append(torch.mps._get_default_mps_generator())
+        return mine
+
+    def synchronize(self) -> None:
+        """Wait until the device has done all that it was given."""
+        if self.kind != "cpu":
+            torch.accelerator.synchronize(self.torch)
+
+    def memory_bytes(self) -> int:
+        """All of the device's memory."""
+        if self.kind == "cuda":
+            return int(torch.cuda.get_device_properties(self.torch).total_memory)
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+    def peak_bytes(self) -> int:
+        """The most memory that this process has held so far."""
+        if self.kind == "cuda":
+            return int(torch.cuda.max_memory_allocated(self.torch))
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+    def name(self) -> str:
+        if self.kind == "cuda":
+            return torch.cuda.get_device_name(self.torch)
+        if self.kind == "cpu":
+            return _cpu_name()
+        return self.kind
+
+
+def choose(asked: str) -> tuple[Device, str]:
+    """The device for ``asked`` ("auto" or a torch device) and the reason.
+
+    Raises:
+        DeviceError: if this machine does not have it.
+    """
+    accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+    if asked == "auto":
+        if accelerator is not None and accelerator.type in CAPABILITIES:
+            index = torch.accelerator.current_device_index()
+            return Device(torch.device(accelerator.type, index)), "torch finds this accelerator"
+        return Device(torch.device("cpu")), "torch finds no accelerator here"
+    try:
+        wanted = torch.device(asked)
+    except RuntimeError:
+        raise _no_device(asked, accelerator) from None
+    count = torch.accelerator.device_count() if accelerator is not None else 0
+    here = wanted.type == "cpu" or (
+        accelerator is not None and wanted.type == accelerator.type and (wanted.index or 0) < count
+    )
+    if not here or wanted.type not in CAPABILITIES:
+        raise _no_device(asked, accelerator)
+    return Device(wanted), "asked for"
+
+
+def _no_device(asked: str, accelerator: torch.device | None) -> DeviceError:
+    have = "cpu" if accelerator is None else f"cpu and {torch.accelerator.device_count()} of {accelerator.type}"
+    return DeviceError(f"device={asked!r} is not on this machine.", f"It has {have}.", "Use device='auto' or one it has.")
+
+
+def _cpu_name() -> str:
+    try:
+        with open("/proc/cpuinfo", encoding="utf-8") as lines:
+            return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.processor() or platform.machine()
+
+
+def facts(device: Device) -> dict[str, Any]:
+    """What the machine is, as plain data for the plan and the report."""
+    return {
+        "device": str(device.torch),
+        "name": device.name(),
+        "memory_bytes": device.memory_bytes(),
+        "threads": torch.get_num_threads(),
+        "cores": os.cpu_count(),
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+        "system": f"{platform.system()} {platform.machine()}",
+    }

@@ -1,0 +1,57 @@
+"""What a device gains by half precision, measured: the answer differs by chip, by shape and by model."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable
+
+import torch
+
+from thalweg.device.backend import Device
+
+
+def clock(work: Callable[[], object], device: Device, *, repeats: int) -> list[float]:
+    """Seconds of each of ``repeats`` runs, the device waited for."""
+    seconds = []
+    for _ in range(repeats):
+        device.synchronize()
+        start = time.perf_counter()
+        work()
+        device.synchronize()
+        seconds.append(time.perf_counter() - start)
+    return seconds
+
+
+def half_precision_gain(
+    plain: Callable[[], object], half: Callable[[], object], device: Device, *, budget_s: float = 2.0
+) -> tuple[float, int]:
+    """How many times faster ``half`` is than ``plain``: median of pairs taken in turn, after one warm-up each.
+
+    Args:
+        budget_s: seconds that the measuring may take, warm-ups included; at least 3 pairs are taken.
+
+    Returns:
+        The ratio, and the number of pairs that it rests on.
+    """
+    start = time.perf_counter()
+    first = clock(plain, device, repeats=1)[0] + clock(half, device, repeats=1)[0]
+    pairs = max(3, min(25, int((budget_s - (time.perf_counter() - start)) / max(first, 1e-6))))
+    ratios = [
+        clock(plain, device, repeats=1)[0] / max(clock(half, device, repeats=1)[0], 1e-9) for _ in range(pairs)
+    ]
+    return statistics.median(ratios), pairs
+
+
+def matmul_rates(device: Device, *, size: int = 1024, repeats: int = 5) -> dict[str, float]:
+    """Floating-point operations a second of a square matrix product, by dtype; the best of ``repeats``."""
+    rates = {}
+    for name in ("float32", "bfloat16", "float16"):
+        try:
+            a = torch.ones(size, size, dtype=getattr(torch, name), device=device.torch)
+            work = lambda a=a: a @ a
+            clock(work, device, repeats=1)
+            rates[name] = 2 * size**3 / min(clock(work, device, repeats=repeats))
+        except RuntimeError:  # the device has no such product
+            continue
+    return rates

@@ -1,0 +1,53 @@
+"""Plan -> State and Step: arenas, schedules as tables on the device, the loss scale."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from thalweg.core import Plan
+from thalweg.device import Device
+from thalweg.engine.preflight import ModelLoss
+from thalweg.engine.state import State
+from thalweg.engine.step import Step, StepOptions
+from thalweg.optim import make_arenas, named_trainable
+from thalweg.precision import Policy
+from thalweg.rules import RULES
+from thalweg.schedules import parse
+
+
+def build(plan: Plan, model: nn.Module, loss: ModelLoss, device: Device, policy: Policy) -> Step:
+    """The step of a plan; the model's parameters become views of flat buffers."""
+    recipe = plan.recipe
+    optimizer = recipe.optimizer
+    average = recipe.regularize.average > 0
+    arenas = make_arenas(
+        model,
+        plan.parameters,
+        named_trainable(model),
+        RULES[optimizer.rule],
+        optimizer.options,
+        weight_decay=optimizer.weight_decay,
+        decay_form=optimizer.decay_form or RULES[optimizer.rule].decay_form,
+        average=average,
+    )
+    state = State(model, arenas, device, scaled=policy.scaled, average=average)
+    dtype = torch.float64 if any(arena.dtype == torch.float64 for arena in arenas) else torch.float32
+    peak = optimizer.lr if optimizer.lr is not None else RULES[optimizer.rule].lr
+    factors = parse(recipe.schedule.lr).values(plan.steps)
+    options = StepOptions(
+        seed=recipe.seed,
+        clip=recipe.train.clip,
+        loss_divisor=plan.loss_divisor,
+        lrs=torch.tensor([peak * factor for factor in factors], dtype=dtype, device=device.torch),
+        shares=average_shares(recipe.regularize.average, plan.steps, device) if average else None,
+    )
+    model.train()
+    return Step(state, loss, policy, options)
+
+
+def average_shares(decay: float, steps: int, device: Device) -> Tensor:
+    """1 - min(decay, (1 + t)/(10 + t)) for update t = 1, 2, ...: young averages forget their beginning faster."""
+    updates = torch.arange(1, steps + 1, dtype=torch.float64)
+    shares = 1 - torch.minimum(torch.tensor(decay, dtype=torch.float64), (1 + updates) / (10 + updates))
+    return shares.to(device.torch, torch.float32)

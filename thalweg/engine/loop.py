@@ -1,0 +1,146 @@
+"""The loop, on one screen: steps in order; records, evaluations and checkpoints at their times; an end that is a value."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+
+from thalweg.core import Evaluation, Event, Feed, Plan, Record, Sink, StopReason
+from thalweg.engine.step import FIELDS, RING, Step
+
+_FLUSH_SECONDS = 0.25
+_GIVE_UP_AFTER = 50  # steps in a row without a finite gradient
+
+
+class Loop:
+    """Runs a step over a feed from where the state stands.
+
+    Args:
+        evaluate: gives metrics, or None where there is no held-out data.
+        save: writes a checkpoint of this moment, told the facts to keep.
+        stop: asked between steps: whether someone wants the run to end.
+    """
+
+    def __init__(
+        self,
+        plan: Plan,
+        step: Step,
+        feed: Feed,
+        sinks: Sequence[Sink],
+        *,
+        evaluate: Callable[[], dict[str, float]] | None = None,
+        save: Callable[[], None] = lambda: None,
+        stop: Callable[[], bool] = lambda: False,
+    ) -> None:
+        self.plan, self.step, self.feed, self.sinks = plan, step, feed, sinks
+        self.evaluate, self.save, self.stop = evaluate, save, stop
+        self.ranking: list[tuple[float, int]] = []  # (value of the chosen metric, step), best first
+        self.streak = 0  # skipped steps in a row
+        self._began = time.perf_counter()
+        self._flushed_at = self._began
+        self._pending: list[float] = []  # seconds of the steps whose rows are still on the device
+        self._saved = -1
+        self._steps_per_epoch = getattr(getattr(feed, "order", None), "steps_per_epoch", 0)
+
+    def run(self, until: int | None = None) -> StopReason:
+        """Train up to step ``until`` (the plan's end if None)."""
+        state, recipe = self.step.state, self.plan.recipe
+        last = self.plan.steps if until is None else min(until, self.plan.steps)
+        due = lambda every: state.step == self.plan.steps or (every and state.step % every == 0)
+        try:
+            for window in self.feed.windows(state.step, last):
+                self.step.run(window)
+                self._note()
+                if self.evaluate and due(recipe.evaluate.every):
+                    self._evaluate()
+                if due(recipe.checkpoint.every) or self._is_best_now():
+                    self._save()
+                if self.streak >= _GIVE_UP_AFTER:
+                    return self._end(StopReason.DIVERGED)
+                if self.stop() and state.step < self.plan.steps:
+                    self._save()
+                    return self._end(StopReason.INTERRUPTED)
+        except Exception:
+            self._rescue()
+            raise
+        return self._end(StopReason.FINISHED)
+
+    def flush(self) -> None:
+        """Read the rows of all steps since the last flush, in one copy, and pass them on."""
+        if not self._pending:
+            return
+        count, end = len(self._pending), self.step.state.step
+        rows = self.step.ring.tolist()
+        records = [self._record(i, rows[(i - 1) % RING], s) for i, s in zip(range(end - count + 1, end + 1), self._pending)]
+        self._pending.clear()
+        self._flushed_at = time.perf_counter()
+        for record in records:
+            self.streak = self.streak + 1 if record.skipped else 0
+        for sink in self.sinks:
+            sink.steps(records)
+
+    def tell(self, name: str, text: str) -> None:
+        """Something that a person should know goes to every sink."""
+        for sink in self.sinks:
+            sink.event(Event(self.step.state.step, name, text))
+
+    def _note(self) -> None:
+        now = time.perf_counter()
+        self._pending.append(now - self._began)
+        if len(self._pending) == RING or now - self._flushed_at > _FLUSH_SECONDS:
+            self.flush()
+
+    def _record(self, step: int, row: list[float], seconds: float) -> Record:
+        value = dict(zip(FIELDS, row))
+        weight = value["weight"]
+        return Record(
+            step=step,
+            epoch=(step - 1) // self._steps_per_epoch if self._steps_per_epoch else 0,
+            loss=value["loss_sum"] / weight if weight else float("nan"),
+            weight=weight,
+            grad_norm=value["grad_norm"],
+            lr=value["lr"],
+            applied=int(value["applied"]) + (not value["skipped"]),
+            skipped=bool(value["skipped"]),
+            scale=value["scale"],
+            seconds=round(seconds, 4),
+        )
+
+    def _evaluate(self) -> None:
+        assert self.evaluate is not None
+        self.flush()
+        metrics = self.evaluate()
+        wanted = self.plan.recipe.evaluate
+        now = self.step.state.step
+        value = metrics[wanted.best]
+        if value == value:
+            self.ranking.append((value, now))
+            self.ranking.sort(key=lambda pair: (pair[0] if wanted.goal == "min" else -pair[0], pair[1]))
+        seconds = round(time.perf_counter() - self._began, 4)
+        evaluation = Evaluation(now, metrics, self.best_steps()[:1] == [now], seconds)
+        for sink in self.sinks:
+            sink.evaluation(evaluation)
+
+    def best_steps(self) -> list[int]:
+        """Steps of the best evaluations so far, best first."""
+        return [step for _, step in self.ranking]
+
+    def _is_best_now(self) -> bool:
+        return self.step.state.step in self.best_steps()[: self.plan.recipe.checkpoint.keep_best]
+
+    def _save(self) -> None:
+        if self._saved != self.step.state.step:
+            self.flush()
+            self.save()
+            self._saved = self.step.state.step
+
+    def _rescue(self) -> None:
+        """A step broke off before its update: the state is that of the step before, and is kept."""
+        self.step.state.statistics.restore()
+        self.flush()
+        if self.step.state.step:
+            self._save()
+
+    def _end(self, reason: StopReason) -> StopReason:
+        self.flush()
+        return reason

@@ -1,0 +1,138 @@
+"""One forward and backward pass before step 0, on the first micro-batch, that leaves no trace.
+
+It finds what would otherwise surface in the middle of a run: a loss that is not one, parameters without a gradient, labels
+out of range. And it tells the plan the weight of a micro-batch and what half precision gains.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+from thalweg.core import DataError, ModelError, seed_for
+from thalweg.data import Source, Tensors, tensors
+from thalweg.device import Device, half_precision_gain
+from thalweg.engine.losses import check_loss, sum_and_weight
+from thalweg.optim import named_trainable
+from thalweg.precision import POLICIES
+
+ModelLoss = Callable[[nn.Module, Any], Any]
+
+
+@dataclass(frozen=True)
+class Probe:
+    """What the first micro-batch told: its loss and its weight."""
+
+    loss: float
+    weight: float
+
+
+@contextmanager
+def untouched(model: nn.Module, device: Device, seed: int) -> Iterator[None]:
+    """Buffers, such as running statistics, and torch's generators are afterwards as they were."""
+    kept = [(buffer, buffer.clone()) for buffer in model.buffers()]
+    states = [(generator, generator.get_state()) for generator in device.generators()]
+    for generator, _ in states:
+        generator.manual_seed(seed_for(seed, "preflight"))
+    try:
+        yield
+    finally:
+        with torch.no_grad():
+            for buffer, before in kept:
+                buffer.copy_(before)
+        for generator, state in states:
+            generator.set_state(state)
+
+
+def preflight(model: nn.Module, loss: ModelLoss, batch: Any, source: Source | None, device: Device, seed: int) -> Probe:
+    """Try the model and the loss on one micro-batch.
+
+    Raises:
+        LossError, DataError, ModelError: each names what is wrong, with its numbers.
+    """
+    watch = _LabelWatch()
+    model.train()
+    for p in model.parameters():  # the engine owns gradients from here on
+        p.grad = None
+    with untouched(model, device, seed):
+        with watch:
+            value = loss(model, batch)
+        check_loss(value)
+        total, weight = sum_and_weight(value, batch)
+        named = named_trainable(model)
+        grads = torch.autograd.grad(total, [p for _, p in named], allow_unused=True)
+    idle = [name for (name, _), grad in zip(named, grads) if grad is None]
+    if idle:
+        shown = ", ".join(idle[:8]) + (f" and {len(idle) - 8} more" if len(idle) > 8 else "")
+        raise ModelError(
+            "Some parameters never get a gradient.",
+            f"{len(idle)} of {len(named)}: {shown}.",
+            "Use them in the forward pass, or set requires_grad=False on them.",
+        )
+    watch.check_all(source, batch)
+    return Probe(float(total.detach()) / max(float(weight), 1e-30), float(weight))
+
+
+def gain_of_half(model: nn.Module, loss: ModelLoss, batch: Any, half: str, device: Device, seed: int) -> tuple[float, int]:
+    """How many times faster the forward and backward pass is in ``half`` than in fp32, and the pairs timed."""
+    params = [p for _, p in named_trainable(model)]
+
+    def work(name: str) -> Callable[[], object]:
+        def run() -> None:
+            with POLICIES[name].context(device):
+                total, _ = sum_and_weight(loss(model, batch), batch)
+            torch.autograd.grad(total, params, allow_unused=True)
+
+        return run
+
+    with untouched(model, device, seed):
+        return half_precision_gain(work("fp32"), work(half), device)
+
+
+class _LabelWatch(TorchFunctionMode):
+    """Looks at the labels of every classification loss before it runs: out of range, a GPU would only say 'assert'."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls: list[tuple[Tensor, int, int]] = []
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func in (F.cross_entropy, F.nll_loss):
+            given = {**dict(zip(("input", "target"), args)), **kwargs}
+            logits, target = given["input"], given["target"]
+            if not target.is_floating_point():
+                classes = logits.shape[1] if logits.ndim > 1 else logits.shape[0]
+                ignored = int(given.get("ignore_index", -100))
+                _check_labels(target, classes, ignored, "the first micro-batch")
+                self.calls.append((target, classes, ignored))
+        return func(*args, **kwargs)
+
+    def check_all(self, source: Source | None, batch: Any) -> None:
+        """In-memory data: the labels of the whole set are checked, not the first batch's alone."""
+        if not isinstance(source, Tensors):
+            return
+        whole = dict(tensors(source.tree))
+        for target, classes, ignored in self.calls:
+            for name, part in tensors(batch):
+                if part.shape == target.shape and part.dtype == target.dtype and torch.equal(part, target):
+                    _check_labels(whole[name], classes, ignored, f"'{name}'")
+
+
+def _check_labels(labels: Tensor, classes: int, ignored: int, where: str) -> None:
+    wrong = (labels != ignored) & ((labels < 0) | (labels >= classes))
+    if wrong.any():
+        low, high = int(labels[wrong].min()), int(labels[wrong].max())
+        raise DataError(
+            "Labels are out of range.",
+            f"{int(wrong.sum())} of {labels.numel()} labels in {where} lie in [{low}, {high}]; "
+            f"the model has {classes} classes, 0 to {classes - 1}.",
+            "Give the model one output a class, or number the labels from 0.",
+        )

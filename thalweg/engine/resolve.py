@@ -1,0 +1,291 @@
+"""Recipe -> Plan: every gap is filled before step 1, each with its reason; what cannot work is refused here."""
+
+from __future__ import annotations
+
+import inspect
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from thalweg.core import (
+    DataError,
+    Decision,
+    Feed,
+    ModelError,
+    Plan,
+    Recipe,
+    RecipeError,
+    Split,
+    Task,
+    did_you_mean,
+    seed_for,
+)
+from thalweg.data import Source, Stream, Tensors, as_source, make_feed
+from thalweg.device import Device, choose, facts
+from thalweg.engine.preflight import ModelLoss, Probe, gain_of_half, preflight
+from thalweg.optim import parameter_table
+from thalweg.precision import Policy, policy_for
+from thalweg.rules import RULES
+from thalweg.schedules import parse
+
+_GAIN = 1.1  # half precision is taken where it is at least this much faster
+
+
+@dataclass(frozen=True)
+class Resolved:
+    """A plan and the living things that it is about."""
+
+    plan: Plan
+    model: nn.Module
+    loss: ModelLoss
+    feed: Feed
+    test: Source | None
+    device: Device
+    policy: Policy
+
+
+class Decisions:
+    """Collects what was decided and why."""
+
+    def __init__(self) -> None:
+        self.made: list[Decision] = []
+
+    def take(self, path: str, value: Any, reason: str) -> Any:
+        self.made.append(Decision(path, value, reason))
+        return value
+
+    def unless_given(self, path: str, given: Any, derive: Callable[[], tuple[Any, str]]) -> Any:
+        """``given``, or what ``derive`` says: (value, reason)."""
+        return given if given is not None else self.take(path, *derive())
+
+
+def resolve(task: Task, recipe: Recipe, *, saved: Plan | None = None) -> Resolved:
+    """Fill every gap of a recipe, try the model on one micro-batch, and say what was decided.
+
+    Args:
+        saved: the plan of the run that is resumed: what was measured then is not measured again.
+
+    Raises:
+        ThalwegError: for anything that would fail later.
+    """
+    decide = Decisions()
+    if saved is not None:
+        recipe = saved.recipe
+        decide.made.extend(saved.decisions)
+    recipe = settle_optimizer(recipe, decide)
+    schedule = parse(recipe.schedule.lr)
+    device, why = choose(recipe.device)
+    if recipe.device == "auto":
+        recipe = replace(recipe, device=decide.take("device", str(device.torch), why))
+    if recipe.precision != "auto":
+        policy_for(recipe.precision, device)
+    split = _split(task, recipe)
+    source = as_source(split.train)
+    test = None if split.test is None else as_source(split.test)
+    recipe, steps, samples = _settle_length(recipe, source, decide)
+    schedule.values(steps)
+    model = _model(task, recipe).to(device.torch)
+    loss = _with_options(task.loss, recipe.loss, "loss", skip=2)
+    _check_last_batch(model, recipe, samples)
+    source, test = _near(source, device, decide), None if test is None else _near(test, device, None)
+    feed = make_feed(
+        source,
+        batch=recipe.train.batch,
+        micro_batch=_set(recipe.train.micro_batch),
+        seed=recipe.seed,
+        keep_last=recipe.train.last == "keep",
+        device=device.torch,
+        workers=recipe.data.workers,
+        augment=split.augment,
+    )
+    first = _first_window(feed, steps)
+    probe = preflight(model, loss, first[0], source, device, recipe.seed)
+    recipe = settle_precision(recipe, model, loss, first[0], device, decide)
+    recipe = _settle_evaluation(recipe, task, test is not None, steps, decide)
+    rows = parameter_table(model, recipe.optimizer.no_decay)
+    divisor = saved.loss_divisor if saved else loss_divisor(probe, len(first))
+    if recipe.train.steps != steps and saved is None:
+        recipe = replace(recipe, train=replace(recipe.train, steps=steps))
+    plan = Plan(
+        task=task.name,
+        recipe=recipe,
+        decisions=tuple(decide.made),
+        steps=steps,
+        samples=samples,
+        loss_divisor=divisor,
+        parameters=rows,
+        unit=task.unit,
+        sizes={},
+        machine={**facts(device), "data": split.facts, "first_loss": probe.loss},
+    )
+    return Resolved(plan, model, loss, feed, test, device, policy_for(recipe.precision, device))
+
+
+def _set(value: int | None) -> int:
+    assert value is not None
+    return value
+
+
+def settle_optimizer(recipe: Recipe, decide: Decisions) -> Recipe:
+    optimizer = recipe.optimizer
+    rule = RULES[optimizer.rule]
+    options = rule.options(optimizer.options)
+    for name in sorted(options.keys() - optimizer.options.keys()):
+        decide.take(f"optimizer.options.{name}", options[name], f"published default of {rule.name} ({rule.paper})")
+    lr = decide.unless_given(
+        "optimizer.lr", optimizer.lr, lambda: (rule.lr, f"published default of {rule.name} ({rule.paper})")
+    )
+    form = optimizer.decay_form
+    if optimizer.weight_decay:
+        form = decide.unless_given("optimizer.decay_form", form, lambda: (rule.decay_form, f"the form of {rule.name}"))
+    return replace(recipe, optimizer=replace(optimizer, options=options, lr=lr, decay_form=form or rule.decay_form))
+
+
+def _settle_length(recipe: Recipe, source: Source, decide: Decisions) -> tuple[Recipe, int, int]:
+    train = recipe.train
+    samples = source.num if isinstance(source, Stream) else len(source)
+    micro = decide.unless_given(
+        "train.micro_batch", train.micro_batch, lambda: (train.batch, "the whole batch in one pass")
+    )
+    if train.last == "drop" and 0 < samples < train.batch:
+        raise DataError(
+            "train.last='drop' drops the only window of an epoch.",
+            f"{samples} samples, train.batch={train.batch}.",
+            "Use train.last='keep' or a smaller batch.",
+        )
+    per_epoch = samples / train.batch
+    per_epoch = max(1, math.ceil(per_epoch) if train.last == "keep" else math.floor(per_epoch))
+    steps = train.steps
+    if steps is None:
+        if not samples:
+            raise RecipeError(
+                "The length of the run is not known.",
+                "The data is a stream that does not say how long it is.",
+                "Give train.steps.",
+            )
+        epochs = decide.unless_given("train.epochs", train.epochs, lambda: (10.0, "neither steps nor epochs were given"))
+        steps = max(1, round(epochs * per_epoch))
+        decide.take("train.steps", steps, f"{epochs:g} epochs of {per_epoch} steps ({samples} samples)")
+    elif train.epochs is not None:
+        decide.take("train.epochs", train.epochs, f"not used: train.steps={steps} was given too")
+    return replace(recipe, train=replace(train, micro_batch=micro)), steps, samples
+
+
+def settle_precision(
+    recipe: Recipe, model: nn.Module, loss: ModelLoss, batch: Any, device: Device, decide: Decisions
+) -> Recipe:
+    if recipe.precision != "auto":
+        return recipe
+    dtypes = {p.dtype for p in model.parameters()}
+    if dtypes != {torch.float32}:
+        name = decide.take("precision", "fp32", f"the parameters are {', '.join(map(str, dtypes))}, left as they are")
+    elif "bf16" not in device.autocasts:
+        name = decide.take("precision", "fp32", f"{device.torch} has no bf16")
+    else:
+        gain, pairs = gain_of_half(model, loss, batch, "bf16", device, recipe.seed)
+        told = f"bf16 runs this model's forward and backward pass at {gain:.2f} times the speed of fp32 ({pairs} pairs)"
+        chosen = "bf16" if gain >= _GAIN else "fp32"
+        name = decide.take("precision", chosen, f"measured here: {told}; taken from {_GAIN:g} on")
+    return replace(recipe, precision=name)
+
+
+def _settle_evaluation(recipe: Recipe, task: Task, held_out: bool, steps: int, decide: Decisions) -> Recipe:
+    evaluate, checkpoint = recipe.evaluate, recipe.checkpoint
+    tenth = max(1, steps // 10)
+    if held_out:
+        every = decide.unless_given("evaluate.every", evaluate.every, lambda: (tenth, "ten times a run"))
+        batch = decide.unless_given(
+            "evaluate.batch", evaluate.batch, lambda: (recipe.train.micro_batch, "the micro-batch")
+        )
+        smaller = evaluate.best.split("_")[-1] in ("loss", "error", "perplexity", "mae", "mse", "rmse")
+        goal = decide.unless_given(
+            "evaluate.goal", evaluate.goal, lambda: ("min" if smaller else "max", f"by the name '{evaluate.best}'")
+        )
+        evaluate = replace(evaluate, every=every, batch=batch, goal=goal)
+    else:
+        evaluate = replace(evaluate, every=0, batch=evaluate.batch or recipe.train.micro_batch, goal=evaluate.goal or "min")
+    saves = decide.unless_given("checkpoint.every", checkpoint.every, lambda: (tenth, "ten times a run"))
+    return replace(recipe, evaluate=evaluate, checkpoint=replace(checkpoint, every=saves))
+
+
+def _split(task: Task, recipe: Recipe) -> Split:
+    data = task.data
+    is_function = callable(data) and not hasattr(data, "__iter__") and not hasattr(data, "__getitem__")
+    if is_function:
+        data = _with_options(data, recipe.data.options, "data.options", skip=0)()
+    elif recipe.data.options:
+        _no_options("data.options", recipe.data.options, "the data is an object, not a function")
+    return data if isinstance(data, Split) else Split(train=data)
+
+
+def _model(task: Task, recipe: Recipe) -> nn.Module:
+    model = task.model
+    if isinstance(model, nn.Module):
+        if recipe.model:
+            _no_options("model", recipe.model, "the model is a module, not a function that makes one")
+    else:
+        torch.manual_seed(seed_for(recipe.seed, "init"))
+        model = _with_options(model, recipe.model, "model", skip=0)()
+    if not isinstance(model, nn.Module):
+        raise ModelError(
+            "The task's model is no nn.Module.", f"Got {type(model).__name__}.", "Return an nn.Module from it."
+        )
+    return model
+
+
+def _no_options(table: str, given: Mapping[str, Any], why: str) -> None:
+    raise RecipeError(f"[{table}] has no use here: {why}.", f"Given: {', '.join(given)}.", "Remove the table.")
+
+
+def _with_options(function: Callable[..., Any], given: Mapping[str, Any], table: str, *, skip: int) -> Any:
+    """``function`` with recipe options bound; their names are checked against its signature."""
+    parameters = list(inspect.signature(function).parameters.values())[skip:]
+    if not any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters):
+        known = [p.name for p in parameters if p.kind is not inspect.Parameter.VAR_POSITIONAL]
+        for key in given:
+            if key not in known:
+                name = getattr(function, "__name__", str(function))
+                raise RecipeError(
+                    f"{table}.{key} is no argument of {name}().", f"It takes {len(known)}.", did_you_mean(key, known)
+                )
+    if not given:
+        return function
+    options = dict(given)
+    return lambda *args: function(*args, **options)
+
+
+def _near(source: Source, device: Device, decide: Decisions | None) -> Source:
+    """In-memory data moves to the device where it takes little of its memory."""
+    if device.kind == "cpu" or not isinstance(source, Tensors) or source.nbytes() > device.memory_bytes() // 8:
+        return source
+    if decide is not None:
+        decide.take("data on device", True, f"{source.nbytes() >> 20} MiB, under an eighth of the device's memory")
+    return source.to(device.torch)
+
+
+def _first_window(feed: Feed, steps: int) -> list[Any]:
+    for window in feed.windows(0, min(steps, 1)):
+        return window
+    raise DataError("The data holds no sample.", "The first window is empty.", "Give at least one sample.")
+
+
+def _check_last_batch(model: nn.Module, recipe: Recipe, samples: int) -> None:
+    """BatchNorm cannot train on a single value a channel: find that now, not at the end of the first epoch."""
+    rest = samples % recipe.train.batch % _set(recipe.train.micro_batch)
+    alone = recipe.train.micro_batch == 1 or (rest == 1 and recipe.train.last == "keep")
+    if alone and any(isinstance(m, _BatchNorm) for m in model.modules()):
+        raise DataError(
+            "A micro-batch would hold 1 sample, and this model has batch normalization.",
+            f"{samples} samples, train.batch={recipe.train.batch}, train.micro_batch={recipe.train.micro_batch}.",
+            "Use train.last='drop', or sizes that leave more than 1.",
+        )
+
+
+def loss_divisor(probe: Probe, micro_batches: int) -> float:
+    """A power of two near the weight of a window: dividing by it never rounds."""
+    return 2.0 ** round(math.log2(max(probe.weight * micro_batches, 1.0)))

@@ -1,0 +1,150 @@
+"""The State is all that changes in a run, with one owner; what is not here needs no saving."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from thalweg.checkpoint import Snapshot
+from thalweg.core import CheckpointError
+from thalweg.device import Device
+from thalweg.optim import Arena, plain_name
+from thalweg.precision import LossScale
+from thalweg.regularize import PooledStatistics
+
+
+class State:
+    """Parameters, slots, averages, running statistics, loss scale and counters.
+
+    Attributes:
+        step: steps attempted, on the host; names the random streams and the data position.
+        applied: updates applied, on the device, of shape (1,); the schedule and the averages follow it.
+        t: the number of the next update, from 1, 0-dim float32.
+    """
+
+    def __init__(
+        self, model: nn.Module, arenas: list[Arena], device: Device, *, scaled: bool, average: bool
+    ) -> None:
+        self.model, self.arenas, self.device = model, arenas, device
+        self.statistics = PooledStatistics(model, device.exact)
+        self.scale = LossScale.start(device) if scaled else None
+        self.applied = torch.zeros(1, dtype=torch.int64, device=device.torch)
+        self.t = torch.ones((), dtype=torch.float32, device=device.torch)
+        self.step = 0
+        self.averaged_statistics = [b.clone() for b in self.statistics.buffers()] if average else []
+
+    def averages(self) -> Iterator[tuple[Tensor, Tensor]]:
+        """(average, live) flat tensors: parameters, and the float statistics that belong to them."""
+        for arena in self.arenas:
+            if arena.average is not None:
+                yield arena.average, arena.params
+        yield from zip(self.averaged_statistics, self.statistics.buffers())
+
+    @contextmanager
+    def averaged(self) -> Iterator[None]:
+        """The model holds the averaged weights and statistics; afterwards the live ones, to the bit."""
+        kept = []
+        with torch.no_grad():
+            for average, live in self.averages():
+                kept.append((live, live.clone()))
+                live.copy_(average)
+        try:
+            yield
+        finally:
+            with torch.no_grad():
+                for live, before in kept:
+                    live.copy_(before)
+
+    def adopt_average(self) -> None:
+        """Leave the averaged weights in the model for good, as at the end of a run."""
+        with torch.no_grad():
+            for average, live in self.averages():
+                live.copy_(average)
+
+    def snapshot(self, facts: Mapping[str, Any]) -> Snapshot:
+        """All of the state, for a checkpoint; tensors are named after the model's parameters, never by place."""
+        groups = {"weights": self._weights(), "state": dict(self._slots())}
+        if averages := self._averages():
+            others = {name: t for name, t in self._weights().items() if name not in averages}
+            groups["average"] = {**others, **averages}
+        return Snapshot(groups, {**facts, "step": self.step})
+
+    def load(self, snapshot: Snapshot) -> None:
+        """Take over a snapshot of a run with the same model and recipe.
+
+        Raises:
+            CheckpointError: if names or shapes differ; nothing has been changed then.
+        """
+        pairs = [*_matched(self._weights(), snapshot.groups["weights"], "weights")]
+        pairs += _matched(dict(self._slots()), snapshot.groups["state"], "state")
+        if averages := self._averages():
+            saved = snapshot.groups.get("average", {})
+            pairs += _matched(averages, {name: t for name, t in saved.items() if name in averages}, "average")
+        with torch.no_grad():
+            for mine, theirs in pairs:
+                mine.copy_(theirs)
+        self.t.copy_(self.applied[0] + 1)
+        self.step = int(snapshot.facts["step"])
+
+    def _weights(self) -> dict[str, Tensor]:
+        """Parameters and saved buffers by plain name; tied ones once."""
+        wanted = self.model.state_dict(keep_vars=True)
+        seen: set[int] = set()
+        named = {}
+        for name, tensor in wanted.items():
+            if isinstance(tensor, Tensor) and id(tensor) not in seen:
+                seen.add(id(tensor))
+                named[plain_name(name)] = tensor.detach()
+        return named
+
+    def _averages(self) -> dict[str, Tensor]:
+        """Averaged parameters and statistics, as views of the flat averages."""
+        named = {}
+        for arena in self.arenas:
+            if arena.average is not None:
+                named.update({name: arena.view(arena.average, name) for name in arena.places})
+        if self.averaged_statistics:
+            named.update(self.statistics.views(*self.averaged_statistics))
+        return named
+
+    def _slots(self) -> Iterator[tuple[str, Tensor]]:
+        for arena in self.arenas:
+            for slot in arena.slot_names:
+                for name in arena.places:
+                    yield f"{slot}/{name}", arena.view(arena.slots[slot], name)
+        yield "applied", self.applied
+        if self.scale is not None:
+            yield "loss_scale", self.scale.scale
+            yield "loss_scale_streak", self.scale.streak
+
+    def nbytes(self) -> dict[str, int]:
+        """Bytes by purpose."""
+        sizes: dict[str, int] = {}
+        for arena in self.arenas:
+            for purpose, size in arena.nbytes().items():
+                sizes[purpose] = sizes.get(purpose, 0) + size
+        sizes["buffers"] = sum(buffer.nbytes for buffer in self.model.buffers())
+        return sizes
+
+
+def _matched(mine: Mapping[str, Tensor], saved: Mapping[str, Tensor], what: str) -> Iterator[tuple[Tensor, Tensor]]:
+    if mine.keys() != saved.keys():
+        missing, extra = sorted(mine.keys() - saved.keys())[:4], sorted(saved.keys() - mine.keys())[:4]
+        raise CheckpointError(
+            f"The checkpoint's {what} are not those of this model.",
+            f"Missing: {', '.join(missing) or 'none'}. Not known: {', '.join(extra) or 'none'}.",
+            "Resume with the model and recipe that the run began with, or start a new run.",
+        )
+    for name, tensor in mine.items():
+        other = saved[name]
+        if tensor.shape != other.shape or tensor.dtype != other.dtype:
+            raise CheckpointError(
+                f"'{name}' in the checkpoint's {what} is of another shape or dtype.",
+                f"{tuple(other.shape)} {other.dtype}, and the model has {tuple(tensor.shape)} {tensor.dtype}.",
+                "Resume with the model and recipe that the run began with, or start a new run.",
+            )
+        yield tensor, other

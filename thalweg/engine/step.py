@@ -1,0 +1,151 @@
+"""The training step, on one screen: all micro-batches of a window in, one update out, nothing read back to Python."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from thalweg.core import seed_for
+from thalweg.engine.losses import sum_and_weight
+from thalweg.engine.state import State
+from thalweg.precision import Policy
+
+#: What a step writes into its row of the ring, in this order.
+FIELDS = ("loss_sum", "weight", "grad_norm", "skipped", "lr", "scale", "applied")
+RING = 64
+
+
+@dataclass(frozen=True)
+class StepOptions:
+    """What a step is told once.
+
+    Attributes:
+        seed: names the random streams.
+        clip: largest global gradient norm; 0: no clipping.
+        loss_divisor: a power of two near the weight of a window, divided out of sums before the backward pass.
+        lrs: the learning rate for each number of applied updates, (updates,), on the device.
+        shares: how far the average moves towards the weights, likewise; None: no average.
+    """
+
+    seed: int
+    clip: float
+    loss_divisor: float
+    lrs: Tensor
+    shares: Tensor | None
+
+
+class Step:
+    """One update of a State from one window of micro-batches.
+
+    Contracts: the gradient is sum(total) / sum(weight) over the window (C1); torch's generators are seeded by
+    (seed, step, micro-batch) (C2); unscale, finite check, clip, decay, update, average, in this order, and a skipped step
+    moves none of them (C4); one read of the gradients for the norm, one pass for the update (C5).
+    """
+
+    def __init__(
+        self, state: State, loss: Callable[[nn.Module, Any], Any], policy: Policy, options: StepOptions
+    ) -> None:
+        self.state, self.loss, self.policy, self.options = state, loss, policy, options
+        self.generators = state.device.generators()
+        device, exact = state.device.torch, state.device.exact
+        self.sums = torch.zeros(2, dtype=exact, device=device)  # of losses and of weights
+        self.sum_of_losses, self.sum_of_weights = self.sums[0], self.sums[1]
+        self.one = torch.ones((), dtype=torch.float32, device=device)
+        self.ring = torch.zeros(RING, len(FIELDS), dtype=exact, device=device)
+        self._seeds: dict[torch.dtype, Tensor] = {}
+
+    def run(self, window: Sequence[Any]) -> Tensor:
+        """One step.
+
+        Args:
+            window: micro-batches, on the device, each given to the loss function as it is.
+
+        Returns:
+            The row of ``FIELDS``, on the device; it is overwritten ``RING`` steps later.
+        """
+        state, options = self.state, self.options
+        self._begin()
+        for index, batch in enumerate(window):
+            self._seed(state.step, index)
+            with self.policy.context(state.device):
+                total, weight = sum_and_weight(self.loss(state.model, batch), batch)
+            torch.autograd.backward(total, self._backward_seed(total))
+            self._collect(total, weight, last=index == len(window) - 1)
+        with torch.no_grad():
+            scale = self.one if state.scale is None else state.scale.scale
+            mass = self.sum_of_weights * scale / options.loss_divisor  # what the gradients are a sum over
+            norm = self._gradient_norm() / mass
+            ok = torch.isfinite(norm + self.sum_of_losses)
+            skipped = (~ok).to(torch.float32)
+            divisor = mass * (norm / options.clip).clamp(min=1) if options.clip else mass
+            lr = self._now(options.lrs)
+            for arena in state.arenas:
+                arena.run(lr, state.t, divisor.to(lr.dtype), skipped)
+            if options.shares is not None:
+                share = self._now(options.shares) * ok
+                for average, live in state.averages():
+                    average.lerp_(live.to(average.dtype), share.to(average.dtype))
+            row = self._record(norm, skipped, lr, scale)
+            self._finish(ok, skipped)
+        return row
+
+    def _begin(self) -> None:
+        self.sums.zero_()
+        for arena in self.state.arenas:
+            arena.grads.zero_()
+        if self.state.statistics.layers:
+            self.state.statistics.begin()
+
+    def _seed(self, step: int, index: int) -> None:
+        name = seed_for(self.options.seed, "step", step, index)
+        for generator in self.generators:
+            generator.manual_seed(name)
+
+    def _backward_seed(self, total: Tensor) -> Tensor:
+        """The gradient that the backward pass starts from: loss scale over loss divisor, both powers of two."""
+        if self.state.scale is not None:
+            return (self.state.scale.scale / self.options.loss_divisor).to(total.dtype).reshape(total.shape)
+        if total.dtype not in self._seeds:
+            self._seeds[total.dtype] = torch.full_like(total, 1.0 / self.options.loss_divisor)
+        return self._seeds[total.dtype].reshape(total.shape)
+
+    def _collect(self, total: Tensor, weight: Any, *, last: bool) -> None:
+        self.sum_of_losses.add_(total.detach().reshape(()))
+        self.sum_of_weights.add_(weight)
+        if self.state.statistics.layers:
+            self.state.statistics.collect(last=last)
+
+    def _gradient_norm(self) -> Tensor:
+        """Global norm of the summed gradients, over all arenas."""
+        norms = []
+        for arena in self.state.arenas:
+            arena.hold_gradients()
+            norms.append(torch.linalg.vector_norm(arena.grads, dtype=torch.promote_types(arena.dtype, torch.float32)))
+        return norms[0] if len(norms) == 1 else torch.linalg.vector_norm(torch.stack(norms))
+
+    def _now(self, table: Tensor) -> Tensor:
+        """The scheduled value for the updates applied so far; looked up on the device, so that a skip needs no read."""
+        place = self.state.applied
+        if self.state.step >= table.shape[0]:
+            place = place.clamp(max=table.shape[0] - 1)
+        return table.index_select(0, place)[0]
+
+    def _record(self, norm: Tensor, skipped: Tensor, lr: Tensor, scale: Tensor) -> Tensor:
+        row = self.ring[self.state.step % RING]
+        values = (self.sums, norm, skipped, lr, scale, self.state.applied)
+        torch.cat([value.reshape(-1) for value in values], out=row)
+        return row
+
+    def _finish(self, ok: Tensor, skipped: Tensor) -> None:
+        state = self.state
+        state.applied.add_(ok)
+        state.t.add_(ok)
+        state.step += 1
+        if state.scale is not None:
+            state.scale.update(skipped)
+        if state.statistics.layers:
+            state.statistics.end(ok)

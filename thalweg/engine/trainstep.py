@@ -1,0 +1,140 @@
+"""The step for those who own their loop."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, replace
+from typing import Any
+
+from torch import Tensor, nn
+
+from thalweg.checkpoint import Snapshot
+from thalweg.core import Plan, Recipe, RecipeError
+from thalweg.data import batch_size, split, to_device
+from thalweg.device import choose, facts
+from thalweg.engine.build import build
+from thalweg.engine.preflight import ModelLoss, preflight
+from thalweg.engine.resolve import Decisions, loss_divisor, settle_optimizer, settle_precision
+from thalweg.engine.step import FIELDS, Step
+from thalweg.optim import parameter_table
+from thalweg.precision import policy_for
+from thalweg.schedules import parse
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """What a step has to say, still on the device: reading a value (``float(result.loss)``) waits for it, nothing else does.
+
+    Attributes:
+        row: float64 where the device has it, in the order of ``FIELDS``.
+    """
+
+    row: Tensor
+
+    @property
+    def loss(self) -> Tensor:
+        """Sum of losses over sum of weights, before the update; 0-dim."""
+        return self.row[0] / self.row[1]
+
+    @property
+    def grad_norm(self) -> Tensor:
+        """Global norm of the mean gradient before clipping; 0-dim."""
+        return self.row[FIELDS.index("grad_norm")]
+
+    @property
+    def lr(self) -> Tensor:
+        return self.row[FIELDS.index("lr")]
+
+    @property
+    def skipped(self) -> Tensor:
+        """1.0 where the gradient was not finite and nothing was moved."""
+        return self.row[FIELDS.index("skipped")]
+
+
+class TrainStep:
+    """One call is one training step: forward, backward, accumulation, clipping, update, schedule and average.
+
+    Args:
+        model: an ``nn.Module``; it is moved to the recipe's device, and its parameters become views of flat buffers.
+        loss: ``loss(model, batch)`` gives ``Loss(total, weight)`` or a scalar mean.
+        recipe: a ``Recipe``, or what differs from the default one by dotted path. Its data, evaluation and checkpoint
+            tables have no use here.
+        steps: updates that the schedule spans; needed unless the schedule is constant.
+
+    Raises:
+        ThalwegError: at construction for a recipe that is not possible, at the first call for a loss or model that is not.
+    """
+
+    def __init__(
+        self, model: nn.Module, loss: ModelLoss, recipe: Recipe | Mapping[str, Any] | None = None, *, steps: int | None = None
+    ) -> None:
+        given = recipe if isinstance(recipe, Recipe) else Recipe().override(recipe or {})
+        self._decide = Decisions()
+        self.recipe = settle_optimizer(given, self._decide)
+        self.steps = steps or self.recipe.train.steps
+        schedule = parse(self.recipe.schedule.lr)
+        if self.steps is None and {piece.shape for piece in schedule.pieces} - {"constant", "hold"}:
+            raise RecipeError(
+                f"The schedule '{schedule}' needs the length of the run.",
+                "TrainStep was given no steps.",
+                "Give steps=..., or schedule.lr='constant()'.",
+            )
+        schedule.values(self.steps or 1)
+        self.device, _ = choose(self.recipe.device)
+        self.model, self.loss = model.to(self.device.torch), loss
+        self.rows = parameter_table(model, self.recipe.optimizer.no_decay)
+        if self.recipe.precision != "auto":
+            policy_for(self.recipe.precision, self.device)
+        self._step: Step | None = None
+
+    def __call__(self, batch: Any) -> StepResult:
+        """Train on one batch, cut into micro-batches of ``recipe.train.micro_batch`` samples.
+
+        Args:
+            batch: a tree of tensors whose first dimension counts samples; any number of them.
+        """
+        micro_batch = self.recipe.train.micro_batch or batch_size(batch)
+        window = [to_device(part, self.device.torch) for part in split(batch, micro_batch)]
+        if self._step is None:
+            self._step = self._build(window)
+        return StepResult(self._step.run(window).clone())
+
+    def averaged(self) -> AbstractContextManager[None]:
+        """Inside, the model holds the averaged weights."""
+        return self._built().state.averaged()
+
+    def snapshot(self) -> Snapshot:
+        """All of the state, for a ``thalweg.checkpoint.Store``."""
+        return self._built().state.snapshot({})
+
+    def load(self, snapshot: Snapshot, batch: Any) -> None:
+        """Go on from a snapshot of the same model and recipe; ``batch`` is any batch, used for the checks before step 0."""
+        if self._step is None:
+            self._step = self._build(split(to_device(batch, self.device.torch), batch_size(batch)))
+        self._step.state.load(snapshot)
+
+    def _built(self) -> Step:
+        if self._step is None:
+            raise RecipeError("TrainStep has not taken a step.", "Its state is built from the first batch.", "Call it.")
+        return self._step
+
+    def _build(self, window: list[Any]) -> Step:
+        seed, steps = self.recipe.seed, self.steps or 1
+        probe = preflight(self.model, self.loss, window[0], None, self.device, seed)
+        recipe = settle_precision(self.recipe, self.model, self.loss, window[0], self.device, self._decide)
+        self.recipe = replace(recipe, train=replace(recipe.train, steps=steps))
+        self.plan = Plan(
+            task="step",
+            recipe=self.recipe,
+            decisions=tuple(self._decide.made),
+            steps=steps,
+            samples=0,
+            loss_divisor=loss_divisor(probe, len(window)),
+            parameters=self.rows,
+            unit="samples",
+            sizes={},
+            machine=facts(self.device),
+        )
+        policy = policy_for(self.recipe.precision, self.device)
+        return build(self.plan, self.model, self.loss, self.device, policy)

@@ -1,0 +1,291 @@
+"""A whole run: a task and a recipe in; a trained model, and a run folder if one is wanted, out."""
+
+from __future__ import annotations
+
+import json
+import signal
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from thalweg.checkpoint import FolderLock, Snapshot, Store, write_file
+from thalweg.core import (
+    CheckpointError,
+    Evaluation,
+    Plan,
+    Recipe,
+    Record,
+    RunFolderError,
+    Sink,
+    StopReason,
+    Task,
+)
+from thalweg.device import keep_freed_memory
+from thalweg.engine import Loop, Resolved, build, evaluate, resolve
+from thalweg.report import write_report
+from thalweg.watch import JsonLines, Memory
+
+Resume = bool | int
+
+
+@dataclass(frozen=True)
+class Result:
+    """What a run left.
+
+    Attributes:
+        reason: why it ended.
+        model: the trained module; where there is a weight average, it holds the averaged weights, those that were evaluated.
+        plan: what was decided.
+        records, evaluations: of this process; a resumed run's earlier ones stand in the run folder.
+        folder: the run folder, or None.
+        sample: what the task's sample function gave, at the end of a finished run.
+    """
+
+    reason: StopReason
+    model: nn.Module
+    plan: Plan
+    records: list[Record]
+    evaluations: list[Evaluation]
+    folder: Path | None
+    sample: str = ""
+
+    @property
+    def metrics(self) -> dict[str, float]:
+        """The last evaluation's metrics; empty where nothing was evaluated."""
+        return self.evaluations[-1].metrics if self.evaluations else {}
+
+
+def train(
+    model: Any,
+    loss: Callable[..., Any],
+    data: Any,
+    recipe: Recipe | Mapping[str, Any] | None = None,
+    *,
+    metrics: Callable[[Any, Any], Mapping[str, Any]] | None = None,
+    folder: str | Path | None = None,
+    resume: Resume = False,
+    sinks: Sequence[Sink] = (),
+) -> Result:
+    """Train a model.
+
+    Args:
+        model: an ``nn.Module``, or a function that makes one from ``recipe.model``.
+        loss: ``loss(model, batch)`` gives ``Loss(total, weight)`` or a scalar mean.
+        data: training data, or ``Split(train=..., test=...)``; a dict of tensors, a ``Dataset``, an iterable.
+        recipe: a ``Recipe``, or what differs from the default one, by dotted path.
+        metrics: ``metrics(model, batch)`` gives further (sum, weight) pairs for evaluation.
+        folder: where records, checkpoints and the report go; None writes nothing.
+        resume: go on from the newest good checkpoint of ``folder`` (True), or from a step.
+        sinks: further places where records go, such as ``thalweg.watch.Terminal()``.
+
+    Raises:
+        ThalwegError: for a mistake, before any work; the message says what to do.
+    """
+    task = Task(model=model, loss=loss, data=data, metrics=metrics)
+    given = recipe if isinstance(recipe, Recipe) else Recipe().override(recipe or {})
+    return train_task(task, given, folder=folder, resume=resume, sinks=sinks)
+
+
+def train_task(
+    task: Task,
+    recipe: Recipe,
+    *,
+    folder: str | Path | None = None,
+    resume: Resume = False,
+    sinks: Sequence[Sink] = (),
+) -> Result:
+    """Train a task; see ``train``."""
+    if folder is None:
+        if resume:
+            raise RunFolderError("resume needs a run folder.", "folder is None.", "Give the folder of the run.")
+        return _Run(task, recipe, None, sinks).go()
+    path = Path(folder)
+    lock = FolderLock(path)
+    lock.acquire()
+    try:
+        return _Run(task, recipe, RunFolder(path), sinks).go(resume)
+    finally:
+        lock.release()
+
+
+class RunFolder:
+    """The files of a run: recipe, plan, records, checkpoints, report."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.recipe_file, self.plan_file = path / "recipe.toml", path / "plan.json"
+        self.records_file, self.report_file = path / "records.jsonl", path / "report.html"
+        self.store = Store(path / "checkpoints")
+
+    def begin(self, recipe: Recipe) -> None:
+        """Claim the folder for a new run.
+
+        Raises:
+            RunFolderError: if it already holds one.
+        """
+        if self.recipe_file.exists():
+            self.check_same(recipe)
+            raise RunFolderError(
+                f"{self.path} already holds this run.",
+                f"Newest checkpoint: {self.store.steps()[-1] if self.store.steps() else 'none'}.",
+                "Go on with --resume, or start another with --name.",
+            )
+
+    def check_same(self, recipe: Recipe) -> None:
+        """Refuse a recipe that is not the one in the folder; the difference is shown."""
+        theirs = Recipe.from_file(self.recipe_file)
+        differing = [f"{path}: {theirs_!r} there, {mine!r} here" for path, mine, theirs_ in recipe.diff(theirs)]
+        if differing:
+            raise RunFolderError(
+                f"{self.path} belongs to a run with another recipe.",
+                "; ".join(differing) + ".",
+                "Start a new run with --name, or resume without changing the recipe.",
+            )
+
+    def saved_plan(self) -> Plan:
+        try:
+            return Plan.from_json(self.plan_file.read_text(encoding="utf-8"))
+        except (OSError, ValueError, KeyError, TypeError) as err:
+            raise RunFolderError(
+                f"{self.path} holds no run to resume.", f"plan.json: {err}.", "Start one without --resume."
+            ) from None
+
+
+class _Run:
+    """One process's part of a run."""
+
+    def __init__(self, task: Task, recipe: Recipe, folder: RunFolder | None, sinks: Sequence[Sink]) -> None:
+        self.task, self.recipe, self.folder = task, recipe, folder
+        self.memory = Memory()
+        self.lines: JsonLines | None = None
+        self.given_sinks = list(sinks)
+
+    def go(self, resume: Resume = False) -> Result:
+        snapshot, told = self._open(resume)
+        keep_freed_memory()
+        saved = self.folder.saved_plan() if self.folder and resume is not False else None
+        resolved = resolve(self.task, self.recipe, saved=saved)
+        step = build(resolved.plan, resolved.model, resolved.loss, resolved.device, resolved.policy)
+        plan = replace(resolved.plan, sizes=step.state.nbytes())
+        if self.folder and resume is False:
+            write_file(self.folder.plan_file, plan.to_json().encode())
+            write_file(self.folder.recipe_file, self.recipe.to_toml().encode())
+        if snapshot is not None:
+            step.state.load(snapshot)
+        sinks = self._sinks(snapshot)
+        with _asked_to_stop() as stop:
+            loop = Loop(plan, step, resolved.feed, sinks, evaluate=self._evaluation(resolved, step), stop=stop)
+            loop.save = lambda: self._save(loop)
+            if snapshot is not None:
+                loop.ranking = [(value, at) for value, at in snapshot.facts["ranking"]]
+                loop.streak = snapshot.facts["streak"]
+            for sink in sinks:
+                sink.start(plan, step.state.step)
+            for text in told:
+                loop.tell("checkpoint passed over", text)
+            reason = StopReason.FINISHED
+            try:
+                if step.state.step < plan.steps:
+                    reason = loop.run()
+            finally:
+                for sink in sinks:
+                    sink.stop(reason)
+        step.state.adopt_average()
+        sample = self._sample(step.state.model, reason)
+        if self.folder:
+            outcome = {"reason": reason.value, "advice": reason.advice, "sample": sample}
+            write_file(self.folder.path / "outcome.json", json.dumps(outcome).encode())
+            write_report(self.folder.path)
+        path = self.folder.path if self.folder else None
+        return Result(reason, step.state.model, plan, self.memory.records, self.memory.evaluations, path, sample)
+
+    def _open(self, resume: Resume) -> tuple[Snapshot | None, list[str]]:
+        """The snapshot to go on from, and what to tell of damaged ones."""
+        if self.folder is None:
+            return None, []
+        if resume is False:
+            self.folder.begin(self.recipe)
+            return None, []
+        if not self.folder.recipe_file.exists():
+            raise RunFolderError(
+                f"There is no run in {self.folder.path} to resume.", "It has no recipe.toml.", "Start one without --resume."
+            )
+        self.folder.check_same(self.recipe)
+        store = self.folder.store
+        if resume is not True:
+            if resume not in store.steps():
+                have = ", ".join(map(str, store.steps())) or "none"
+                raise CheckpointError(f"There is no checkpoint of step {resume}.", f"There are: {have}.", "Name one.")
+            snapshot = store.load(resume)
+            store.remove_after(resume)
+            return snapshot, []
+        step, faults = store.newest_good()
+        if step is None:
+            if faults:
+                raise CheckpointError(
+                    f"No checkpoint of {self.folder.path} is whole.", " ".join(faults), "Start a new run with --name."
+                )
+            return None, []  # stopped before its first checkpoint: the run begins again, in the same folder
+        told = [f"Passed over a damaged checkpoint: {fault} Going on from step {step}." for fault in faults]
+        snapshot = store.load(step)
+        store.remove_after(step)
+        return snapshot, told
+
+    def _sinks(self, snapshot: Snapshot | None) -> list[Sink]:
+        sinks: list[Sink] = [self.memory]
+        if self.folder:
+            keep = snapshot.facts["records_bytes"] if snapshot else 0
+            self.lines = JsonLines(self.folder.records_file, keep_bytes=keep)
+            sinks.append(self.lines)
+        return [*sinks, *self.given_sinks]
+
+    def _evaluation(self, resolved: Resolved, step: Any) -> Callable[[], dict[str, float]] | None:
+        test, wanted = resolved.test, resolved.plan.recipe.evaluate
+        if test is None:
+            return None
+        batch = wanted.batch or 1
+        return lambda: evaluate(
+            step.state, test, resolved.loss, self.task.metrics, resolved.policy, batch=batch
+        )
+
+    def _save(self, loop: Loop) -> None:
+        if self.folder is None or self.lines is None:
+            return
+        state, wanted = loop.step.state, loop.plan.recipe.checkpoint
+        facts = {"ranking": loop.ranking, "streak": loop.streak, "records_bytes": self.lines.durable_bytes()}
+        self.folder.store.save(state.step, state.snapshot(facts))
+        self.folder.store.retain(
+            last=wanted.keep_last, every=wanted.keep_every, best=loop.best_steps()[: wanted.keep_best]
+        )
+
+    def _sample(self, model: nn.Module, reason: StopReason) -> str:
+        if self.task.sample is None or reason is not StopReason.FINISHED:
+            return ""
+        model.eval()
+        return self.task.sample(model)
+
+
+@contextmanager
+def _asked_to_stop() -> Iterator[Callable[[], bool]]:
+    """Ctrl-C and SIGTERM ask for an end between two steps; a second Ctrl-C ends at once."""
+    asked: list[int] = []
+    if threading.current_thread() is not threading.main_thread():
+        yield lambda: False
+        return
+
+    def ask(number: int, frame: Any) -> None:
+        if asked and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        asked.append(number)
+
+    before = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield lambda: bool(asked)
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

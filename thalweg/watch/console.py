@@ -1,0 +1,136 @@
+"""The run on a terminal: the plan, a live progress line, evaluations; plain lines where there is no terminal."""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, ProgressColumn, Task, TextColumn
+from rich.table import Table
+from rich.text import Text
+
+from thalweg.core import (
+    Evaluation,
+    Event,
+    Plan,
+    Record,
+    StopReason,
+    human_bytes,
+    human_count,
+    human_seconds,
+)
+
+_LINE_SECONDS = 10.0
+
+
+class _Figures(ProgressColumn):
+    """loss, lr, gradient norm, throughput, time left, best evaluation."""
+
+    max_refresh = 0.2
+
+    def render(self, task: Task) -> Text:
+        return Text(task.fields.get("figures", ""))
+
+
+class Terminal:
+    """A sink for people.
+
+    Args:
+        console: where to write; rich decides whether it is a live terminal.
+        verbose: print the whole plan, every decision with its reason.
+    """
+
+    def __init__(self, console: Console | None = None, *, verbose: bool = True) -> None:
+        self.console = console or Console(stderr=False, highlight=False)
+        self.verbose = verbose
+        self.best: tuple[str, float, int] | None = None
+        self._progress: Progress | None = None
+        self._bar: Any = None
+        self._rate = 0.0
+        self._seen: tuple[float, float] | None = None  # seconds at the last flush, weight since
+        self._line_at = 0.0
+
+    def start(self, plan: Plan, step: int) -> None:
+        self.plan, self.goal = plan, plan.recipe.evaluate
+        self._first = step
+        if self.verbose:
+            self._print_plan(plan)
+        if self.console.is_terminal:
+            columns = (TextColumn("{task.completed}/{task.total}"), BarColumn(bar_width=18), _Figures())
+            self._progress = Progress(*columns, console=self.console, refresh_per_second=4)
+            self._bar = self._progress.add_task("train", total=plan.steps, completed=step)
+            self._progress.start()
+
+    def steps(self, records: list[Record]) -> None:
+        last = records[-1]
+        figures = self._figures(records)
+        if self._progress is not None:
+            self._progress.update(self._bar, completed=last.step, figures=figures)
+        elif time.monotonic() - self._line_at > _LINE_SECONDS or last.step == self.plan.steps:
+            self._line_at = time.monotonic()
+            self.console.print(f"step {last.step}/{self.plan.steps}  {figures}", soft_wrap=True)
+        skipped = [r.step for r in records if r.skipped]
+        if skipped and self.plan.recipe.precision != "fp16":
+            self.console.print(f"[yellow]step {skipped[0]}: the gradient is not finite; the step is skipped[/yellow]")
+
+    def evaluation(self, evaluation: Evaluation) -> None:
+        if evaluation.best:
+            self.best = (self.goal.best, evaluation.metrics[self.goal.best], evaluation.step)
+        named = "  ".join(f"{name} {value:.4f}" for name, value in evaluation.metrics.items())
+        mark = "  [green]best so far[/green]" if evaluation.best else ""
+        self.console.print(f"[bold]evaluation[/bold] at step {evaluation.step}  {named}{mark}", soft_wrap=True)
+
+    def event(self, event: Event) -> None:
+        if event.name != "saved":
+            self.console.print(f"[yellow]{event.text}[/yellow]", soft_wrap=True)
+
+    def stop(self, reason: StopReason) -> None:
+        if self._progress is not None:
+            self._progress.stop()
+            self._progress = None
+        self.console.print(f"[bold]{reason.value}[/bold]: {reason.advice}", soft_wrap=True)
+
+    def _figures(self, records: list[Record]) -> str:
+        last = records[-1]
+        seconds, weight = (self._seen or (0.0, 0.0))[0], sum(r.weight for r in records)
+        if last.seconds > seconds:
+            rate = weight / (last.seconds - seconds)
+            self._rate = rate if not self._rate else 0.8 * self._rate + 0.2 * rate
+        self._seen = (last.seconds, weight)
+        done = last.step - self._first
+        left = (self.plan.steps - last.step) * last.seconds / max(done, 1)
+        best = f"  best {self.best[0]} {self.best[1]:.4f}" if self.best else ""
+        return (
+            f"loss {last.loss:.4f}  lr {last.lr:.2e}  |g| {last.grad_norm:.2f}  "
+            f"{human_count(self._rate)} {self.plan.unit}/s  {human_seconds(left)} left{best}"
+        )
+
+    def _print_plan(self, plan: Plan) -> None:
+        machine = plan.machine
+        self.console.print(
+            f"[bold]{plan.task}[/bold]: {plan.steps} steps of {plan.recipe.train.batch} samples"
+            f" on {machine['name']} ({machine['device']}, {machine['threads']} threads)",
+            soft_wrap=True,
+        )
+        for name, value in machine.get("data", {}).items():
+            self.console.print(f"  data: {name} {value}", soft_wrap=True)
+        table = Table(title="decided before step 1", title_justify="left", box=None, pad_edge=False)
+        table.add_column("value")
+        table.add_column("is")
+        table.add_column("because")
+        for decision in plan.decisions:
+            table.add_row(decision.path, str(decision.value), decision.reason)
+        self.console.print(table)
+        groups: dict[str, tuple[int, int]] = {}
+        for row in sorted(plan.parameters, key=lambda r: not r.decays):
+            size = 1
+            for n in row.shape:
+                size *= n
+            key = f"{'decayed' if row.decays else 'not decayed'}: {row.decay_reason}"
+            count, total = groups.get(key, (0, 0))
+            groups[key] = (count + 1, total + size)
+        for reason, (count, total) in groups.items():
+            self.console.print(f"  {human_count(total)} parameters in {count} tensors {reason}", soft_wrap=True)
+        sizes = ", ".join(f"{name} {human_bytes(size)}" for name, size in plan.sizes.items() if size)
+        self.console.print(f"  memory: {sizes}", soft_wrap=True)
