@@ -147,6 +147,14 @@ class RunFolder:
                 "Start a new run with --name, or resume without changing the recipe.",
             )
 
+    @staticmethod
+    def recipe_in(path: Path) -> Recipe:
+        """The recipe that the run in ``path`` began with."""
+        file = path / "recipe.toml"
+        if not file.exists():
+            raise _nothing_to_resume(path)
+        return Recipe.from_file(file)
+
     def saved_plan(self) -> Plan:
         try:
             return Plan.from_json(self.plan_file.read_text(encoding="utf-8"))
@@ -154,6 +162,28 @@ class RunFolder:
             raise RunFolderError(
                 f"{self.path} holds no run to resume.", f"plan.json: {err}.", "Start one without --resume."
             ) from None
+
+
+def _nothing_to_resume(path: Path) -> RunFolderError:
+    return RunFolderError(f"There is no run in {path} to resume.", "It has no recipe.toml.", "Start one without --resume.")
+
+
+def choose_folder(runs: Path, name: str | None, task: str, *, resume: bool) -> Path:
+    """The run folder: ``name``; else a free one called after the task, or, to resume, the newest such.
+
+    A folder that holds no recipe yet, as after an error before step 1, counts as free.
+    """
+    if name is not None:
+        return runs / name
+    number = 1
+    path = runs / task
+    while True:
+        following = runs / f"{task}-{number + 1}"
+        if resume and not (following / "recipe.toml").exists():
+            return path
+        if not resume and not (path / "recipe.toml").exists():
+            return path
+        path, number = following, number + 1
 
 
 class _Run:
@@ -212,9 +242,7 @@ class _Run:
             self.folder.begin(self.recipe)
             return None, []
         if not self.folder.recipe_file.exists():
-            raise RunFolderError(
-                f"There is no run in {self.folder.path} to resume.", "It has no recipe.toml.", "Start one without --resume."
-            )
+            raise _nothing_to_resume(self.folder.path)
         self.folder.check_same(self.recipe)
         store = self.folder.store
         if resume is not True:

@@ -76,7 +76,6 @@ def resolve(task: Task, recipe: Recipe, *, saved: Plan | None = None) -> Resolve
     decide = Decisions()
     if saved is not None:
         recipe = saved.recipe
-        decide.made.extend(saved.decisions)
     recipe = settle_optimizer(recipe, decide)
     schedule = parse(recipe.schedule.lr)
     device, why = choose(recipe.device)
@@ -114,7 +113,7 @@ def resolve(task: Task, recipe: Recipe, *, saved: Plan | None = None) -> Resolve
     plan = Plan(
         task=task.name,
         recipe=recipe,
-        decisions=tuple(decide.made),
+        decisions=saved.decisions if saved else tuple(decide.made),
         steps=steps,
         samples=samples,
         loss_divisor=divisor,

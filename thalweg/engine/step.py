@@ -56,6 +56,7 @@ class Step:
         self.sum_of_losses, self.sum_of_weights = self.sums[0], self.sums[1]
         self.one = torch.ones((), dtype=torch.float32, device=device)
         self.ring = torch.zeros(RING, len(FIELDS), dtype=exact, device=device)
+        self.rows = [(row, (row[:2], row[2], row[3], row[4], row[5], row[6:])) for row in self.ring]
         self._seeds: dict[torch.dtype, Tensor] = {}
 
     def run(self, window: Sequence[Any]) -> Tensor:
@@ -135,9 +136,9 @@ class Step:
         return table.index_select(0, place)[0]
 
     def _record(self, norm: Tensor, skipped: Tensor, lr: Tensor, scale: Tensor) -> Tensor:
-        row = self.ring[self.state.step % RING]
-        values = (self.sums, norm, skipped, lr, scale, self.state.applied)
-        torch.cat([value.reshape(-1) for value in values], out=row)
+        row, places = self.rows[self.state.step % RING]
+        for place, value in zip(places, (self.sums, norm, skipped, lr, scale, self.state.applied)):
+            place.copy_(value)
         return row
 
     def _finish(self, ok: Tensor, skipped: Tensor) -> None:

@@ -7,13 +7,7 @@ import os
 import sys
 
 from thalweg.core import Recipe, Task, TaskError, did_you_mean
-
-#: name to (module, one line); nothing is imported before it is asked for.
-EMBEDDED = {
-    "pycode": ("thalweg.recipes.pycode", "a small GPT on the source code of Python's standard library"),
-    "digits": ("thalweg.recipes.digits", "a convolutional net on scikit-learn's handwritten digits"),
-}
-
+from thalweg.recipes.names import EMBEDDED
 
 def find_task(name: str) -> Task:
     """The task called ``name``: an embedded one, or ``module:attribute`` (looked for from this folder too).

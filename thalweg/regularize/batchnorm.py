@@ -42,15 +42,18 @@ class PooledStatistics:
         self.device, self.exact, size = layers[0].running_mean.device, exact, bounds[-1]
         empty = lambda dtype, n=size: torch.zeros(n, dtype=dtype, device=self.device)
         dtype = layers[0].running_mean.dtype
-        self.mean, self.var, self.tracked = empty(dtype), empty(dtype), empty(torch.int64, len(layers))
-        self._batch_mean, self._batch_var = empty(dtype), empty(dtype)
-        self._batch_tracked = empty(torch.int64, len(layers))
+        self.width = size
+        self.running, self._batch = empty(dtype, 2 * size), empty(dtype, 2 * size)  # means, then variances
+        self.mean, self.var = self.running[:size], self.running[size:]
+        self._batch_mean, self._batch_var = self._batch[:size], self._batch[size:]
+        self.tracked, self._batch_tracked = empty(torch.int64, len(layers)), empty(torch.int64, len(layers))
         self._sum, self._sum_squares = empty(exact), empty(exact)
         self._pending: list[int] = [0] * len(layers)  # values a channel of the batch that lies in scratch
         self._counts: list[int] = [0] * len(layers)  # values a channel seen in this step
         self._real: list[dict[str, Tensor]] = []
         self._scratch: list[dict[str, Tensor]] = []
         self._active: list[int] = []
+        self._masks: dict[tuple[int, ...], Tensor] = {}
         self._passes = 0
         for i, layer in enumerate(layers):
             span = self.spans[i]
@@ -62,8 +65,8 @@ class PooledStatistics:
             self._scratch.append(dict(zip(real, scratch)))
             layer._buffers.update(real)
             layer.register_forward_pre_hook(self._before(i))
-            layer.register_forward_hook(self._after(i))
         self.fill = lru_cache(maxsize=64)(self._fill)
+        self.shares = lru_cache(maxsize=64)(self._shares)
 
     def buffers(self) -> list[Tensor]:
         """The float statistics, flat; a weight average averages these too."""
@@ -82,7 +85,7 @@ class PooledStatistics:
         self._active = [i for i, layer in enumerate(self.layers) if layer.training]
         for i in self._active:
             self.layers[i]._buffers.update(self._scratch[i])
-            self.layers[i].momentum = 1.0
+            self.layers[i].__dict__["momentum"] = 1.0  # past nn.Module's slow setter: this runs every step
             self._counts[i] = 0
         self._passes = 0
 
@@ -92,7 +95,7 @@ class PooledStatistics:
             return
         self._open_sums()
         self._add(slice(None), self.fill(tuple(self._pending)))
-        self._settle(range(len(self.layers)))
+        self._settle()
 
     def end(self, ok: Tensor) -> None:
         """The step is over: running statistics move where ``ok`` (0-dim bool); the layers get them back."""
@@ -102,33 +105,47 @@ class PooledStatistics:
             total = self.fill(tuple(self._counts))
             mean = self._sum / total.clamp(min=1)
             var = (self._sum_squares - total * mean * mean) / (total - 1).clamp(min=1)
+            pooled = torch.cat([mean, var]).to(self.running.dtype)
         else:
-            total, mean, var = self.fill(tuple(self._pending)), self._batch_mean, self._batch_var
-            self._settle(range(len(self.layers)))
-        share = self._shares() * (total > 0)
-        for running, pooled in ((self.mean, mean), (self.var, var)):
-            moved = torch.lerp(running.to(share.dtype), pooled.to(share.dtype), share)
-            running.copy_(torch.where(ok & (share > 0), moved, running))
-        for i in self._active:
-            self._real[i]["num_batches_tracked"].add_(ok)
+            self._settle()
+            pooled = self._batch
+        share = self.shares(tuple(count > 0 for count in self._counts))
+        if None in self.momentum:
+            share = self._plain_means(share)
+        moved = torch.where(share > 0, torch.lerp(self.running, pooled, share), self.running)
+        torch.where(ok, moved, self.running, out=self.running)
+        self.tracked.add_(self._active_layers() & ok)
         self.restore()
 
     def restore(self) -> None:
         """Give the layers their running statistics back, as after a step that broke off."""
         for i in self._active:
             self.layers[i]._buffers.update(self._real[i])
-            self.layers[i].momentum = self.momentum[i]
-        self._settle(range(len(self.layers)), count=False)
+            self.layers[i].__dict__["momentum"] = self.momentum[i]
+        self._pending = [0] * len(self.layers)
         self._active = []
 
-    def _shares(self) -> Tensor:
-        """Momentum a channel; a layer without one keeps the plain mean over all steps."""
-        shares = self.fill(tuple(m if m is not None else 0.0 for m in self.momentum))
+    def _active_layers(self) -> Tensor:
+        """Which layers train, as booleans on the device."""
+        key = tuple(self._active)
+        if key not in self._masks:
+            mask = [i in key for i in range(len(self.layers))]
+            self._masks[key] = torch.tensor(mask, device=self.device)
+        return self._masks[key]
+
+    def _shares(self, seen: tuple[bool, ...]) -> Tensor:
+        """Momentum of each mean and variance; 0 for layers that saw nothing in this step."""
+        shares = [(m if m is not None else 1.0) * s for m, s in zip(self.momentum, seen)]
+        return self.fill(tuple(shares)).to(self.running.dtype).repeat(2)
+
+    def _plain_means(self, share: Tensor) -> Tensor:
+        """A layer without momentum keeps the plain mean over all steps."""
+        share = share.clone()
         for i, momentum in enumerate(self.momentum):
             if momentum is None:
-                shares = shares.clone()
-                shares[self.spans[i]] = 1.0 / (self.tracked[i] + 1)
-        return shares
+                for half in share.view(2, -1):
+                    half[self.spans[i]] /= self.tracked[i] + 1
+        return share
 
     def _fill(self, values: tuple[float, ...]) -> Tensor:
         """One value a layer, as one value a channel. Cached: copying from the host would wait for the device."""
@@ -150,25 +167,19 @@ class PooledStatistics:
         self._sum[span] += count * mean
         self._sum_squares[span] += (count - 1) * var + count * mean * mean
 
-    def _settle(self, which: Any, *, count: bool = True) -> None:
-        for i in which:
-            if count:
-                self._counts[i] += self._pending[i]
-            self._pending[i] = 0
+    def _settle(self) -> None:
+        self._counts = [count + more for count, more in zip(self._counts, self._pending)]
+        self._pending = [0] * len(self.layers)
 
     def _before(self, i: int) -> Any:
         def hook(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+            if not self._active or not module.training:
+                return
             if self._pending[i]:  # a layer used twice in one forward pass: its first batch is still in scratch
                 span = self.spans[i]
                 self._open_sums()
                 self._add(span, self.fill(tuple(self._pending))[span])
-                self._settle((i,))
-
-        return hook
-
-    def _after(self, i: int) -> Any:
-        def hook(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
-            if module.training and self._active:
-                self._pending[i] = inputs[0].numel() // inputs[0].shape[1]
+                self._counts[i] += self._pending[i]
+            self._pending[i] = inputs[0].numel() // inputs[0].shape[1]
 
         return hook

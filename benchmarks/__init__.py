@@ -1,0 +1,1 @@
+"""Benchmarks of thalweg; ``python -m benchmarks`` runs them and keeps the results."""

@@ -1,0 +1,149 @@
+"""``thalweg``: arguments only. torch is imported by the commands that need it, after the arguments are read."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from thalweg import __version__
+from thalweg.core import RecipeError, RunFolderError, ThalwegError
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run a command.
+
+    Returns:
+        The exit code: 0 done, 2 a mistake in what was asked, 3 the run diverged, 130 interrupted and saved.
+    """
+    asked = _parser().parse_args(arguments)
+    try:
+        return int(asked.run(asked))
+    except ThalwegError as err:
+        print(f"error: {err}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="thalweg", description="Train PyTorch models.")
+    parser.add_argument("--version", action="version", version=f"thalweg {__version__}")
+    commands = parser.add_subparsers(metavar="COMMAND", required=True)
+
+    train = commands.add_parser("train", help="train a task", description="Train a task; see 'thalweg tasks'.")
+    train.add_argument("task", help="an embedded task, or module:attribute of your own")
+    train.add_argument("--recipe", metavar="FILE", help="a TOML recipe; what it leaves out is the task's own")
+    train.add_argument("--set", metavar="PATH=VALUE", action="append", default=[], help="override one value of the recipe")
+    train.add_argument("--name", help="name of the run folder; by default the task's, numbered if taken")
+    train.add_argument("--runs", metavar="DIR", default="runs", help="where run folders lie (default: runs)")
+    train.add_argument(
+        "--resume",
+        nargs="?",
+        const="newest",
+        metavar="STEP",
+        help="go on with the newest run of this task (or --name), from its newest good checkpoint or from STEP",
+    )
+    train.add_argument("--quiet", action="store_true", help="do not print the plan")
+    train.set_defaults(run=_train)
+
+    init = commands.add_parser("init", help="write a starter task and recipe")
+    init.add_argument("folder", nargs="?", default=".", help="where to write my_task.py and my_recipe.toml")
+    init.set_defaults(run=_init)
+
+    commands.add_parser("tasks", help="list what can be trained").set_defaults(run=_tasks)
+    doctor = commands.add_parser("doctor", help="say what this machine is and what it gains by half precision")
+    doctor.set_defaults(run=_doctor)
+    report = commands.add_parser("report", help="write the report of a run folder again")
+    report.add_argument("folder", help="the run folder")
+    report.set_defaults(run=_report)
+    return parser
+
+
+def _train(asked: argparse.Namespace) -> int:
+    changes = dict(_pair(text) for text in asked.set)
+    from thalweg.recipes import find_task, recipe_for, short_name
+
+    task = find_task(asked.task)
+    recipe = recipe_for(task)
+    if asked.recipe:
+        from thalweg.core import Recipe
+
+        recipe = Recipe.from_file(asked.recipe, base=recipe)
+    recipe = recipe.override(changes)
+    from thalweg.run import RunFolder, choose_folder, train_task
+    from thalweg.watch import Terminal
+
+    resume: bool | int = False
+    if asked.resume is not None:
+        resume = True if asked.resume == "newest" else _whole(asked.resume)
+    folder = choose_folder(Path(asked.runs), asked.name, short_name(asked.task), resume=resume is not False)
+    if resume is not False and not asked.recipe and not changes:
+        recipe = RunFolder.recipe_in(folder)
+    result = train_task(task, recipe, folder=folder, resume=resume, sinks=[Terminal(verbose=not asked.quiet)])
+    if result.sample:
+        print(f"\n{result.sample}\n")
+    print(f"report: {folder / 'report.html'}")
+    if result.reason.exit_code == 130:
+        again = ["thalweg", "train", asked.task, "--resume"]
+        again += ["--name", asked.name] if asked.name else []
+        again += ["--runs", asked.runs] if asked.runs != "runs" else []
+        print(f"to go on: {' '.join(again)}")
+    return result.reason.exit_code
+
+
+def _pair(text: str) -> tuple[str, str]:
+    path, equals, value = text.partition("=")
+    if not equals or not path.strip():
+        raise RecipeError(
+            f"--set {text} names no value.", "It is written PATH=VALUE.", "For example --set optimizer.lr=3e-4."
+        )
+    return path.strip(), value.strip()
+
+
+def _whole(text: str) -> int:
+    if not text.isdecimal():
+        raise RunFolderError(f"--resume {text} names no step.", "A step is a whole number.", "Use --resume, or --resume 120.")
+    return int(text)
+
+
+def _init(asked: argparse.Namespace) -> int:
+    from thalweg.recipes.starter import write_starter
+
+    for path in write_starter(Path(asked.folder)):
+        print(f"wrote {path}")
+    print("to train it: thalweg train my_task:task --recipe my_recipe.toml")
+    return 0
+
+
+def _tasks(asked: argparse.Namespace) -> int:
+    from thalweg.recipes.names import EMBEDDED
+
+    for name, (_, about) in EMBEDDED.items():
+        print(f"{name:10} {about}")
+    print("module:attribute  a thalweg.Task of your own; 'thalweg init' writes one to start from")
+    return 0
+
+
+def _doctor(asked: argparse.Namespace) -> int:
+    from thalweg.device.doctor import examine
+
+    for name, value in examine():
+        print(f"{name:12} {value}")
+    return 0
+
+
+def _report(asked: argparse.Namespace) -> int:
+    from thalweg.report import write_report
+
+    folder = Path(asked.folder)
+    if not (folder / "plan.json").is_file():
+        raise RunFolderError(f"{folder} is no run folder.", "It holds no plan.json.", "Name a folder below runs/.")
+    print(write_report(folder))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

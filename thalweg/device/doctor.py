@@ -1,0 +1,58 @@
+"""What this machine is, for people: device, memory, what half precision gains, threads, compiler."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+from collections.abc import Iterator
+
+import torch
+from torch import nn
+
+from thalweg.core import human_bytes
+from thalweg.device.backend import Device, choose, facts
+from thalweg.device.measure import half_precision_gain, matmul_rates
+
+_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+def examine() -> Iterator[tuple[str, str]]:
+    """(what, finding), measured where a measurement is the only answer; takes a few seconds."""
+    device, why = choose("auto")
+    known = facts(device)
+    yield "device", f"{device.torch}: {known['name']} ({why})"
+    yield "memory", human_bytes(known["memory_bytes"])
+    yield "threads", f"{known['threads']} used by torch, {known['cores']} processors"
+    yield "torch", f"{known['torch']}, Python {known['python']}, {known['system']}"
+    for name, rate in matmul_rates(device).items():
+        yield "matmul", f"{name}: {rate / 1e9:,.0f} GFLOP/s on 1024 x 1024"
+    for half in ("bf16", "fp16"):
+        yield half, _half(device, half)
+    yield "compiler", _compiler()
+
+
+def _half(device: Device, half: str) -> str:
+    if half not in device.autocasts:
+        return "not possible on this device"
+    block = nn.Sequential(nn.Linear(256, 1024), nn.GELU(), nn.Linear(1024, 256)).to(device.torch)
+    inputs = torch.ones(512, 256, device=device.torch)
+
+    def plain() -> None:
+        block(inputs).sum().backward()
+
+    def autocast() -> None:
+        with torch.autocast(device.kind, dtype=_DTYPES[half]):
+            total = block(inputs).sum()
+        total.backward()
+
+    gain, pairs = half_precision_gain(plain, autocast, device, budget_s=1.5)
+    verdict = "gains" if gain >= 1.1 else "does not gain"
+    return f"possible; {verdict}: {gain:.2f} times the speed of fp32 on an MLP block ({pairs} pairs)"
+
+
+def _compiler() -> str:
+    for name in ("c++", "g++", "clang++"):
+        if path := shutil.which(name):
+            told = subprocess.run([path, "--version"], capture_output=True, text=True, check=False).stdout
+            return f"{name}: {told.splitlines()[0] if told else path}"
+    return "none found: torch.compile needs one on the CPU"

@@ -1,0 +1,7 @@
+"""The embedded tasks by name; nothing is imported before it is asked for."""
+
+#: name to (module, one line).
+EMBEDDED = {
+    "pycode": ("thalweg.recipes.pycode", "a small GPT on the source code of Python's standard library"),
+    "digits": ("thalweg.recipes.digits", "a convolutional net on scikit-learn's handwritten digits"),
+}
