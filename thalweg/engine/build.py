@@ -42,7 +42,6 @@ def build(plan: Plan, model: nn.Module, loss: ModelLoss, device: Device, policy:
         lrs=torch.tensor([peak * factor for factor in factors], dtype=dtype, device=device.torch),
         shares=average_shares(recipe.regularize.average, plan.steps, device) if average else None,
     )
-    model.train()
     return Step(state, loss, policy, options)
 
 

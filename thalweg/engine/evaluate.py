@@ -11,7 +11,7 @@ from torch import Tensor
 from thalweg.core import LossError
 from thalweg.data import Source, held_out
 from thalweg.engine.losses import sum_and_weight
-from thalweg.engine.preflight import ModelLoss
+from thalweg.engine.preflight import ModelLoss, in_evaluation_mode
 from thalweg.engine.state import State
 from thalweg.precision import Policy
 
@@ -32,23 +32,17 @@ def evaluate(
         batch: samples a batch; the result does not depend on it but for rounding.
     """
     model = state.model
-    modes = [(module, module.training) for module in model.modules()]
     sums: dict[str, list[Tensor]] = {}
-    model.eval()
-    try:
-        with state.averaged(), torch.no_grad():
-            for samples in held_out(source, batch, state.device.torch):
-                with policy.context(state.device):
-                    found = {"loss": sum_and_weight(loss(model, samples), samples)}
-                    if metrics is not None:
-                        found |= {name: sum_and_weight(pair, samples) for name, pair in metrics(model, samples).items()}
-                for name, pair in found.items():
-                    exact = [torch.as_tensor(v, dtype=state.device.exact, device=state.device.torch) for v in pair]
-                    before = sums.setdefault(name, [torch.zeros_like(exact[0]), torch.zeros_like(exact[1])])
-                    sums[name] = [before[0] + exact[0].reshape(()), before[1] + exact[1].reshape(())]
-    finally:
-        for module, training in modes:
-            module.training = training
+    with in_evaluation_mode(model), state.averaged(), torch.no_grad():
+        for samples in held_out(source, batch, state.device.torch):
+            with policy.context(state.device):
+                found = {"loss": sum_and_weight(loss(model, samples), samples)}
+                if metrics is not None:
+                    found |= {name: sum_and_weight(pair, samples) for name, pair in metrics(model, samples).items()}
+            for name, pair in found.items():
+                exact = [torch.as_tensor(v, dtype=state.device.exact, device=state.device.torch) for v in pair]
+                before = sums.setdefault(name, [torch.zeros_like(exact[0]), torch.zeros_like(exact[1])])
+                sums[name] = [before[0] + exact[0].reshape(()), before[1] + exact[1].reshape(())]
     if not sums:
         raise LossError("Nothing was evaluated.", "The held-out data gave no batch.", "Give at least one sample.")
     return {name: float(total / weight) for name, (total, weight) in sums.items()}

@@ -51,6 +51,18 @@ def untouched(model: nn.Module, device: Device, seed: int) -> Iterator[None]:
             generator.set_state(state)
 
 
+@contextmanager
+def in_evaluation_mode(model: nn.Module) -> Iterator[None]:
+    """Every module is in evaluation mode; afterwards each in the mode that it was in."""
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, training in modes:
+            module.training = training
+
+
 def preflight(model: nn.Module, loss: ModelLoss, batch: Any, source: Source | None, device: Device, seed: int) -> Probe:
     """Try the model and the loss on one micro-batch.
 
@@ -58,7 +70,8 @@ def preflight(model: nn.Module, loss: ModelLoss, batch: Any, source: Source | No
         LossError, DataError, ModelError: each names what is wrong, with its numbers.
     """
     watch = _LabelWatch()
-    model.train()
+    if not model.training:  # as a whole; parts that were put in evaluation mode, to freeze them, stay there
+        model.train()
     for p in model.parameters():  # the engine owns gradients from here on
         p.grad = None
     with untouched(model, device, seed):

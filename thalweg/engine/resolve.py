@@ -25,9 +25,9 @@ from thalweg.core import (
     did_you_mean,
     seed_for,
 )
-from thalweg.data import Source, Stream, Tensors, as_source, make_feed
+from thalweg.data import Source, Stream, Tensors, as_source, held_out, make_feed
 from thalweg.device import Device, choose, facts
-from thalweg.engine.preflight import ModelLoss, Probe, gain_of_half, preflight
+from thalweg.engine.preflight import ModelLoss, Probe, gain_of_half, in_evaluation_mode, preflight, untouched
 from thalweg.optim import parameter_table
 from thalweg.precision import Policy, policy_for
 from thalweg.rules import RULES
@@ -106,6 +106,8 @@ def resolve(task: Task, recipe: Recipe, *, saved: Plan | None = None) -> Resolve
     probe = preflight(model, loss, first[0], source, device, recipe.seed)
     recipe = settle_precision(recipe, model, loss, first[0], device, decide)
     recipe = _settle_evaluation(recipe, task, test is not None, steps, decide)
+    if test is not None:
+        _check_metric(task, recipe, model, test, device)
     rows = parameter_table(model, recipe.optimizer.no_decay)
     divisor = saved.loss_divisor if saved else loss_divisor(probe, len(first))
     if recipe.train.steps != steps and saved is None:
@@ -210,6 +212,22 @@ def _settle_evaluation(recipe: Recipe, task: Task, held_out: bool, steps: int, d
         evaluate = replace(evaluate, every=0, batch=evaluate.batch or recipe.train.micro_batch, goal=evaluate.goal or "min")
     saves = decide.unless_given("checkpoint.every", checkpoint.every, lambda: (tenth, "ten times a run"))
     return replace(recipe, evaluate=evaluate, checkpoint=replace(checkpoint, every=saves))
+
+
+def _check_metric(task: Task, recipe: Recipe, model: nn.Module, test: Source, device: Device) -> None:
+    """The metric that chooses must exist; the task's metrics are tried on a few held-out samples."""
+    names = {"loss"}
+    if task.metrics is not None:
+        with untouched(model, device, recipe.seed), in_evaluation_mode(model), torch.no_grad():
+            for few in held_out(test, min(_set(recipe.evaluate.batch), 2), device.torch):
+                names |= set(task.metrics(model, few))
+                break
+    if recipe.evaluate.best not in names:
+        raise RecipeError(
+            f"evaluate.best='{recipe.evaluate.best}' is no metric of this task.",
+            f"It has {len(names)}.",
+            did_you_mean(recipe.evaluate.best, names),
+        )
 
 
 def _split(task: Task, recipe: Recipe) -> Split:

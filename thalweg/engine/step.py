@@ -85,7 +85,9 @@ class Step:
             divisor = mass * (norm / options.clip).clamp(min=1) if options.clip else mass
             lr = self._now(options.lrs)
             for arena in state.arenas:
-                arena.run(lr, state.t, divisor.to(lr.dtype), skipped)
+                arena.run(lr, state.t, divisor, skipped)
+            if state.statistics.layers:
+                state.statistics.end(ok)
             if options.shares is not None:
                 share = self._now(options.shares) * ok
                 for average, live in state.averages():
@@ -148,5 +150,3 @@ class Step:
         state.step += 1
         if state.scale is not None:
             state.scale.update(skipped)
-        if state.statistics.layers:
-            state.statistics.end(ok)

@@ -55,6 +55,7 @@ class Arena:
     ) -> None:
         first = named[0][1]
         self.dtype, self.device = first.dtype, first.device
+        self.scalar_dtype = torch.float64 if self.dtype == torch.float64 else torch.float32
         step = _ALIGN // first.element_size()
         self.places: dict[str, tuple[int, nn.Parameter]] = {}
         ordered = sorted(named, key=lambda pair: not rows[pair[0]].decays)
@@ -111,6 +112,7 @@ class Arena:
 
     def run(self, lr: Tensor, t: Tensor, divisor: Tensor, skipped: Tensor) -> None:
         """One update of every segment: decay, rule and write-back, unless ``skipped``."""
+        lr, divisor = lr.to(self.scalar_dtype), divisor.to(self.scalar_dtype)
         for segment in self.segments:
             segment.update.run([segment.params], [segment.grads], segment.slots, [t], lr, divisor, skipped)
 

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from thalweg.device import CAPABILITIES
 from thalweg.optim.kernels import Kernel, kernel_for
 from thalweg.rules import Rule
 
@@ -51,11 +52,18 @@ def lower(
     if kernel is not None and fused is not False:
         return Update(kernel, "fused", f"torch has a fused operator with the maths of {rule.name} on {device}")
     why = "asked for" if fused is False else f"no fused operator for {rule.name} in {dtype} on {device}"
-    return Update(eager(rule, options, weight_decay=weight_decay, decoupled=decoupled), "eager", why)
+    exact = torch.float64 if CAPABILITIES[device]["float64"] else torch.float32
+    return Update(eager(rule, options, weight_decay=weight_decay, decoupled=decoupled, exact=exact), "eager", why)
 
 
-def eager(rule: Rule, options: Mapping[str, Any], *, weight_decay: float, decoupled: bool) -> Kernel:
-    """The rule itself, tensor by tensor: decay, update, and the results written back where the step is not skipped."""
+def eager(
+    rule: Rule, options: Mapping[str, Any], *, weight_decay: float, decoupled: bool, exact: torch.dtype = torch.float64
+) -> Kernel:
+    """The rule itself, tensor by tensor: decay, update, and the results written back where the step is not skipped.
+
+    Args:
+        exact: dtype of the update's number: 1 - b**t loses half its digits in float32.
+    """
 
     def kernel(
         ps: list[Tensor],
@@ -75,7 +83,8 @@ def eager(rule: Rule, options: Mapping[str, Any], *, weight_decay: float, decoup
                 start = p * (1 - lr * weight_decay)
             elif weight_decay:
                 g = g + weight_decay * p
-            for old, new in zip([p, *mine], rule.update(start, g, *mine, lr=lr, t=t, **options)):
+            results = rule.update(start, g, *mine, lr=lr, t=t.to(exact), **options)
+            for old, new in zip([p, *mine], results):
                 old.copy_(new if skipped is None else torch.where(skipped > 0, old, new))
 
     return kernel

@@ -33,6 +33,9 @@ class PooledStatistics:
         self.layers: list[Any] = layers
         self.names = [name for name, _ in named]
         self.momentum = [layer.momentum for layer in layers]
+        self._active: list[int] = []  # layers whose buffers are scratch just now
+        self._pending: list[int] = [0] * len(layers)  # values a channel of the batch that lies in scratch
+        self._counts: list[int] = [0] * len(layers)  # values a channel seen in this step
         if not layers:
             return
         bounds = [0]
@@ -48,11 +51,8 @@ class PooledStatistics:
         self._batch_mean, self._batch_var = self._batch[:size], self._batch[size:]
         self.tracked, self._batch_tracked = empty(torch.int64, len(layers)), empty(torch.int64, len(layers))
         self._sum, self._sum_squares = empty(exact), empty(exact)
-        self._pending: list[int] = [0] * len(layers)  # values a channel of the batch that lies in scratch
-        self._counts: list[int] = [0] * len(layers)  # values a channel seen in this step
         self._real: list[dict[str, Tensor]] = []
         self._scratch: list[dict[str, Tensor]] = []
-        self._active: list[int] = []
         self._masks: dict[tuple[int, ...], Tensor] = {}
         self._passes = 0
         for i, layer in enumerate(layers):
@@ -83,6 +83,7 @@ class PooledStatistics:
     def begin(self) -> None:
         """A step begins: layers in training mode write to scratch, at momentum 1."""
         self._active = [i for i, layer in enumerate(self.layers) if layer.training]
+        self._batch.zero_()  # torch keeps 0 times what stood there: a NaN would stay
         for i in self._active:
             self.layers[i]._buffers.update(self._scratch[i])
             self.layers[i].__dict__["momentum"] = 1.0  # past nn.Module's slow setter: this runs every step

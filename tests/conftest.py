@@ -1,0 +1,59 @@
+"""Shared pieces of the tests: small models, a recipe that does as it is told, and processes of the command line."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+
+
+@pytest.fixture(autouse=True)
+def same_torch_random_state() -> Iterator[None]:
+    """Tests run in random order: none may hang on what another drew."""
+    import torch
+
+    state = torch.get_rng_state()
+    torch.manual_seed(1234)
+    yield
+    torch.set_rng_state(state)
+
+
+def run_cli(*arguments: str, cwd: Path, **environment: str) -> subprocess.CompletedProcess[str]:
+    """``thalweg ARGUMENTS`` in a process of its own."""
+    return subprocess.run(
+        [sys.executable, "-m", "thalweg.cli.main", *arguments],
+        cwd=cwd,
+        env={**os.environ, "PYTHONPATH": f"{ROOT}{os.pathsep}{cwd}", "COLUMNS": "120", **environment},
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+
+
+def start_cli(*arguments: str, cwd: Path, **environment: str) -> subprocess.Popen[str]:
+    """The same, still running."""
+    return subprocess.Popen(
+        [sys.executable, "-m", "thalweg.cli.main", *arguments],
+        cwd=cwd,
+        env={**os.environ, "PYTHONPATH": f"{ROOT}{os.pathsep}{cwd}", **environment},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+
+
+def three_parts(err: Any) -> tuple[str, str, str]:
+    """The parts of an error; each must be there."""
+    from thalweg.core import ThalwegError
+
+    assert isinstance(err, ThalwegError)
+    assert all(part and part.strip() for part in (err.asked, err.numbers, err.remedy))
+    return err.asked, err.numbers, err.remedy

@@ -1,0 +1,100 @@
+"""What a run was: the plan with its reasons, the recipe, parameters, memory, machine and data; and what happened."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from thalweg.core import human_bytes, human_count
+from thalweg.report.folder import Run
+from thalweg.report.markup import details, section, shown, table, tag, wrap
+
+
+def sample(run: Run) -> str:
+    """What the task's sample function gave."""
+    text = run.outcome.get("sample", "")
+    return section("Sample", wrap("pre", "\n" + tag("code", text), class_="sample", tabindex="0")) if text else ""
+
+
+def events(run: Run) -> str:
+    """What a person should know, such as a damaged checkpoint passed over."""
+    rows = [(f"{e.step:,}", e.name, e.text, *([shown(e.detail)] if e.detail else [])) for e in run.events]
+    headings = ["step", "event", "text", *(["detail"] if any(e.detail for e in run.events) else [])]
+    return section("Events", table(headings, rows, numbers=[0]) if rows else "")
+
+
+def decisions(run: Run) -> str:
+    """Every value that the user did not give."""
+    rows = [(d.path, d.value, d.reason) for d in run.plan.decisions]
+    intro = tag("p", "Values that were not given, decided before step 1.", class_="note")
+    return section("Plan", intro, table(("value", "is", "because"), rows, names=[0])) if rows else ""
+
+
+def recipe(run: Run) -> str:
+    """The complete recipe, and the file that the run began with."""
+    decided = {d.path for d in run.plan.decisions}
+    rows = [(path, value, "decided" if path in decided else "") for path, value in run.plan.recipe.flat().items()]
+    half = (len(rows) + 1) // 2
+    whole = wrap("div", _recipe_table(rows[:half]) + _recipe_table(rows[half:]), class_="halves")
+    given = details("recipe.toml, as the run began", wrap("pre", "\n" + tag("code", run.given))) if run.given else ""
+    return section("Recipe", whole, given)
+
+
+def _recipe_table(rows: list[tuple[str, Any, str]]) -> str:
+    return table(("field", "value", "by the plan"), rows, names=[0]) if rows else ""
+
+
+def parameters(run: Run) -> str:
+    """What decided decay, in sum, and the full table folded away."""
+    groups: dict[tuple[bool, str], tuple[int, int]] = {}
+    rows = []
+    for row in run.plan.parameters:
+        size = 1
+        for n in row.shape:
+            size *= n
+        tensors, elements = groups.get((row.decays, row.decay_reason), (0, 0))
+        groups[row.decays, row.decay_reason] = (tensors + 1, elements + size)
+        shape = " \u00d7 ".join(map(str, row.shape)) or "scalar"
+        rows.append((row.name, shape, f"{size:,}", _decay(row.decays), row.decay_reason))
+    if not rows:
+        return ""
+    ordered = sorted(groups.items(), key=lambda item: (not item[0][0], -item[1][1]))
+    summary = [(_decay(d), why, f"{tensors:,}", human_count(n)) for (d, why), (tensors, n) in ordered]
+    full = table(("name", "shape", "elements", "weight decay", "because"), rows, numbers=[2], names=[0])
+    brief = table(("weight decay", "because", "tensors", "elements"), summary, numbers=[2, 3])
+    return section("Parameters", brief, details(f"All {len(rows):,} parameters", full))
+
+
+def memory(run: Run) -> str:
+    """Bytes by purpose."""
+    sizes = run.plan.sizes
+    rows = [(name, human_bytes(size)) for name, size in [*sizes.items(), ("in all", sum(sizes.values()))]]
+    return section("Memory", table(("purpose", "size"), rows, numbers=[1]) if sizes else "")
+
+
+def machine(run: Run) -> str:
+    """What the run was on."""
+    facts = {name: value for name, value in run.plan.machine.items() if name != "data"}
+    return section("Machine", _facts(facts))
+
+
+def data(run: Run) -> str:
+    """What the task told of its data."""
+    facts = run.plan.machine.get("data") or {}
+    told = dict(facts) if isinstance(facts, dict) else {"data": facts}
+    if run.plan.samples:
+        told["samples in an epoch"] = f"{run.plan.samples:,}"
+    return section("Data", _facts(told))
+
+
+def _decay(decays: bool) -> str:
+    return "yes" if decays else "no"
+
+
+def _facts(facts: dict[str, Any]) -> str:
+    rows = []
+    for name, value in facts.items():
+        if name.endswith("_bytes") and isinstance(value, (int, float)):
+            rows.append((name.removesuffix("_bytes"), human_bytes(int(value))))
+        else:
+            rows.append((name, value))
+    return table(("fact", "value"), [(name.replace("_", " "), value) for name, value in rows]) if rows else ""
