@@ -21,7 +21,13 @@ def mlp(dropout: float = 0.0) -> nn.Module:
 
 def batchnorm_net(dropout: float = 0.0) -> nn.Module:
     return nn.Sequential(
-        nn.Linear(6, 16), nn.BatchNorm1d(16), nn.ReLU(), nn.Dropout(dropout), nn.Linear(16, 8), nn.BatchNorm1d(8), nn.Linear(8, 3)
+        nn.Linear(6, 16),
+        nn.BatchNorm1d(16),
+        nn.ReLU(),
+        nn.Dropout(dropout),
+        nn.Linear(16, 8),
+        nn.BatchNorm1d(8),
+        nn.Linear(8, 3),
     )
 
 

@@ -18,9 +18,7 @@ def sgd(p: float, gs: Sequence[float], *, lr: float, momentum: float = 0.0, nest
     return p
 
 
-def adam(
-    p: float, gs: Sequence[float], *, lr: float, b1: float = 0.9, b2: float = 0.999, eps: float = 1e-8
-) -> float:
+def adam(p: float, gs: Sequence[float], *, lr: float, b1: float = 0.9, b2: float = 0.999, eps: float = 1e-8) -> float:
     """Kingma and Ba 2014, algorithm 1, line by line."""
     m = v = 0.0
     for t, g in enumerate(gs, start=1):

@@ -62,7 +62,9 @@ def test_effective_momentum_does_not_hang_on_the_split(precision: str) -> None:
         torch.manual_seed(0)
         model = nn.Sequential(nn.Linear(6, 5), nn.BatchNorm1d(5), nn.Linear(5, 3))
         data = {"x": torch.randn(32, 6), "y": torch.zeros(32, dtype=torch.int64)}
-        step, feed = make_step(model, mean_loss, data, **{"train.batch": 32, "train.micro_batch": micro, "precision": precision})
+        step, feed = make_step(
+            model, mean_loss, data, **{"train.batch": 32, "train.micro_batch": micro, "precision": precision}
+        )
         run_steps(step, feed, 1)
         moved.append(model[1].running_mean.clone())
     for other in moved[1:]:

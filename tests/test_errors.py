@@ -20,7 +20,9 @@ from thalweg.core import DataError, DeviceError, Loss, LossError, ModelError, Re
 SHORT = {"train.steps": 2, "train.batch": 8, "precision": "fp32"}
 
 
-def refuse(kind: type[ThalwegError], *words: str, model: Any = mlp, loss: Any = mean_loss, data: Any = None, **changes: Any) -> None:
+def refuse(
+    kind: type[ThalwegError], *words: str, model: Any = mlp, loss: Any = mean_loss, data: Any = None, **changes: Any
+) -> None:
     """Training must raise ``kind``, in three parts, saying all ``words``."""
     with pytest.raises(kind) as caught:
         thalweg.train(model, loss, points() if data is None else data, {**SHORT, **changes})
@@ -49,7 +51,13 @@ def test_losses_that_are_none() -> None:
     refuse(LossError, "not a scalar", "(8,)", loss=per_sample)
     refuse(LossError, "no tensor", "float", loss=lambda model, batch: 1.0)
     refuse(LossError, "not finite at step 0", "nan", loss=lambda m, b: mean_loss(m, b) * float("nan"))
-    refuse(LossError, "not finite at step 0", "inf", data={**points(), "x": torch.full((64, 6), float("inf"))}, loss=_square)
+    refuse(
+        LossError,
+        "not finite at step 0",
+        "inf",
+        data={**points(), "x": torch.full((64, 6), float("inf"))},
+        loss=_square,
+    )
     refuse(LossError, "no gradient", "detach", loss=lambda model, batch: mean_loss(model, batch).detach())
     refuse(LossError, "negative", loss=lambda model, batch: Loss(mean_loss(model, batch), -1))
 
@@ -89,7 +97,9 @@ def test_data_that_is_none() -> None:
 def test_labels_out_of_range_are_counted_before_step_one(where: int, label: int) -> None:
     data = points()
     data["y"][where] = label
-    refuse(DataError, "out of range", "1 of", f"[{label}, {label}]", "3 classes, 0 to 2", data=data, **{"train.batch": 64})
+    refuse(
+        DataError, "out of range", "1 of", f"[{label}, {label}]", "3 classes, 0 to 2", data=data, **{"train.batch": 64}
+    )
     data["y"][where] = -100  # ignored by torch's convention
     thalweg.train(mlp, mean_loss, data, SHORT)
 

@@ -145,7 +145,9 @@ def test_face_state_dict_pickle_and_deepcopy_go_on_to_the_bit(face: type[torch.o
             other = face(twin.parameters(), lr=0.05)
             other.load_state_dict(copy.deepcopy(optimizer.state_dict()))
         else:
-            both = pickle.loads(pickle.dumps((model, optimizer))) if way == "pickle" else copy.deepcopy((model, optimizer))
+            both = (
+                pickle.loads(pickle.dumps((model, optimizer))) if way == "pickle" else copy.deepcopy((model, optimizer))
+            )
             twin, other = both
         copies.append((twin, other))
     train_a_little(model, optimizer, seed=1)

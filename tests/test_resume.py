@@ -83,7 +83,10 @@ def weights_of(folder: Path, step: int) -> dict[str, bytes]:
     files = sorted((folder / "checkpoints" / f"step-{step:08d}").glob("*.safetensors"))
     assert {f.name for f in files} >= {"weights.safetensors", "state.safetensors"}
     tensors = {f"{f.stem}/{k}": v for f in files for k, v in load_file(f).items()}
-    return {k: v.contiguous().view(torch.uint8).numpy().tobytes() if v.ndim else v.numpy().tobytes() for k, v in tensors.items()}
+    return {
+        k: v.contiguous().view(torch.uint8).numpy().tobytes() if v.ndim else v.numpy().tobytes()
+        for k, v in tensors.items()
+    }
 
 
 def steps_of(folder: Path) -> list[dict[str, Any]]:
@@ -92,7 +95,9 @@ def steps_of(folder: Path) -> list[dict[str, Any]]:
     return [{k: v for k, v in line.items() if k != "seconds"} for line in lines]
 
 
-def go(folder: Path, data: Any, *, until: int | None = None, resume: bool = False, monkeypatch: Any = None, **changes: Any) -> Any:
+def go(
+    folder: Path, data: Any, *, until: int | None = None, resume: bool = False, monkeypatch: Any = None, **changes: Any
+) -> Any:
     """A run in this process; with ``until``, stopped there as a signal would."""
     if until is not None:
         from thalweg.engine import Loop

@@ -23,7 +23,15 @@ each_case = pytest.mark.parametrize(("name", "given_options"), CASES, ids=str)
 
 
 def updates(
-    rule: Rule, p0: torch.Tensor, gs: list[torch.Tensor], *, lr=0.01, decay=0.0, form="decoupled", fused=False, **options
+    rule: Rule,
+    p0: torch.Tensor,
+    gs: list[torch.Tensor],
+    *,
+    lr=0.01,
+    decay=0.0,
+    form="decoupled",
+    fused=False,
+    **options,
 ) -> torch.Tensor:
     """``p0`` after one update for each gradient, through the engine's lowering."""
     full = rule.options(options)

@@ -152,7 +152,9 @@ def test_c4_a_skipped_step_moves_nothing(precision: str, value: float) -> None:
     after = state_bits(step)
     assert row["skipped"] == 1 and step.state.step == 4
     scale = {k for k in before if k.startswith("state/loss_scale")}
-    assert_same_bits({k: v for k, v in after.items() if k not in scale}, {k: v for k, v in before.items() if k not in scale})
+    assert_same_bits(
+        {k: v for k, v in after.items() if k not in scale}, {k: v for k, v in before.items() if k not in scale}
+    )
     if precision == "fp16":
         assert float(after["state/loss_scale"]) == float(before["state/loss_scale"]) / 2
         twin.state.scale.scale.copy_(step.state.scale.scale)  # type: ignore[union-attr]
@@ -295,12 +297,20 @@ def test_the_watch_for_reads_sees_one() -> None:
 
 
 def test_train_step_is_the_same_step() -> None:
-    recipe = {"optimizer.lr": 0.01, "train.clip": 1.0, "train.micro_batch": 16, "precision": "fp32", "optimizer.weight_decay": 0.1}
+    recipe = {
+        "optimizer.lr": 0.01,
+        "train.clip": 1.0,
+        "train.micro_batch": 16,
+        "precision": "fp32",
+        "optimizer.weight_decay": 0.1,
+    }
     torch.manual_seed(0)
     model = mlp(dropout=0.2)
     twin = copy.deepcopy(model)
     step = thalweg.TrainStep(model, mean_loss, recipe, steps=5)
-    engine, feed = make_step(twin, mean_loss, points(), **recipe, **{"train.steps": 5, "schedule.lr": "warmup(5%) >> cosine(to=0.1)"})
+    engine, feed = make_step(
+        twin, mean_loss, points(), **recipe, **{"train.steps": 5, "schedule.lr": "warmup(5%) >> cosine(to=0.1)"}
+    )
     for window in feed.windows(0, 5):
         whole = {k: torch.cat([part[k] for part in window]) for k in window[0]}
         result = step(whole)
@@ -324,7 +334,9 @@ def test_train_step_asks_for_the_length_of_a_schedule() -> None:
 def test_mixed_dtypes_have_an_arena_each() -> None:
     model = nn.Sequential(nn.Linear(6, 8), nn.Linear(8, 3).double())
     model[0].register_forward_hook(lambda m, i, o: o.double())
-    step, feed = make_step(model, mean_loss, points(), **{"train.batch": 16, "optimizer.rule": "sgd", "train.clip": 0.01})
+    step, feed = make_step(
+        model, mean_loss, points(), **{"train.batch": 16, "optimizer.rule": "sgd", "train.clip": 0.01}
+    )
     assert len(step.state.arenas) == 2
     before = [p.detach().clone() for p in model.parameters()]
     row = run_steps(step, feed, 1)[0]

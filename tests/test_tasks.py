@@ -25,16 +25,30 @@ def test_digits_reaches_98_percent(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     evaluations = [e for e in read_lines(tmp_path / "runs" / "digits" / "records.jsonl") if e["kind"] == "evaluation"]
     assert evaluations[-1]["metrics"]["accuracy"] >= 0.98
-    for words in ("decided before step 1", "not decayed: a gain or bias of a normalization layer", "best so far", "report:"):
+    for words in (
+        "decided before step 1",
+        "not decayed: a gain or bias of a normalization layer",
+        "best so far",
+        "report:",
+    ):
         assert words in done.stdout
     assert (tmp_path / "runs" / "digits" / "report.html").stat().st_size > 5000
     again = run_cli("train", "digits", "--set", "train.steps=3", "--quiet", cwd=tmp_path)
-    assert again.returncode == 0 and (tmp_path / "runs" / "digits-2" / "recipe.toml").exists(), "a taken name is numbered"
+    assert again.returncode == 0 and (tmp_path / "runs" / "digits-2" / "recipe.toml").exists(), (
+        "a taken name is numbered"
+    )
 
 
 def test_pycode_runs_the_whole_of_it(tmp_path: Path) -> None:
     shorter = ["--set", "train.steps=30", "--set", "data.options.limit_bytes=300000", "--set", "train.batch=8"]
-    shorter += ["--set", "train.micro_batch=4", "--set", "evaluate.every=10", "--set", "data.options.held_out_windows=16"]
+    shorter += [
+        "--set",
+        "train.micro_batch=4",
+        "--set",
+        "evaluate.every=10",
+        "--set",
+        "data.options.held_out_windows=16",
+    ]
     done = run_cli("train", "pycode", *shorter, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     folder = tmp_path / "runs" / "pycode"
@@ -63,8 +77,13 @@ def test_pycode_holds_whole_files_out() -> None:
 def test_shift_is_a_function_of_the_sample_alone() -> None:
     split = find_task("digits").data()
     images = split.train["images"]
-    moved = split.augment({"images": images[:9], "labels": split.train["labels"][:9]}, lambda n: torch.full((9, n), 0.99))
-    assert torch.equal(moved["images"][:, :, :-1, :-1], images[:9, :, 1:, 1:]) and moved["images"].shape == images[:9].shape
+    moved = split.augment(
+        {"images": images[:9], "labels": split.train["labels"][:9]}, lambda n: torch.full((9, n), 0.99)
+    )
+    assert (
+        torch.equal(moved["images"][:, :, :-1, :-1], images[:9, :, 1:, 1:])
+        and moved["images"].shape == images[:9].shape
+    )
     still = split.augment({"images": images[:9]}, lambda n: torch.full((9, n), 0.5))
     assert torch.equal(still["images"], images[:9])
 
@@ -83,7 +102,13 @@ def golden_text() -> Split:
 def golden_losses(name: str) -> list[float]:
     """The losses of 50 deterministic steps of a recipe, on a small model."""
     task = find_task(name)
-    smaller = {"train.steps": 50, "train.batch": 16, "train.micro_batch": 8, "precision": "fp32", "evaluate.best": "loss"}
+    smaller = {
+        "train.steps": 50,
+        "train.batch": 16,
+        "train.micro_batch": 8,
+        "precision": "fp32",
+        "evaluate.best": "loss",
+    }
     torch.manual_seed(0)
     model = task.model(**({"width": 8} if name == "digits" else {"width": 32, "layers": 2, "context": 32}))
     data = task.data() if name == "digits" else golden_text()
@@ -100,7 +125,15 @@ def test_golden_curve(name: str) -> None:
 def test_starter_runs_as_written(tmp_path: Path) -> None:
     assert run_cli("init", cwd=tmp_path).returncode == 0
     done = run_cli(
-        "train", "my_task:task", "--recipe", "my_recipe.toml", "--set", "train.epochs=8", "--set", "optimizer.lr=2e-2", cwd=tmp_path
+        "train",
+        "my_task:task",
+        "--recipe",
+        "my_recipe.toml",
+        "--set",
+        "train.epochs=8",
+        "--set",
+        "optimizer.lr=2e-2",
+        cwd=tmp_path,
     )
     assert done.returncode == 0, done.stderr
     evaluations = [e for e in read_lines(tmp_path / "runs" / "my_task" / "records.jsonl") if e["kind"] == "evaluation"]

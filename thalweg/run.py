@@ -165,7 +165,9 @@ class RunFolder:
 
 
 def _nothing_to_resume(path: Path) -> RunFolderError:
-    return RunFolderError(f"There is no run in {path} to resume.", "It has no recipe.toml.", "Start one without --resume.")
+    return RunFolderError(
+        f"There is no run in {path} to resume.", "It has no recipe.toml.", "Start one without --resume."
+    )
 
 
 def choose_folder(runs: Path, name: str | None, task: str, *, resume: bool) -> Path:
@@ -207,6 +209,10 @@ class _Run:
             write_file(self.folder.recipe_file, self.recipe.to_toml().encode())
         if snapshot is not None:
             step.state.load(snapshot)
+        if self.folder:
+            (self.folder.path / "outcome.json").unlink(
+                missing_ok=True
+            )  # an earlier process's, until this one has its own
         sinks = self._sinks(snapshot)
         with _asked_to_stop() as stop:
             loop = Loop(plan, step, resolved.feed, sinks, evaluate=self._evaluation(resolved, step), stop=stop)
@@ -277,9 +283,7 @@ class _Run:
         if test is None:
             return None
         batch = wanted.batch or 1
-        return lambda: evaluate(
-            step.state, test, resolved.loss, self.task.metrics, resolved.policy, batch=batch
-        )
+        return lambda: evaluate(step.state, test, resolved.loss, self.task.metrics, resolved.policy, batch=batch)
 
     def _save(self, loop: Loop) -> None:
         if self.folder is None or self.lines is None:

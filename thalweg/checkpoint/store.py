@@ -81,7 +81,9 @@ class Store:
             raise CheckpointError(
                 f"The checkpoint of step {step} could not be written to {self.folder}.",
                 f"{err}. Newest kept: {self._newest_name()}.",
-                f"Free {human_bytes(self._size(snapshot))}, then resume." if full else "See to the folder, then resume.",
+                f"Free {human_bytes(self._size(snapshot))}, then resume."
+                if full
+                else "See to the folder, then resume.",
             ) from None
         return target
 
@@ -122,7 +124,7 @@ class Store:
 
     def newest_good(self) -> tuple[int | None, list[str]]:
         """The newest step whose checkpoint verifies, and the faults of newer ones that were passed over."""
-        faults = []
+        faults: list[str] = []
         for step in reversed(self.steps()):
             fault = self.fault(step)
             if not fault:

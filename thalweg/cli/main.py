@@ -36,7 +36,9 @@ def _parser() -> argparse.ArgumentParser:
     train = commands.add_parser("train", help="train a task", description="Train a task; see 'thalweg tasks'.")
     train.add_argument("task", help="an embedded task, or module:attribute of your own")
     train.add_argument("--recipe", metavar="FILE", help="a TOML recipe; what it leaves out is the task's own")
-    train.add_argument("--set", metavar="PATH=VALUE", action="append", default=[], help="override one value of the recipe")
+    train.add_argument(
+        "--set", metavar="PATH=VALUE", action="append", default=[], help="override one value of the recipe"
+    )
     train.add_argument("--name", help="name of the run folder; by default the task's, numbered if taken")
     train.add_argument("--runs", metavar="DIR", default="runs", help="where run folders lie (default: runs)")
     train.add_argument(
@@ -105,7 +107,9 @@ def _pair(text: str) -> tuple[str, str]:
 
 def _whole(text: str) -> int:
     if not text.isdecimal():
-        raise RunFolderError(f"--resume {text} names no step.", "A step is a whole number.", "Use --resume, or --resume 120.")
+        raise RunFolderError(
+            f"--resume {text} names no step.", "A step is a whole number.", "Use --resume, or --resume 120."
+        )
     return int(text)
 
 

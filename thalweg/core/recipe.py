@@ -310,7 +310,7 @@ class Recipe:
 
     def to_dict(self) -> dict[str, Any]:
         """Nested plain data; fields left to the plan are left out."""
-        return _plain(self)
+        return typing.cast(dict[str, Any], _plain(self))
 
     def flat(self) -> dict[str, Any]:
         """Dotted path to value, for comparing and printing."""

@@ -13,9 +13,9 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from thalweg.core import DataError, Feed, seed_for
+from thalweg.core import DataError, Feed, Gather, seed_for
 from thalweg.data.order import Indices, Order, uniforms
-from thalweg.data.sources import Gather, Items, Source, Stream
+from thalweg.data.sources import Items, Source, Stream
 from thalweg.data.trees import split, tensors, to_device, tree_map
 
 Augment = Callable[[Any, Callable[[int], Tensor]], Any]
@@ -81,7 +81,7 @@ class MemoryFeed:
         batch = to_device(batch, self.device)
         at = 0
         for part in parts:
-            yield split(tree_map(lambda t, a=at, n=len(part): t[a : a + n], batch), self.micro_batch)  # type: ignore[misc]
+            yield split(tree_map(lambda t, a=at, part=part: t[a : a + len(part)], batch), self.micro_batch)  # type: ignore[misc]
             at += len(part)
 
 
@@ -139,7 +139,7 @@ class ItemFeed:
         self.device, self.workers = device, workers
 
     def windows(self, start: int, stop: int) -> Iterator[list[Any]]:
-        loader = DataLoader(
+        loader: DataLoader[Any] = DataLoader(
             _Seeded(self.source.dataset, self.seed),  # type: ignore[arg-type]
             batch_sampler=_Keys(self, start, stop),
             collate_fn=self.source.collate,
@@ -186,14 +186,12 @@ class StreamFeed:
         self.seed, self.device = seed, device
 
     def windows(self, start: int, stop: int) -> Iterator[list[Any]]:
-        step = 0
-        for samples in self._cut():
+        for step, samples in enumerate(self._cut()):
             if step >= stop:
                 return
             if step >= start:
                 parts = [samples[i : i + self.micro_batch] for i in range(0, len(samples), self.micro_batch)]
                 yield [to_device(self.source.collate(part), self.device) for part in parts]
-            step += 1
 
     def _cut(self) -> Iterator[list[Any]]:
         epoch = 0

@@ -22,7 +22,9 @@ class Tensors:
         lengths = {name: t.shape[0] for name, t in tensors(self.tree) if t.ndim}
         if not lengths or min(lengths.values()) == 0:
             raise DataError(
-                "The data holds no sample.", f"Lengths: {lengths or 'no tensor'}.", "Give at least one sample to train on."
+                "The data holds no sample.",
+                f"Lengths: {lengths or 'no tensor'}.",
+                "Give at least one sample to train on.",
             )
         if len(set(lengths.values())) > 1:
             raise DataError(

@@ -45,8 +45,7 @@ def split(tree: Any, micro_batch: int) -> list[Any]:
     if size <= micro_batch:
         return [tree]
     starts = range(0, size, micro_batch)
-    cut = lambda start: tree_map(lambda t: t[start : start + micro_batch] if t.ndim else t, tree)
-    return [cut(start) for start in starts]
+    return [tree_map(lambda t, a=start: t[a : a + micro_batch] if t.ndim else t, tree) for start in starts]  # type: ignore[misc]
 
 
 def to_device(tree: Any, device: torch.device) -> Any:

@@ -3,5 +3,15 @@
 from thalweg.device.allocator import keep_freed_memory
 from thalweg.device.backend import CAPABILITIES, Device, choose, facts
 from thalweg.device.measure import half_precision_gain, matmul_rates
+from thalweg.device.operators import causal_attention
 
-__all__ = ["CAPABILITIES", "Device", "choose", "facts", "half_precision_gain", "keep_freed_memory", "matmul_rates"]
+__all__ = [
+    "CAPABILITIES",
+    "Device",
+    "causal_attention",
+    "choose",
+    "facts",
+    "half_precision_gain",
+    "keep_freed_memory",
+    "matmul_rates",
+]

@@ -25,11 +25,11 @@ CAPABILITIES: dict[str, dict[str, Any]] = {
 class Device:
     """One device and what it can do."""
 
-    torch: torch.device
+    torch_device: torch.device
 
     @property
     def kind(self) -> str:
-        return self.torch.type
+        return self.torch_device.type
 
     @property
     def autocasts(self) -> tuple[str, ...]:
@@ -49,10 +49,10 @@ class Device:
         mine = [torch.default_generator]
         if self.kind == "cuda":
             torch.cuda.init()
-            mine.append(torch.cuda.default_generators[self.torch.index or 0])
+            mine.append(torch.cuda.default_generators[self.torch_device.index or 0])
         elif self.kind == "xpu":
             torch.xpu.init()
-            mine.append(torch.xpu.default_generators[self.torch.index or 0])
+            mine.append(torch.xpu.default_generators[self.torch_device.index or 0])
         elif self.kind == "mps":
             mine.append(torch.mps._get_default_mps_generator())
         return mine
@@ -60,23 +60,23 @@ class Device:
     def synchronize(self) -> None:
         """Wait until the device has done all that it was given."""
         if self.kind != "cpu":
-            torch.accelerator.synchronize(self.torch)
+            torch.accelerator.synchronize(self.torch_device)
 
     def memory_bytes(self) -> int:
         """All of the device's memory."""
         if self.kind == "cuda":
-            return int(torch.cuda.get_device_properties(self.torch).total_memory)
+            return int(torch.cuda.get_device_properties(self.torch_device).total_memory)
         return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
     def peak_bytes(self) -> int:
         """The most memory that this process has held so far."""
         if self.kind == "cuda":
-            return int(torch.cuda.max_memory_allocated(self.torch))
+            return int(torch.cuda.max_memory_allocated(self.torch_device))
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
     def name(self) -> str:
         if self.kind == "cuda":
-            return torch.cuda.get_device_name(self.torch)
+            return torch.cuda.get_device_name(self.torch_device)
         if self.kind == "cpu":
             return _cpu_name()
         return self.kind
@@ -109,7 +109,9 @@ def choose(asked: str) -> tuple[Device, str]:
 
 def _no_device(asked: str, accelerator: torch.device | None) -> DeviceError:
     have = "cpu" if accelerator is None else f"cpu and {torch.accelerator.device_count()} of {accelerator.type}"
-    return DeviceError(f"device={asked!r} is not on this machine.", f"It has {have}.", "Use device='auto' or one it has.")
+    return DeviceError(
+        f"device={asked!r} is not on this machine.", f"It has {have}.", "Use device='auto' or one it has."
+    )
 
 
 def _cpu_name() -> str:
@@ -123,7 +125,7 @@ def _cpu_name() -> str:
 def facts(device: Device) -> dict[str, Any]:
     """What the machine is, as plain data for the plan and the report."""
     return {
-        "device": str(device.torch),
+        "device": str(device.torch_device),
         "name": device.name(),
         "memory_bytes": device.memory_bytes(),
         "threads": torch.get_num_threads(),

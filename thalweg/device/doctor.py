@@ -20,7 +20,7 @@ def examine() -> Iterator[tuple[str, str]]:
     """(what, finding), measured where a measurement is the only answer; takes a few seconds."""
     device, why = choose("auto")
     known = facts(device)
-    yield "device", f"{device.torch}: {known['name']} ({why})"
+    yield "device", f"{device.torch_device}: {known['name']} ({why})"
     yield "memory", human_bytes(known["memory_bytes"])
     yield "threads", f"{known['threads']} used by torch, {known['cores']} processors"
     yield "torch", f"{known['torch']}, Python {known['python']}, {known['system']}"
@@ -34,8 +34,8 @@ def examine() -> Iterator[tuple[str, str]]:
 def _half(device: Device, half: str) -> str:
     if half not in device.autocasts:
         return "not possible on this device"
-    block = nn.Sequential(nn.Linear(256, 1024), nn.GELU(), nn.Linear(1024, 256)).to(device.torch)
-    inputs = torch.ones(512, 256, device=device.torch)
+    block = nn.Sequential(nn.Linear(256, 1024), nn.GELU(), nn.Linear(1024, 256)).to(device.torch_device)
+    inputs = torch.ones(512, 256, device=device.torch_device)
 
     def plain() -> None:
         block(inputs).sum().backward()

@@ -37,9 +37,7 @@ def half_precision_gain(
     start = time.perf_counter()
     first = clock(plain, device, repeats=1)[0] + clock(half, device, repeats=1)[0]
     pairs = max(3, min(25, int((budget_s - (time.perf_counter() - start)) / max(first, 1e-6))))
-    ratios = [
-        clock(plain, device, repeats=1)[0] / max(clock(half, device, repeats=1)[0], 1e-9) for _ in range(pairs)
-    ]
+    ratios = [clock(plain, device, repeats=1)[0] / max(clock(half, device, repeats=1)[0], 1e-9) for _ in range(pairs)]
     return statistics.median(ratios), pairs
 
 
@@ -48,7 +46,7 @@ def matmul_rates(device: Device, *, size: int = 1024, repeats: int = 5) -> dict[
     rates = {}
     for name in ("float32", "bfloat16", "float16"):
         try:
-            a = torch.ones(size, size, dtype=getattr(torch, name), device=device.torch)
+            a = torch.ones(size, size, dtype=getattr(torch, name), device=device.torch_device)
             work = lambda a=a: a @ a
             clock(work, device, repeats=1)
             rates[name] = 2 * size**3 / min(clock(work, device, repeats=repeats))

@@ -39,7 +39,7 @@ def build(plan: Plan, model: nn.Module, loss: ModelLoss, device: Device, policy:
         seed=recipe.seed,
         clip=recipe.train.clip,
         loss_divisor=plan.loss_divisor,
-        lrs=torch.tensor([peak * factor for factor in factors], dtype=dtype, device=device.torch),
+        lrs=torch.tensor([peak * factor for factor in factors], dtype=dtype, device=device.torch_device),
         shares=average_shares(recipe.regularize.average, plan.steps, device) if average else None,
     )
     return Step(state, loss, policy, options)
@@ -49,4 +49,4 @@ def average_shares(decay: float, steps: int, device: Device) -> Tensor:
     """1 - min(decay, (1 + t)/(10 + t)) for update t = 1, 2, ...: young averages forget their beginning faster."""
     updates = torch.arange(1, steps + 1, dtype=torch.float64)
     shares = 1 - torch.minimum(torch.tensor(decay, dtype=torch.float64), (1 + updates) / (10 + updates))
-    return shares.to(device.torch, torch.float32)
+    return shares.to(device.torch_device, torch.float32)

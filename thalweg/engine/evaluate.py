@@ -34,13 +34,13 @@ def evaluate(
     model = state.model
     sums: dict[str, list[Tensor]] = {}
     with in_evaluation_mode(model), state.averaged(), torch.no_grad():
-        for samples in held_out(source, batch, state.device.torch):
+        for samples in held_out(source, batch, state.device.torch_device):
             with policy.context(state.device):
                 found = {"loss": sum_and_weight(loss(model, samples), samples)}
                 if metrics is not None:
                     found |= {name: sum_and_weight(pair, samples) for name, pair in metrics(model, samples).items()}
             for name, pair in found.items():
-                exact = [torch.as_tensor(v, dtype=state.device.exact, device=state.device.torch) for v in pair]
+                exact = [torch.as_tensor(v, dtype=state.device.exact, device=state.device.torch_device) for v in pair]
                 before = sums.setdefault(name, [torch.zeros_like(exact[0]), torch.zeros_like(exact[1])])
                 sums[name] = [before[0] + exact[0].reshape(()), before[1] + exact[1].reshape(())]
     if not sums:

@@ -46,7 +46,10 @@ class Loop:
         """Train up to step ``until`` (the plan's end if None)."""
         state, recipe = self.step.state, self.plan.recipe
         last = self.plan.steps if until is None else min(until, self.plan.steps)
-        due = lambda every: state.step == self.plan.steps or (every and state.step % every == 0)
+
+        def due(every: int | None) -> bool:
+            return state.step == self.plan.steps or bool(every and state.step % every == 0)
+
         try:
             for window in self.feed.windows(state.step, last):
                 self.step.run(window)
@@ -71,7 +74,9 @@ class Loop:
             return
         count, end = len(self._pending), self.step.state.step
         rows = self.step.ring.tolist()
-        records = [self._record(i, rows[(i - 1) % RING], s) for i, s in zip(range(end - count + 1, end + 1), self._pending)]
+        records = [
+            self._record(i, rows[(i - 1) % RING], s) for i, s in zip(range(end - count + 1, end + 1), self._pending)
+        ]
         self._pending.clear()
         self._flushed_at = time.perf_counter()
         for record in records:

@@ -93,7 +93,9 @@ def preflight(model: nn.Module, loss: ModelLoss, batch: Any, source: Source | No
     return Probe(float(total.detach()) / max(float(weight), 1e-30), float(weight))
 
 
-def gain_of_half(model: nn.Module, loss: ModelLoss, batch: Any, half: str, device: Device, seed: int) -> tuple[float, int]:
+def gain_of_half(
+    model: nn.Module, loss: ModelLoss, batch: Any, half: str, device: Device, seed: int
+) -> tuple[float, int]:
     """How many times faster the forward and backward pass is in ``half`` than in fp32, and the pairs timed."""
     params = [p for _, p in named_trainable(model)]
 

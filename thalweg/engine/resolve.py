@@ -80,7 +80,7 @@ def resolve(task: Task, recipe: Recipe, *, saved: Plan | None = None) -> Resolve
     schedule = parse(recipe.schedule.lr)
     device, why = choose(recipe.device)
     if recipe.device == "auto":
-        recipe = replace(recipe, device=decide.take("device", str(device.torch), why))
+        recipe = replace(recipe, device=decide.take("device", str(device.torch_device), why))
     if recipe.precision != "auto":
         policy_for(recipe.precision, device)
     split = _split(task, recipe)
@@ -88,7 +88,7 @@ def resolve(task: Task, recipe: Recipe, *, saved: Plan | None = None) -> Resolve
     test = None if split.test is None else as_source(split.test)
     recipe, steps, samples = _settle_length(recipe, source, decide)
     schedule.values(steps)
-    model = _model(task, recipe).to(device.torch)
+    model = _model(task, recipe).to(device.torch_device)
     loss = _with_options(task.loss, recipe.loss, "loss", skip=2)
     _check_last_batch(model, recipe, samples)
     source, test = _near(source, device, decide), None if test is None else _near(test, device, None)
@@ -98,7 +98,7 @@ def resolve(task: Task, recipe: Recipe, *, saved: Plan | None = None) -> Resolve
         micro_batch=_set(recipe.train.micro_batch),
         seed=recipe.seed,
         keep_last=recipe.train.last == "keep",
-        device=device.torch,
+        device=device.torch_device,
         workers=recipe.data.workers,
         augment=split.augment,
     )
@@ -169,7 +169,9 @@ def _settle_length(recipe: Recipe, source: Source, decide: Decisions) -> tuple[R
                 "The data is a stream that does not say how long it is.",
                 "Give train.steps.",
             )
-        epochs = decide.unless_given("train.epochs", train.epochs, lambda: (10.0, "neither steps nor epochs were given"))
+        epochs = decide.unless_given(
+            "train.epochs", train.epochs, lambda: (10.0, "neither steps nor epochs were given")
+        )
         steps = max(1, round(epochs * per_epoch))
         decide.take("train.steps", steps, f"{epochs:g} epochs of {per_epoch} steps ({samples} samples)")
     elif train.epochs is not None:
@@ -186,7 +188,7 @@ def settle_precision(
     if dtypes != {torch.float32}:
         name = decide.take("precision", "fp32", f"the parameters are {', '.join(map(str, dtypes))}, left as they are")
     elif "bf16" not in device.autocasts:
-        name = decide.take("precision", "fp32", f"{device.torch} has no bf16")
+        name = decide.take("precision", "fp32", f"{device.torch_device} has no bf16")
     else:
         gain, pairs = gain_of_half(model, loss, batch, "bf16", device, recipe.seed)
         told = f"bf16 runs this model's forward and backward pass at {gain:.2f} times the speed of fp32 ({pairs} pairs)"
@@ -209,7 +211,9 @@ def _settle_evaluation(recipe: Recipe, task: Task, held_out: bool, steps: int, d
         )
         evaluate = replace(evaluate, every=every, batch=batch, goal=goal)
     else:
-        evaluate = replace(evaluate, every=0, batch=evaluate.batch or recipe.train.micro_batch, goal=evaluate.goal or "min")
+        evaluate = replace(
+            evaluate, every=0, batch=evaluate.batch or recipe.train.micro_batch, goal=evaluate.goal or "min"
+        )
     saves = decide.unless_given("checkpoint.every", checkpoint.every, lambda: (tenth, "ten times a run"))
     return replace(recipe, evaluate=evaluate, checkpoint=replace(checkpoint, every=saves))
 
@@ -219,7 +223,7 @@ def _check_metric(task: Task, recipe: Recipe, model: nn.Module, test: Source, de
     names = {"loss"}
     if task.metrics is not None:
         with untouched(model, device, recipe.seed), in_evaluation_mode(model), torch.no_grad():
-            for few in held_out(test, min(_set(recipe.evaluate.batch), 2), device.torch):
+            for few in held_out(test, min(_set(recipe.evaluate.batch), 2), device.torch_device):
                 names |= set(task.metrics(model, few))
                 break
     if recipe.evaluate.best not in names:
@@ -282,7 +286,7 @@ def _near(source: Source, device: Device, decide: Decisions | None) -> Source:
         return source
     if decide is not None:
         decide.take("data on device", True, f"{source.nbytes() >> 20} MiB, under an eighth of the device's memory")
-    return source.to(device.torch)
+    return source.to(device.torch_device)
 
 
 def _first_window(feed: Feed, steps: int) -> list[Any]:

@@ -26,14 +26,12 @@ class State:
         t: the number of the next update, from 1, 0-dim float32.
     """
 
-    def __init__(
-        self, model: nn.Module, arenas: list[Arena], device: Device, *, scaled: bool, average: bool
-    ) -> None:
+    def __init__(self, model: nn.Module, arenas: list[Arena], device: Device, *, scaled: bool, average: bool) -> None:
         self.model, self.arenas, self.device = model, arenas, device
         self.statistics = PooledStatistics(model, device.exact)
         self.scale = LossScale.start(device) if scaled else None
-        self.applied = torch.zeros(1, dtype=torch.int64, device=device.torch)
-        self.t = torch.ones((), dtype=torch.float32, device=device.torch)
+        self.applied = torch.zeros(1, dtype=torch.int64, device=device.torch_device)
+        self.t = torch.ones((), dtype=torch.float32, device=device.torch_device)
         self.step = 0
         self.averaged_statistics = [b.clone() for b in self.statistics.buffers()] if average else []
 

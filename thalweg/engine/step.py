@@ -51,12 +51,14 @@ class Step:
     ) -> None:
         self.state, self.loss, self.policy, self.options = state, loss, policy, options
         self.generators = state.device.generators()
-        device, exact = state.device.torch, state.device.exact
+        device, exact = state.device.torch_device, state.device.exact
         self.sums = torch.zeros(2, dtype=exact, device=device)  # of losses and of weights
         self.sum_of_losses, self.sum_of_weights = self.sums[0], self.sums[1]
         self.one = torch.ones((), dtype=torch.float32, device=device)
         self.ring = torch.zeros(RING, len(FIELDS), dtype=exact, device=device)
-        self.rows = [(row, (row[:2], row[2], row[3], row[4], row[5], row[6:])) for row in self.ring]
+        self.rows: list[tuple[Tensor, tuple[Tensor, ...]]] = [
+            (row, (row[:2], row[2], row[3], row[4], row[5], row[6:])) for row in self.ring
+        ]
         self._seeds: dict[torch.dtype, Tensor] = {}
 
     def run(self, window: Sequence[Any]) -> Tensor:
@@ -127,15 +129,18 @@ class Step:
         norms = []
         for arena in self.state.arenas:
             arena.hold_gradients()
-            norms.append(torch.linalg.vector_norm(arena.grads, dtype=torch.promote_types(arena.dtype, torch.float32)))
-        return norms[0] if len(norms) == 1 else torch.linalg.vector_norm(torch.stack(norms))
+            wide = torch.promote_types(arena.dtype, torch.float32)
+            norms.append(torch.linalg.vector_norm(arena.grads, dtype=wide))
+        total: Tensor = norms[0] if len(norms) == 1 else torch.linalg.vector_norm(torch.stack(norms))
+        return total
 
     def _now(self, table: Tensor) -> Tensor:
         """The scheduled value for the updates applied so far; looked up on the device, so that a skip needs no read."""
         place = self.state.applied
         if self.state.step >= table.shape[0]:
             place = place.clamp(max=table.shape[0] - 1)
-        return table.index_select(0, place)[0]
+        value: Tensor = table.index_select(0, place)[0]
+        return value
 
     def _record(self, norm: Tensor, skipped: Tensor, lr: Tensor, scale: Tensor) -> Tensor:
         row, places = self.rows[self.state.step % RING]

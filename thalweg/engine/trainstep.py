@@ -67,7 +67,12 @@ class TrainStep:
     """
 
     def __init__(
-        self, model: nn.Module, loss: ModelLoss, recipe: Recipe | Mapping[str, Any] | None = None, *, steps: int | None = None
+        self,
+        model: nn.Module,
+        loss: ModelLoss,
+        recipe: Recipe | Mapping[str, Any] | None = None,
+        *,
+        steps: int | None = None,
     ) -> None:
         given = recipe if isinstance(recipe, Recipe) else Recipe().override(recipe or {})
         self._decide = Decisions()
@@ -82,7 +87,7 @@ class TrainStep:
             )
         schedule.values(self.steps or 1)
         self.device, _ = choose(self.recipe.device)
-        self.model, self.loss = model.to(self.device.torch), loss
+        self.model, self.loss = model.to(self.device.torch_device), loss
         self.rows = parameter_table(model, self.recipe.optimizer.no_decay)
         if self.recipe.precision != "auto":
             policy_for(self.recipe.precision, self.device)
@@ -95,7 +100,7 @@ class TrainStep:
             batch: a tree of tensors whose first dimension counts samples; any number of them.
         """
         micro_batch = self.recipe.train.micro_batch or batch_size(batch)
-        window = [to_device(part, self.device.torch) for part in split(batch, micro_batch)]
+        window = [to_device(part, self.device.torch_device) for part in split(batch, micro_batch)]
         if self._step is None:
             self._step = self._build(window)
         return StepResult(self._step.run(window).clone())
@@ -111,7 +116,7 @@ class TrainStep:
     def load(self, snapshot: Snapshot, batch: Any) -> None:
         """Go on from a snapshot of the same model and recipe; ``batch`` is any batch, used for the checks before step 0."""
         if self._step is None:
-            self._step = self._build(split(to_device(batch, self.device.torch), batch_size(batch)))
+            self._step = self._build(split(to_device(batch, self.device.torch_device), batch_size(batch)))
         self._step.state.load(snapshot)
 
     def _built(self) -> Step:

@@ -9,19 +9,21 @@ import torch
 from torch import Tensor
 
 #: ``kernel(ps, gs, slots, ts, lr, divisor, skipped)``; slots by kind, each a list as long as ``ps``.
-Kernel = Callable[[list[Tensor], list[Tensor], list[list[Tensor]], list[Tensor], Any, Tensor | None, Tensor | None], None]
+Kernel = Callable[
+    [list[Tensor], list[Tensor], list[list[Tensor]], list[Tensor], Any, Tensor | None, Tensor | None], None
+]
 
 
 def _adam(options: Mapping[str, Any], weight_decay: float, decoupled: bool) -> Kernel:
     run: Any = torch._fused_adamw_ if decoupled else torch._fused_adam_
-    fixed = dict(
-        beta1=options["b1"],
-        beta2=options["b2"],
-        eps=options["eps"],
-        weight_decay=weight_decay,
-        amsgrad=False,
-        maximize=False,
-    )
+    fixed = {
+        "beta1": options["b1"],
+        "beta2": options["b2"],
+        "eps": options["eps"],
+        "weight_decay": weight_decay,
+        "amsgrad": False,
+        "maximize": False,
+    }
 
     def kernel(ps: Any, gs: Any, slots: Any, ts: Any, lr: Any, divisor: Tensor | None, skipped: Tensor | None) -> None:
         run(ps, gs, slots[0], slots[1], [], ts, lr=lr, grad_scale=divisor, found_inf=skipped, **fixed)
@@ -30,14 +32,14 @@ def _adam(options: Mapping[str, Any], weight_decay: float, decoupled: bool) -> K
 
 
 def _sgd(options: Mapping[str, Any], weight_decay: float, decoupled: bool) -> Kernel:
-    fixed = dict(
-        weight_decay=0.0 if decoupled else weight_decay,
-        momentum=options["momentum"],
-        dampening=0.0,
-        nesterov=options["nesterov"],
-        maximize=False,
-        is_first_step=False,
-    )
+    fixed = {
+        "weight_decay": 0.0 if decoupled else weight_decay,
+        "momentum": options["momentum"],
+        "dampening": 0.0,
+        "nesterov": options["nesterov"],
+        "maximize": False,
+        "is_first_step": False,
+    }
 
     def kernel(ps: Any, gs: Any, slots: Any, ts: Any, lr: Any, divisor: Tensor | None, skipped: Tensor | None) -> None:
         if decoupled and weight_decay:

@@ -46,9 +46,7 @@ def lower(
         fused: True or False to force; None chooses.
     """
     decoupled = decay_form == "decoupled"
-    kernel = kernel_for(
-        rule.name, options, weight_decay=weight_decay, decoupled=decoupled, dtype=dtype, device=device
-    )
+    kernel = kernel_for(rule.name, options, weight_decay=weight_decay, decoupled=decoupled, dtype=dtype, device=device)
     if kernel is not None and fused is not False:
         return Update(kernel, "fused", f"torch has a fused operator with the maths of {rule.name} on {device}")
     why = "asked for" if fused is False else f"no fused operator for {rule.name} in {dtype} on {device}"

@@ -44,7 +44,7 @@ def policy_for(name: str, device: Device) -> Policy:
     """The policy called ``name``, if ``device`` has it."""
     if name != "fp32" and name not in device.autocasts:
         raise DeviceError(
-            f"precision={name!r} is not possible on {device.torch}.",
+            f"precision={name!r} is not possible on {device.torch_device}.",
             f"It has {', '.join(('fp32', *device.autocasts))}.",
             "Use one of these, or precision='auto'.",
         )
@@ -66,7 +66,8 @@ class LossScale:
     @classmethod
     def start(cls, device: Device, *, scale: float = 2.0**16) -> LossScale:
         return cls(
-            torch.full((), scale, device=device.torch), torch.zeros((), dtype=torch.int32, device=device.torch)
+            torch.full((), scale, device=device.torch_device),
+            torch.zeros((), dtype=torch.int32, device=device.torch_device),
         )
 
     def update(self, skipped: Tensor) -> None:

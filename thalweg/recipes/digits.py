@@ -43,7 +43,8 @@ def data(max_shift: int = 1) -> Split:
             "Install it: pip install 'thalweg[digits]'.",
         )
     file = Path(found.origin).parent / "datasets" / "data" / "digits.csv.gz"  # read without importing all of sklearn
-    table = np.loadtxt(gzip.open(file, "rt"), delimiter=",", dtype=np.float32)
+    with gzip.open(file, "rt") as lines:
+        table = np.loadtxt(lines, delimiter=",", dtype=np.float32)
     order = permute(len(table), 0, np.arange(len(table)))
     images = torch.from_numpy(table[order, :64] / 16).reshape(-1, 1, 8, 8)
     labels = torch.from_numpy(table[order, 64].astype(np.int64))

@@ -20,7 +20,9 @@ _HELD_OUT = 32  # one file in so many, by the hash of its name
 _CONTEXT = 128
 
 
-def model(width: int = 128, heads: int = 4, layers: int = 4, dropout: float = 0.05, context: int = _CONTEXT) -> nn.Module:
+def model(
+    width: int = 128, heads: int = 4, layers: int = 4, dropout: float = 0.05, context: int = _CONTEXT
+) -> nn.Module:
     return GPT(vocab=256, context=context, width=width, heads=heads, layers=layers, dropout=dropout)
 
 

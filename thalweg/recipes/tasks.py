@@ -9,6 +9,7 @@ import sys
 from thalweg.core import Recipe, Task, TaskError, did_you_mean
 from thalweg.recipes.names import EMBEDDED
 
+
 def find_task(name: str) -> Task:
     """The task called ``name``: an embedded one, or ``module:attribute`` (looked for from this folder too).
 

@@ -29,8 +29,8 @@ class PooledStatistics:
 
     def __init__(self, model: nn.Module, exact: torch.dtype) -> None:
         named = [(n, m) for n, m in model.named_modules() if isinstance(m, _BatchNorm) and m.running_mean is not None]
-        layers = [module for _, module in named]
-        self.layers: list[Any] = layers
+        layers: list[Any] = [module for _, module in named]
+        self.layers = layers
         self.names = [name for name, _ in named]
         self.momentum = [layer.momentum for layer in layers]
         self._active: list[int] = []  # layers whose buffers are scratch just now
@@ -42,9 +42,12 @@ class PooledStatistics:
         for layer in layers:
             bounds.append(bounds[-1] + layer.num_features)
         self.spans = [slice(a, b) for a, b in zip(bounds, bounds[1:])]
-        self.device, self.exact, size = layers[0].running_mean.device, exact, bounds[-1]
-        empty = lambda dtype, n=size: torch.zeros(n, dtype=dtype, device=self.device)
-        dtype = layers[0].running_mean.dtype
+        first = self.layers[0].running_mean
+        self.device, dtype, self.exact, size = first.device, first.dtype, exact, bounds[-1]
+
+        def empty(dtype: torch.dtype, num: int = size) -> Tensor:
+            return torch.zeros(num, dtype=dtype, device=self.device)
+
         self.width = size
         self.running, self._batch = empty(dtype, 2 * size), empty(dtype, 2 * size)  # means, then variances
         self.mean, self.var = self.running[:size], self.running[size:]
@@ -57,9 +60,13 @@ class PooledStatistics:
         self._passes = 0
         for i, layer in enumerate(layers):
             span = self.spans[i]
-            real = {"running_mean": self.mean[span], "running_var": self.var[span], "num_batches_tracked": self.tracked[i]}
+            real = {
+                "running_mean": self.mean[span],
+                "running_var": self.var[span],
+                "num_batches_tracked": self.tracked[i],
+            }
             for name, view in real.items():
-                view.copy_(layer._buffers[name])
+                view.copy_(layer.get_buffer(name))
             scratch = (self._batch_mean[span], self._batch_var[span], self._batch_tracked[i])
             self._real.append(real)
             self._scratch.append(dict(zip(real, scratch)))
@@ -74,11 +81,11 @@ class PooledStatistics:
 
     def views(self, mean: Tensor, var: Tensor) -> dict[str, Tensor]:
         """Flat statistics by the names that the model's buffers have."""
-        named = {}
+        found: dict[str, Tensor] = {}
         for name, span in zip(self.names, self.spans):
             prefix = f"{name}." if name else ""
-            named |= {f"{prefix}running_mean": mean[span], f"{prefix}running_var": var[span]}
-        return named
+            found |= {f"{prefix}running_mean": mean[span], f"{prefix}running_var": var[span]}
+        return found
 
     def begin(self) -> None:
         """A step begins: layers in training mode write to scratch, at momentum 1."""
@@ -151,9 +158,7 @@ class PooledStatistics:
     def _fill(self, values: tuple[float, ...]) -> Tensor:
         """One value a layer, as one value a channel. Cached: copying from the host would wait for the device."""
         widths = [span.stop - span.start for span in self.spans]
-        return torch.repeat_interleave(
-            torch.tensor(values, dtype=self.exact), torch.tensor(widths)
-        ).to(self.device)
+        return torch.repeat_interleave(torch.tensor(values, dtype=self.exact), torch.tensor(widths)).to(self.device)
 
     def _open_sums(self) -> None:
         if not self._passes:

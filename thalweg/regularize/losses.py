@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from thalweg.core import Loss
 
 
-def cross_entropy(
-    logits: Tensor, targets: Tensor, *, label_smoothing: float = 0.0, ignore_index: int = -100
-) -> Loss:
+def cross_entropy(logits: Tensor, targets: Tensor, *, label_smoothing: float = 0.0, ignore_index: int = -100) -> Loss:
     """Sum of cross-entropies and the number of targets that count; an all-ignored batch weighs 0 and is no NaN.
 
     Args:
@@ -29,7 +26,5 @@ def cross_entropy(
     """
     num_classes = logits.shape[-1]
     flat, wanted = logits.reshape(-1, num_classes), targets.reshape(-1)
-    total = F.cross_entropy(
-        flat, wanted, reduction="sum", label_smoothing=label_smoothing, ignore_index=ignore_index
-    )
+    total = F.cross_entropy(flat, wanted, reduction="sum", label_smoothing=label_smoothing, ignore_index=ignore_index)
     return Loss(total, (wanted != ignore_index).sum())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 from collections.abc import Iterable
 
@@ -29,7 +30,7 @@ def key_figures(run: Run) -> str:
     rates = [rate for _, rate in _throughput(run)]
     if rates:
         cards.append(("throughput", f"{human_count(statistics.median(rates))} {run.plan.unit}/s", "median"))
-    sizes, weights = run.plan.sizes, sum(_elements(row.shape) for row in run.plan.parameters)
+    sizes, weights = run.plan.sizes, sum(math.prod(row.shape) for row in run.plan.parameters)
     held = f"{human_bytes(sum(sizes.values()))} with gradients and slots" if sizes else ""
     cards.append(("parameters", human_count(weights), held))
     shown = (tag("dt", name) + tag("dd", value) + tag("dd", note, class_="note") for name, value, note in cards)
@@ -84,13 +85,6 @@ def _metric(evaluations: Iterable[Evaluation], name: str) -> list[Point]:
 def _throughput(run: Run) -> list[Point]:
     device = str(run.plan.machine.get("device", "cpu"))
     return throughput(run.lines, window_seconds(run.lines, device))
-
-
-def _elements(shape: Iterable[int]) -> int:
-    count = 1
-    for size in shape:
-        count *= size
-    return count
 
 
 def _evaluation_cards(run: Run) -> Iterable[tuple[str, str, str]]:

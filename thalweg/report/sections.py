@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 from thalweg.core import human_bytes, human_count
+from thalweg.report.axes import plain
 from thalweg.report.folder import Run
 from thalweg.report.markup import details, section, shown, table, tag, wrap
 
@@ -48,9 +50,7 @@ def parameters(run: Run) -> str:
     groups: dict[tuple[bool, str], tuple[int, int]] = {}
     rows = []
     for row in run.plan.parameters:
-        size = 1
-        for n in row.shape:
-            size *= n
+        size = math.prod(row.shape)
         tensors, elements = groups.get((row.decays, row.decay_reason), (0, 0))
         groups[row.decays, row.decay_reason] = (tensors + 1, elements + size)
         shape = " \u00d7 ".join(map(str, row.shape)) or "scalar"
@@ -96,5 +96,5 @@ def _facts(facts: dict[str, Any]) -> str:
         if name.endswith("_bytes") and isinstance(value, (int, float)):
             rows.append((name.removesuffix("_bytes"), human_bytes(int(value))))
         else:
-            rows.append((name, value))
+            rows.append((name, plain(value) if isinstance(value, float) else value))
     return table(("fact", "value"), [(name.replace("_", " "), value) for name, value in rows]) if rows else ""

@@ -15,7 +15,14 @@ from thalweg.rules.registry import rule
     paper="Sutskever et al. 2013, proceedings.mlr.press/v28/sutskever13.html",
 )
 def sgd(
-    p: Tensor, g: Tensor, m: Tensor | None = None, *, lr: Tensor, t: Tensor, momentum: float = 0.0, nesterov: bool = False
+    p: Tensor,
+    g: Tensor,
+    m: Tensor | None = None,
+    *,
+    lr: Tensor,
+    t: Tensor,
+    momentum: float = 0.0,
+    nesterov: bool = False,
 ) -> tuple[Tensor, ...]:
     """m <- momentum*m + g;  p <- p - lr*m, or with Nesterov p <- p - lr*(g + momentum*m).
 

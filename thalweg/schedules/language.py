@@ -26,7 +26,9 @@ class Piece:
     options: tuple[tuple[str, Any], ...]
 
     def __str__(self) -> str:
-        length = [] if self.length is None else [f"'{self.length}'" if isinstance(self.length, str) else f"{self.length}"]
+        length = (
+            [] if self.length is None else [f"'{self.length}'" if isinstance(self.length, str) else f"{self.length}"]
+        )
         return f"{self.shape}({', '.join([*length, *(f'{k}={v}' for k, v in self.options)])})"
 
     def updates(self, total: int) -> int | None:

@@ -1,8 +1,8 @@
 """The shapes: each a pure function of the place within its piece. A value is a factor on the peak.
 
 A piece of ``num`` updates is asked for the values at ``index`` 0 to ``num`` - 1. ``x`` runs over (0, 1] where another
-piece came before (its last value was x = 0), and over [0, 1] where the schedule begins with this piece, so that the first
-and the last value are always exact.
+piece came before (its last value was x = 0), and over [0, 1] where the schedule begins with this piece, so that the
+first and the last value are always exact.
 """
 
 from __future__ import annotations
@@ -95,7 +95,7 @@ def cosine(at: Place, *, to: float = 0.0) -> float:
 @shape
 def polynomial(at: Place, *, to: float = 0.0, power: float = 2.0) -> float:
     """to + (begin - to)*(1 - x)**power."""
-    return to + (at.begin - to) * (1.0 - at.x) ** power
+    return float(to + (at.begin - to) * (1.0 - at.x) ** power)
 
 
 @shape

@@ -16,8 +16,8 @@ class JsonLines:
 
     Args:
         path: the file; created if it is not there.
-        keep_bytes: what stands beyond is cut off when the run starts: steps after the checkpoint that is resumed from, and a
-            line that a kill tore.
+        keep_bytes: what stands beyond is cut off when the run starts: steps after the checkpoint that is resumed from,
+            and a line that a kill tore.
     """
 
     def __init__(self, path: Path, *, keep_bytes: int = 0) -> None:

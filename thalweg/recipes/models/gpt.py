@@ -9,13 +9,18 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from thalweg.device import causal_attention
+
 
 class Block(nn.Module):
-    """Pre-norm attention and MLP, each with dropout on its residual branch."""
+    """Pre-norm attention and MLP, each with dropout on its residual branch.
+
+    Attention weights have no dropout of their own: with it, torch leaves its fused attention on the CPU (LOG.md).
+    """
 
     def __init__(self, width: int, heads: int, dropout: float) -> None:
         super().__init__()
-        self.heads, self.dropout = heads, dropout
+        self.heads = heads
         self.norm_attention, self.norm_mlp = nn.LayerNorm(width), nn.LayerNorm(width)
         self.qkv = nn.Linear(width, 3 * width, bias=False)
         self.out = nn.Linear(width, width, bias=False)
@@ -26,10 +31,10 @@ class Block(nn.Module):
         B, T, D = x_BTD.shape
         qkv = self.qkv(self.norm_attention(x_BTD)).view(B, T, 3, self.heads, D // self.heads)
         q, k, v = qkv.permute(2, 0, 3, 1, 4)
-        dropout = self.dropout if self.training else 0.0
-        mixed = F.scaled_dot_product_attention(q, k, v, is_causal=True, dropout_p=dropout)
+        mixed = causal_attention(q, k, v)
         x_BTD = x_BTD + self.drop(self.out(mixed.transpose(1, 2).reshape(B, T, D)))
-        return x_BTD + self.drop(self.down(F.gelu(self.up(self.norm_mlp(x_BTD)))))
+        x_BTD = x_BTD + self.drop(self.down(F.gelu(self.up(self.norm_mlp(x_BTD)))))
+        return x_BTD
 
 
 class GPT(nn.Module):
@@ -40,11 +45,17 @@ class GPT(nn.Module):
         context: the longest T.
         width: D. heads: H; divides ``width``.
         layers: number of blocks.
-        dropout: rate after the embedding, in attention, and on residual branches.
+        dropout: rate after the embedding and on residual branches.
     """
 
     def __init__(
-        self, vocab: int = 256, context: int = 128, width: int = 128, heads: int = 4, layers: int = 4, dropout: float = 0.0
+        self,
+        vocab: int = 256,
+        context: int = 128,
+        width: int = 128,
+        heads: int = 4,
+        layers: int = 4,
+        dropout: float = 0.0,
     ) -> None:
         super().__init__()
         self.context = context
@@ -56,15 +67,16 @@ class GPT(nn.Module):
         for module in self.modules():
             if isinstance(module, (nn.Linear, nn.Embedding)):
                 nn.init.normal_(module.weight, std=0.02)
-        for block in self.blocks:
-            for last in (block.out, block.down):
-                nn.init.normal_(last.weight, std=0.02 / (2 * layers) ** 0.5)
+        for name, module in self.named_modules():
+            if isinstance(module, nn.Linear) and name.endswith((".out", ".down")):
+                nn.init.normal_(module.weight, std=0.02 / (2 * layers) ** 0.5)
 
     def forward(self, tokens_BT: Tensor) -> Tensor:
         """Logits of shape (B, T, V) for int64 tokens of shape (B, T)."""
         places = torch.arange(tokens_BT.shape[1], device=tokens_BT.device)
         x_BTD = self.drop(self.tokens(tokens_BT) + self.positions(places))
-        return self.head(self.norm(self.blocks(x_BTD)))
+        logits_BTV: Tensor = self.head(self.norm(self.blocks(x_BTD)))
+        return logits_BTV
 
     @torch.no_grad()
     def generate(self, start: list[int], num: int, *, temperature: float = 0.7, seed: int = 0) -> list[int]:
@@ -75,4 +87,4 @@ class GPT(nn.Module):
         for _ in range(num):
             logits = self(tokens[:, -self.context :])[:, -1].float() / temperature
             tokens = torch.cat([tokens, torch.multinomial(logits.softmax(-1), 1, generator=draw)], dim=1)
-        return tokens[0].tolist()  # type: ignore[no-any-return]
+        return [int(token) for token in tokens[0].tolist()]
