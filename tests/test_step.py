@@ -33,11 +33,12 @@ from thalweg.engine.step import FIELDS
 
 
 def one_step(model: nn.Module, loss: Any, parts: list[Any], **changes: Any) -> tuple[torch.Tensor, list[float], Any]:
-    """(all parameters, row, step) after one step over these micro-batches."""
+    """(by how much one step over these micro-batches moved all parameters, row, step)."""
+    before = torch.cat([p.detach().flatten().clone() for p in model.parameters()])
     whole = {k: torch.cat([p[k] for p in parts]) for k in parts[0]}
     step, _ = make_step(model, loss, whole, **{"train.batch": len(whole[next(iter(whole))]), **changes})
     row = step.run(parts).tolist()
-    return torch.cat([p.detach().flatten() for p in model.parameters()]), row, step
+    return torch.cat([p.detach().flatten() for p in model.parameters()]) - before, row, step
 
 
 def cut(data: dict[str, torch.Tensor], sizes: list[int]) -> list[dict[str, torch.Tensor]]:
@@ -72,11 +73,10 @@ def test_c1_gradient_is_that_of_the_mean_over_all_tokens() -> None:
     twin = copy.deepcopy(model)
     loss = F.cross_entropy(twin(data["tokens"]).flatten(0, 1), data["targets"].flatten(), ignore_index=IGNORED)
     loss.backward()
-    before = torch.cat([p.detach().flatten() for p in twin.parameters()])
     grad = torch.cat([p.grad.flatten() for p in twin.parameters() if p.grad is not None])
     changes = {"optimizer.rule": "sgd", "optimizer.lr": 1.0, "train.clip": 0}
-    after, row, _ = one_step(model, text_loss, cut(data, SPLITS["ragged"]), **changes)
-    torch.testing.assert_close(after, before - grad, rtol=1e-12, atol=1e-15)
+    moved, row, _ = one_step(model, text_loss, cut(data, SPLITS["ragged"]), **changes)
+    torch.testing.assert_close(moved, -grad, rtol=1e-12, atol=2e-16)
     assert row[0] / row[1] == pytest.approx(float(loss.detach()), rel=1e-12)
     assert row[2] == pytest.approx(float(grad.norm()), rel=1e-12)
 
@@ -121,10 +121,9 @@ def test_window_with_nothing_to_learn_is_skipped() -> None:
 def test_clip_limits_the_norm_that_acts() -> None:
     changes = {"optimizer.rule": "sgd", "optimizer.lr": 1.0, "train.clip": 0.01}
     model = mlp().double()
-    before = torch.cat([p.detach().flatten().clone() for p in model.parameters()])
-    after, row, _ = one_step(model, mean_loss, [points(dtype=torch.float64)], **changes)
+    moved, row, _ = one_step(model, mean_loss, [points(dtype=torch.float64)], **changes)
     assert row[2] > 0.01
-    assert float((after - before).norm()) == pytest.approx(0.01, rel=1e-9)
+    assert float(moved.norm()) == pytest.approx(0.01, rel=1e-9)
 
 
 POISON = [("fp32", float("nan")), ("bf16", float("inf")), ("fp16", float("nan"))]
