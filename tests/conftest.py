@@ -38,15 +38,16 @@ def run_cli(*arguments: str, cwd: Path, **environment: str) -> subprocess.Comple
     )
 
 
-def start_cli(*arguments: str, cwd: Path, **environment: str) -> subprocess.Popen[str]:
+def start_cli(*arguments: str, cwd: Path, start_new_session: bool = False) -> subprocess.Popen[str]:
     """The same, still running."""
     return subprocess.Popen(
         [sys.executable, "-m", "thalweg.cli.main", *arguments],
         cwd=cwd,
-        env={**os.environ, "PYTHONPATH": f"{ROOT}{os.pathsep}{cwd}", **environment},
+        env={**os.environ, "PYTHONPATH": f"{ROOT}{os.pathsep}{cwd}"},
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
+        start_new_session=start_new_session,
     )
 
 

@@ -110,6 +110,20 @@ def test_a_lonely_sample_for_batch_normalization_is_found_before_step_one() -> N
     thalweg.train(model, mean_loss, points(9), {**SHORT, "train.last": "drop"})
 
 
+def test_augment_that_would_not_be_called_is_refused() -> None:
+    refuse(
+        DataError, "augment", "__getitem__", data=Split(train=TensorDataset(torch.ones(3, 6)), augment=lambda b, d: b)
+    )
+
+
+def test_settings_that_are_not_used_are_said() -> None:
+    result = thalweg.train(
+        mlp, mean_loss, points(), {**SHORT, "data.workers": 2, "evaluate.every": 3, "train.epochs": 4}
+    )
+    said = {d.path: d.reason for d in result.plan.decisions}
+    assert all(said[path].startswith("not used") for path in ("data.workers", "evaluate.every", "train.epochs"))
+
+
 def test_devices_and_precisions_that_are_not_here() -> None:
     refuse(DeviceError, "'cuda:99'", device="cuda:99")
     refuse(DeviceError, "'toaster'", device="toaster")

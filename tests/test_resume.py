@@ -275,6 +275,44 @@ def test_killed_at_a_random_instant_ends_with_the_same_bits(digits: Path, attemp
     assert steps_of(digits / name) == steps_of(digits / "whole")
 
 
+OWN = """
+import random, torch, thalweg
+from torch import nn
+
+class Noisy:
+    def __len__(self): return 64
+    def __getitem__(self, i): return {"x": torch.randn(4) + random.random(), "y": i % 2}
+
+loss = lambda model, batch: nn.functional.cross_entropy(model(batch["x"]), batch["y"])
+task = thalweg.Task(model=lambda: nn.Sequential(nn.Linear(4, 8), nn.Dropout(0.2), nn.Linear(8, 2)), loss=loss, data=Noisy())
+"""
+
+
+def test_sigterm_to_the_process_group_with_workers_saves(tmp_path: Path) -> None:
+    """What SLURM and Kubernetes send; in the peers the workers die first and the checkpoint is lost."""
+    (tmp_path / "own.py").write_text(OWN)
+    common = [
+        "train",
+        "own:task",
+        "--set",
+        "train.batch=8",
+        "--set",
+        "train.micro_batch=4",
+        "--set",
+        "precision=fp32",
+        "--quiet",
+    ]
+    common += ["--set", "checkpoint.every=0", "--set", "data.workers=2"]
+    process = start_cli(*common, "--set", "train.steps=100000", cwd=tmp_path, start_new_session=True)
+    wait_for_records(tmp_path / "runs" / "own", process)
+    os.killpg(process.pid, signal.SIGTERM)
+    told, _ = process.communicate(timeout=60)
+    assert process.returncode == 130 and "to go on: thalweg train own:task --resume" in told, told
+    step = last_step(tmp_path / "runs" / "own")
+    lines = steps_of(tmp_path / "runs" / "own")
+    assert lines[-1]["step"] == step
+
+
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_saves_and_says_how_to_go_on(digits: Path, number: signal.Signals) -> None:
     name = f"signalled-{number}"

@@ -224,10 +224,9 @@ class _Run:
                 sink.start(plan, step.state.step)
             for text in told:
                 loop.tell("checkpoint passed over", text)
-            reason = StopReason.FINISHED
+            reason = StopReason.FAILED
             try:
-                if step.state.step < plan.steps:
-                    reason = loop.run()
+                reason = loop.run()
             finally:
                 for sink in sinks:
                     sink.stop(reason)

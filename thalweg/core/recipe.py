@@ -5,16 +5,15 @@ A field that is None was left to the plan, which derives it before step 1 and sa
 
 from __future__ import annotations
 
-import dataclasses
 import tomllib
-import types
 import typing
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from thalweg.core.errors import RecipeError, did_you_mean
+from thalweg.core.tree import build, plain, set_path, walk
 
 
 def _check(ok: bool, asked: str, numbers: str, remedy: str) -> None:
@@ -304,17 +303,17 @@ class Recipe:
             RecipeError: for an unknown path or a value of the wrong kind.
         """
         tree = self.to_dict()
-        for path, value in _walk(changes, ""):
-            _set_path(tree, path, value)
+        for path, value in walk(changes, ""):
+            set_path(Recipe, tree, path, value)
         return Recipe.from_dict(tree)
 
     def to_dict(self) -> dict[str, Any]:
         """Nested plain data; fields left to the plan are left out."""
-        return typing.cast(dict[str, Any], _plain(self))
+        return typing.cast(dict[str, Any], plain(self))
 
     def flat(self) -> dict[str, Any]:
         """Dotted path to value, for comparing and printing."""
-        return dict(_walk(self.to_dict(), ""))
+        return dict(walk(self.to_dict(), ""))
 
     def to_toml(self) -> str:
         import tomli_w
@@ -323,7 +322,7 @@ class Recipe:
 
     @classmethod
     def from_dict(cls, tree: Mapping[str, Any]) -> Recipe:
-        return typing.cast(Recipe, _build(cls, tree, ""))
+        return typing.cast(Recipe, build(cls, tree, ""))
 
     @classmethod
     def from_toml(cls, text: str, *, base: Recipe | None = None, name: str = "the recipe") -> Recipe:
@@ -333,8 +332,8 @@ class Recipe:
         except tomllib.TOMLDecodeError as err:
             raise RecipeError(f"{name} is not TOML.", f"{err}.", "See docs/recipes.md for an example.") from None
         start = (base or Recipe()).to_dict()
-        for path, value in _walk(tree, ""):
-            _set_path(start, path, value)
+        for path, value in walk(tree, ""):
+            set_path(Recipe, start, path, value)
         return cls.from_dict(start)
 
     @classmethod
@@ -350,107 +349,3 @@ class Recipe:
         """(path, mine, theirs) where two recipes differ."""
         mine, theirs = self.flat(), other.flat()
         return [(k, mine.get(k), theirs.get(k)) for k in sorted({*mine, *theirs}) if mine.get(k) != theirs.get(k)]
-
-
-def _plain(value: Any) -> Any:
-    if dataclasses.is_dataclass(value):
-        pairs = ((f.name, getattr(value, f.name)) for f in dataclasses.fields(value))
-        return {name: _plain(inner) for name, inner in pairs if inner is not None}
-    if isinstance(value, dict):
-        return {str(k): _plain(v) for k, v in value.items() if v is not None}
-    if isinstance(value, (tuple, list)):
-        return [_plain(v) for v in value]
-    return value
-
-
-def _walk(tree: Mapping[str, Any], prefix: str) -> Iterable[tuple[str, Any]]:
-    for key, value in tree.items():
-        if isinstance(value, Mapping):
-            yield from _walk(value, f"{prefix}{key}.")
-        else:
-            yield prefix + key, value
-
-
-def _set_path(tree: dict[str, Any], path: str, value: Any) -> None:
-    """Put ``value`` at a dotted path whose type is read off the dataclasses."""
-    *parents, leaf = path.split(".")
-    kind: Any = Recipe
-    for i, name in enumerate(parents):
-        if kind is not None:
-            kind = _field_type(kind, name, ".".join(parents[:i]))
-            kind = kind if dataclasses.is_dataclass(kind) else None
-        tree = tree.setdefault(name, {})
-    if kind is not None:
-        wanted = _field_type(kind, leaf, ".".join(parents))
-        if dataclasses.is_dataclass(wanted) or typing.get_origin(wanted) is dict:
-            raise RecipeError(f"{path} is a table.", f"Got {value!r}.", f"Name a key in it, such as {path}.name.")
-    tree[leaf] = value
-
-
-def _field_type(kind: Any, name: str, where: str) -> Any:
-    hints = typing.get_type_hints(kind)
-    if name not in hints:
-        path = f"{where}.{name}" if where else name
-        table = f"[{where}]" if where else "a recipe"
-        raise RecipeError(f"{path} is not a key of {table}.", f"{len(hints)} are known.", did_you_mean(name, hints))
-    return hints[name]
-
-
-def _build(kind: Any, tree: Mapping[str, Any], where: str) -> Any:
-    values = {}
-    for key, value in tree.items():
-        wanted = _field_type(kind, key, where)
-        path = f"{where}.{key}" if where else key
-        if dataclasses.is_dataclass(wanted):
-            if not isinstance(value, Mapping):
-                raise RecipeError(f"{path} is a table.", f"Got {value!r}.", f"Write [{path}] and keys below it.")
-            values[key] = _build(wanted, value, path)
-        else:
-            values[key] = _convert(value, wanted, path)
-    return kind(**values)
-
-
-def _convert(value: Any, wanted: Any, path: str) -> Any:
-    """Read ``value`` as ``wanted``; texts come from the command line and are parsed."""
-    if typing.get_origin(wanted) in (typing.Union, types.UnionType):
-        inner = [a for a in typing.get_args(wanted) if a is not type(None)]
-        if value is None or value == "auto":
-            return None
-        return _convert(value, inner[0], path)
-    if typing.get_origin(wanted) is dict:
-        if not isinstance(value, Mapping):
-            raise RecipeError(f"{path} is a table.", f"Got {value!r}.", f"Name a key in it, such as {path}.name.")
-        return {str(k): _literal(v) for k, v in value.items()}
-    if typing.get_origin(wanted) is tuple:
-        items = value.split(",") if isinstance(value, str) else value
-        return tuple(str(item).strip() for item in items if str(item).strip())
-    try:
-        if wanted is bool:
-            return {"true": True, "false": False}[str(value).lower()]
-        if wanted is int:
-            number = float(value)
-            if isinstance(value, bool) or number != int(number):
-                raise ValueError
-            return int(value) if not isinstance(value, float) else int(number)
-        if wanted is float:
-            if isinstance(value, bool) or not float(value) < float("inf"):
-                raise ValueError
-            return float(value)
-        if not isinstance(value, str):
-            raise ValueError
-        return value
-    except (ValueError, KeyError, TypeError):
-        kinds = {int: "a whole number", float: "a finite number", bool: "true or false", str: "a text"}
-        raise RecipeError(
-            f"{path}={value!r} is not {kinds[wanted]}.", f"Got {type(value).__name__}.", f"Give {kinds[wanted]}."
-        ) from None
-
-
-def _literal(value: Any) -> Any:
-    """A text from the command line as the TOML value it looks like; all else is left as it is."""
-    if not isinstance(value, str):
-        return value
-    try:
-        return tomllib.loads(f"v = {value}")["v"]
-    except tomllib.TOMLDecodeError:
-        return value

@@ -17,6 +17,7 @@ class StopReason(enum.Enum):
     FINISHED = "finished"
     INTERRUPTED = "interrupted"
     DIVERGED = "diverged"
+    FAILED = "failed"
 
     @property
     def advice(self) -> str:
@@ -25,11 +26,12 @@ class StopReason(enum.Enum):
             StopReason.INTERRUPTED: "The state is saved; the same command with --resume goes on from here.",
             StopReason.DIVERGED: "Gradients were not finite for many steps in a row, and none of those steps was applied. "
             "Lower optimizer.lr, lengthen the warm-up, or look for NaN or infinity in the data.",
+            StopReason.FAILED: "An error ended the run; the last good state is kept, and --resume goes on from it.",
         }[self]
 
     @property
     def exit_code(self) -> int:
-        return {StopReason.FINISHED: 0, StopReason.INTERRUPTED: 130, StopReason.DIVERGED: 3}[self]
+        return {"finished": 0, "interrupted": 130, "diverged": 3, "failed": 1}[self.value]
 
 
 @dataclass(frozen=True)

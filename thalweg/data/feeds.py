@@ -33,7 +33,17 @@ def make_feed(
     workers: int = 0,
     augment: Augment | None = None,
 ) -> Feed:
-    """The feed for a source. Equal arguments give equal windows, from whatever step they are asked."""
+    """The feed for a source. Equal arguments give equal windows, from whatever step they are asked.
+
+    Raises:
+        DataError: for ``augment`` with data that is read sample by sample.
+    """
+    if augment is not None and isinstance(source, (Stream, Items)):
+        raise DataError(
+            "augment works on whole batches of in-memory data.",
+            f"This data is read sample by sample ({type(source).__name__}).",
+            "Augment in __getitem__ or __iter__: random numbers drawn there are seeded by (seed, epoch, sample).",
+        )
     if isinstance(source, Stream):
         return StreamFeed(source, batch=batch, micro_batch=micro_batch, seed=seed, keep_last=keep_last, device=device)
     order = Order(len(source), batch, seed=seed, keep_last=keep_last)

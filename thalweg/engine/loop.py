@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 
-from thalweg.core import Evaluation, Event, Feed, Plan, Record, Sink, StopReason
+from thalweg.core import Evaluation, Event, Feed, Plan, Record, Sink, StopReason, ThalwegError
 from thalweg.engine.step import FIELDS, RING, Step
 
 _FLUSH_SECONDS = 0.25
@@ -144,7 +144,10 @@ class Loop:
         self.step.state.statistics.restore()
         self.flush()
         if self.step.state.step:
-            self._save()
+            try:
+                self._save()
+            except ThalwegError as err:  # what broke the step is the error that counts
+                self.tell("not saved", str(err))
 
     def _end(self, reason: StopReason) -> StopReason:
         self.flush()

@@ -25,7 +25,7 @@ from thalweg.core import (
     did_you_mean,
     seed_for,
 )
-from thalweg.data import Source, Stream, Tensors, as_source, held_out, make_feed
+from thalweg.data import Items, Source, Stream, Tensors, as_source, held_out, make_feed
 from thalweg.device import Device, choose, facts
 from thalweg.engine.preflight import ModelLoss, Probe, gain_of_half, in_evaluation_mode, preflight, untouched
 from thalweg.optim import parameter_table
@@ -88,6 +88,10 @@ def resolve(task: Task, recipe: Recipe, *, saved: Plan | None = None) -> Resolve
     test = None if split.test is None else as_source(split.test)
     recipe, steps, samples = _settle_length(recipe, source, decide)
     schedule.values(steps)
+    if recipe.data.workers and not isinstance(source, Items):
+        decide.take("data.workers", recipe.data.workers, "not used: only a map-style Dataset is read by workers")
+    if recipe.evaluate.every and test is None:
+        decide.take("evaluate.every", recipe.evaluate.every, "not used: the task has no held-out data")
     model = _model(task, recipe).to(device.torch_device)
     loss = _with_options(task.loss, recipe.loss, "loss", skip=2)
     _check_last_batch(model, recipe, samples)

@@ -142,9 +142,9 @@ def make_arenas(
     options: Mapping[str, Any],
     **how: Any,
 ) -> list[Arena]:
-    """An arena for each dtype among the parameters."""
+    """An arena for each dtype and device among the parameters."""
     by_name = {row.name: row for row in rows}
-    dtypes: dict[torch.dtype, list[tuple[str, nn.Parameter]]] = {}
+    groups: dict[tuple[torch.dtype, torch.device], list[tuple[str, nn.Parameter]]] = {}
     for name, p in named:
-        dtypes.setdefault(p.dtype, []).append((name, p))
-    return [Arena(group, by_name, rule, options, **how) for group in dtypes.values()]
+        groups.setdefault((p.dtype, p.device), []).append((name, p))
+    return [Arena(group, by_name, rule, options, **how) for group in groups.values()]

@@ -1,0 +1,63 @@
+"""What only a CUDA device can show; skips itself without one."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+import thalweg
+from tests.models import batchnorm_net, make_step, mean_loss, points, run_steps, state_bits
+from thalweg.core import Split
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device on this machine"),
+]
+CHANGES = {
+    "device": "cuda",
+    "train.batch": 16,
+    "train.micro_batch": 8,
+    "optimizer.weight_decay": 0.1,
+    "regularize.average": 0.9,
+    "schedule.lr": "warmup(2) >> cosine()",
+}
+
+
+@pytest.fixture
+def no_synchronisation() -> Iterator[None]:
+    yield
+    torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
+def test_a_step_never_waits_for_the_device(precision: str, no_synchronisation: None) -> None:
+    step, feed = make_step(batchnorm_net(0.1), mean_loss, points(), **CHANGES, precision=precision)
+    windows = list(feed.windows(0, 6))
+    for window in windows[:2]:
+        step.run(window)
+    torch.cuda.set_sync_debug_mode("error")
+    for window in windows[2:]:
+        step.run(window)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
+def test_two_runs_are_the_same_run(precision: str) -> None:
+    states = []
+    for _ in range(2):
+        torch.manual_seed(0)
+        step, feed = make_step(batchnorm_net(0.3), mean_loss, points(), **CHANGES, precision=precision)
+        run_steps(step, feed, 8)
+        states.append(state_bits(step))
+    assert all(torch.equal(states[0][name], states[1][name]) for name in states[0])
+
+
+def test_the_gpu_follows_the_cpu(tmp_path: Path) -> None:
+    finals = {}
+    for device in ("cpu", "cuda"):
+        recipe = {**CHANGES, "device": device, "precision": "fp32", "train.steps": 20}
+        result = thalweg.train(batchnorm_net, mean_loss, Split(train=points(), test=points(seed=1)), recipe)
+        finals[device] = result.metrics["loss"]
+    assert finals["cuda"] == pytest.approx(finals["cpu"], rel=1e-3)

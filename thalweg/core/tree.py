@@ -1,0 +1,119 @@
+"""Nested plain data to frozen dataclasses and back: types are read off the annotations, every fault is named by its path."""
+
+from __future__ import annotations
+
+import dataclasses
+import tomllib
+import types
+import typing
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from thalweg.core.errors import RecipeError, did_you_mean
+
+
+def plain(value: Any) -> Any:
+    """Dataclasses as nested plain data; what is None is left out."""
+    if dataclasses.is_dataclass(value):
+        pairs = ((f.name, getattr(value, f.name)) for f in dataclasses.fields(value))
+        return {name: plain(inner) for name, inner in pairs if inner is not None}
+    if isinstance(value, dict):
+        return {str(k): plain(v) for k, v in value.items() if v is not None}
+    if isinstance(value, (tuple, list)):
+        return [plain(v) for v in value]
+    return value
+
+
+def walk(tree: Mapping[str, Any], prefix: str) -> Iterable[tuple[str, Any]]:
+    """(dotted path, value) of all leaves."""
+    for key, value in tree.items():
+        if isinstance(value, Mapping):
+            yield from walk(value, f"{prefix}{key}.")
+        else:
+            yield prefix + key, value
+
+
+def set_path(root: type, tree: dict[str, Any], path: str, value: Any) -> None:
+    """Put ``value`` at a dotted path whose type is read off the dataclasses."""
+    *parents, leaf = path.split(".")
+    kind: Any = root
+    for i, name in enumerate(parents):
+        if kind is not None:
+            kind = _field_type(kind, name, ".".join(parents[:i]))
+            kind = kind if dataclasses.is_dataclass(kind) else None
+        tree = tree.setdefault(name, {})
+    if kind is not None:
+        wanted = _field_type(kind, leaf, ".".join(parents))
+        if dataclasses.is_dataclass(wanted) or typing.get_origin(wanted) is dict:
+            raise RecipeError(f"{path} is a table.", f"Got {value!r}.", f"Name a key in it, such as {path}.name.")
+    tree[leaf] = value
+
+
+def _field_type(kind: Any, name: str, where: str) -> Any:
+    hints = typing.get_type_hints(kind)
+    if name not in hints:
+        path = f"{where}.{name}" if where else name
+        table = f"[{where}]" if where else "a recipe"
+        raise RecipeError(f"{path} is not a key of {table}.", f"{len(hints)} are known.", did_you_mean(name, hints))
+    return hints[name]
+
+
+def build(kind: Any, tree: Mapping[str, Any], where: str) -> Any:
+    """The frozen dataclass ``kind`` from nested plain data; ``where`` is the path that led here."""
+    values = {}
+    for key, value in tree.items():
+        wanted = _field_type(kind, key, where)
+        path = f"{where}.{key}" if where else key
+        if dataclasses.is_dataclass(wanted):
+            if not isinstance(value, Mapping):
+                raise RecipeError(f"{path} is a table.", f"Got {value!r}.", f"Write [{path}] and keys below it.")
+            values[key] = build(wanted, value, path)
+        else:
+            values[key] = _convert(value, wanted, path)
+    return kind(**values)
+
+
+def _convert(value: Any, wanted: Any, path: str) -> Any:
+    """Read ``value`` as ``wanted``; texts come from the command line and are parsed."""
+    if typing.get_origin(wanted) in (typing.Union, types.UnionType):
+        inner = [a for a in typing.get_args(wanted) if a is not type(None)]
+        if value is None or value == "auto":
+            return None
+        return _convert(value, inner[0], path)
+    if typing.get_origin(wanted) is dict:
+        if not isinstance(value, Mapping):
+            raise RecipeError(f"{path} is a table.", f"Got {value!r}.", f"Name a key in it, such as {path}.name.")
+        return {str(k): _literal(v) for k, v in value.items()}
+    if typing.get_origin(wanted) is tuple:
+        items = value.split(",") if isinstance(value, str) else value
+        return tuple(str(item).strip() for item in items if str(item).strip())
+    try:
+        if wanted is bool:
+            return {"true": True, "false": False}[str(value).lower()]
+        if wanted is int:
+            number = float(value)
+            if isinstance(value, bool) or number != int(number):
+                raise ValueError
+            return int(value) if not isinstance(value, float) else int(number)
+        if wanted is float:
+            if isinstance(value, bool) or not float(value) < float("inf"):
+                raise ValueError
+            return float(value)
+        if not isinstance(value, str):
+            raise ValueError
+        return value
+    except (ValueError, KeyError, TypeError):
+        kinds = {int: "a whole number", float: "a finite number", bool: "true or false", str: "a text"}
+        raise RecipeError(
+            f"{path}={value!r} is not {kinds[wanted]}.", f"Got {type(value).__name__}.", f"Give {kinds[wanted]}."
+        ) from None
+
+
+def _literal(value: Any) -> Any:
+    """A text from the command line as the TOML value it looks like; all else is left as it is."""
+    if not isinstance(value, str):
+        return value
+    try:
+        return tomllib.loads(f"v = {value}")["v"]
+    except tomllib.TOMLDecodeError:
+        return value
