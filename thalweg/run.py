@@ -26,7 +26,7 @@ from thalweg.core import (
     Task,
 )
 from thalweg.device import keep_freed_memory
-from thalweg.engine import Loop, Resolved, build, evaluate, resolve
+from thalweg.engine import GIVE_UP_AFTER, Loop, Resolved, build, evaluate, resolve
 from thalweg.report import write_report
 from thalweg.watch import JsonLines, Memory
 
@@ -210,6 +210,7 @@ class _Run:
         if snapshot is not None:
             step.state.load(snapshot)
         if self.folder:
+            self.folder.store.remove_after(step.state.step)  # the run goes on from here: all checks are behind it
             (self.folder.path / "outcome.json").unlink(
                 missing_ok=True
             )  # an earlier process's, until this one has its own
@@ -219,7 +220,7 @@ class _Run:
             loop.save = lambda: self._save(loop)
             if snapshot is not None:
                 loop.ranking = [(value, at) for value, at in snapshot.facts["ranking"]]
-                loop.streak = snapshot.facts["streak"]
+                loop.streak = snapshot.facts["streak"] % GIVE_UP_AFTER  # one that gave up gets another try
             for sink in sinks:
                 sink.start(plan, step.state.step)
             for text in told:
@@ -254,9 +255,7 @@ class _Run:
             if resume not in store.steps():
                 have = ", ".join(map(str, store.steps())) or "none"
                 raise CheckpointError(f"There is no checkpoint of step {resume}.", f"There are: {have}.", "Name one.")
-            snapshot = store.load(resume)
-            store.remove_after(resume)
-            return snapshot, []
+            return store.load(resume), []
         step, faults = store.newest_good()
         if step is None:
             if faults:
@@ -265,9 +264,7 @@ class _Run:
                 )
             return None, []  # stopped before its first checkpoint: the run begins again, in the same folder
         told = [f"Passed over a damaged checkpoint: {fault} Going on from step {step}." for fault in faults]
-        snapshot = store.load(step)
-        store.remove_after(step)
-        return snapshot, told
+        return store.load(step), told
 
     def _sinks(self, snapshot: Snapshot | None) -> list[Sink]:
         sinks: list[Sink] = [self.memory]

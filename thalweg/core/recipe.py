@@ -285,6 +285,12 @@ class Recipe:
     checkpoint: Checkpoint = field(default_factory=Checkpoint)
 
     def __post_init__(self) -> None:
+        _check(
+            -(2**63) <= self.seed < 2**63,
+            f"seed={self.seed} does not fit.",
+            "A seed is a whole number of 64 bits, with sign.",
+            "Give one from -2**63 to 2**63 - 1, such as 0.",
+        )
         known = ("auto", "fp32", "bf16", "fp16")
         _check(
             self.precision in known,

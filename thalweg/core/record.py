@@ -23,10 +23,10 @@ class StopReason(enum.Enum):
     def advice(self) -> str:
         return {
             StopReason.FINISHED: "All steps are done.",
-            StopReason.INTERRUPTED: "The state is saved; the same command with --resume goes on from here.",
+            StopReason.INTERRUPTED: "Stopped between two steps. With a run folder, the state is saved and --resume goes on.",
             StopReason.DIVERGED: "Gradients were not finite for many steps in a row, and none of those steps was applied. "
             "Lower optimizer.lr, lengthen the warm-up, or look for NaN or infinity in the data.",
-            StopReason.FAILED: "An error ended the run; the last good state is kept, and --resume goes on from it.",
+            StopReason.FAILED: "The run broke off. With a run folder, --resume goes on from its newest checkpoint.",
         }[self]
 
     @property

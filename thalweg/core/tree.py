@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import tomllib
 import types
 import typing
@@ -40,8 +41,13 @@ def set_path(root: type, tree: dict[str, Any], path: str, value: Any) -> None:
     for i, name in enumerate(parents):
         if kind is not None:
             kind = _field_type(kind, name, ".".join(parents[:i]))
+            if not (dataclasses.is_dataclass(kind) or typing.get_origin(kind) is dict):
+                here = ".".join(parents[: i + 1])
+                raise RecipeError(f"{here} is a value, not a table.", f"{path} was given.", f"Give {here} itself.")
             kind = kind if dataclasses.is_dataclass(kind) else None
         tree = tree.setdefault(name, {})
+        if not isinstance(tree, dict):
+            raise RecipeError(f"{path} lies below a value.", f"{name} is {tree!r}.", "Give one or the other.")
     if kind is not None:
         wanted = _field_type(kind, leaf, ".".join(parents))
         if dataclasses.is_dataclass(wanted) or typing.get_origin(wanted) is dict:
@@ -85,24 +91,27 @@ def _convert(value: Any, wanted: Any, path: str) -> Any:
             raise RecipeError(f"{path} is a table.", f"Got {value!r}.", f"Name a key in it, such as {path}.name.")
         return {str(k): _literal(v) for k, v in value.items()}
     if typing.get_origin(wanted) is tuple:
+        if not isinstance(value, (str, list, tuple)):
+            raise RecipeError(
+                f"{path}={value!r} is no list of texts.", f"Got {type(value).__name__}.", f'Write {path} = ["a", "b"].'
+            )
         items = value.split(",") if isinstance(value, str) else value
         return tuple(str(item).strip() for item in items if str(item).strip())
     try:
         if wanted is bool:
             return {"true": True, "false": False}[str(value).lower()]
         if wanted is int:
-            number = float(value)
-            if isinstance(value, bool) or number != int(number):
+            if isinstance(value, bool) or (not isinstance(value, int) and float(value) != int(float(value))):
                 raise ValueError
-            return int(value) if not isinstance(value, float) else int(number)
+            return int(value) if isinstance(value, int) or str(value).lstrip("+-").isdecimal() else int(float(value))
         if wanted is float:
-            if isinstance(value, bool) or not float(value) < float("inf"):
+            if isinstance(value, bool) or not math.isfinite(float(value)):
                 raise ValueError
             return float(value)
         if not isinstance(value, str):
             raise ValueError
         return value
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError, OverflowError):
         kinds = {int: "a whole number", float: "a finite number", bool: "true or false", str: "a text"}
         raise RecipeError(
             f"{path}={value!r} is not {kinds[wanted]}.", f"Got {type(value).__name__}.", f"Give {kinds[wanted]}."

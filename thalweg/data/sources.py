@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, IterableDataset, default_collate
+from torch.utils.data import DataLoader, IterableDataset, RandomSampler, SequentialSampler, default_collate
 
 from thalweg.core import DataError, Gather
 from thalweg.data.trees import tensors, tree_map
@@ -118,6 +118,12 @@ def as_source(data: Any) -> Source:
         collate = data.collate_fn if data.batch_size is not None else default_collate
         if isinstance(data.dataset, IterableDataset):
             return Stream(data.dataset, collate)
+        if not isinstance(data.sampler, (SequentialSampler, RandomSampler)):
+            raise DataError(
+                "The DataLoader has a sampler of its own, and the order of the data is the run's.",
+                f"Its sampler is a {type(data.sampler).__name__}.",
+                "Give the data set itself; weigh samples in the loss: Loss(total, weight).",
+            )
         return Items(data.dataset, collate)
     if _is_tensor_tree(data):
         return Tensors(data)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor, nn
 
@@ -46,7 +48,11 @@ def build(plan: Plan, model: nn.Module, loss: ModelLoss, device: Device, policy:
 
 
 def average_shares(decay: float, steps: int, device: Device) -> Tensor:
-    """1 - min(decay, (1 + t)/(10 + t)) for update t = 1, 2, ...: young averages forget their beginning faster."""
-    updates = torch.arange(1, steps + 1, dtype=torch.float64)
+    """1 - min(decay, (1 + t)/(10 + t)) for update t = 1, 2, ...: young averages forget their beginning faster.
+
+    The table reaches at least to where the decay is full, so that a loop without a known end keeps it from there on.
+    """
+    full = math.ceil((10 * decay - 1) / (1 - decay))
+    updates = torch.arange(1, max(steps, full) + 1, dtype=torch.float64)
     shares = 1 - torch.minimum(torch.tensor(decay, dtype=torch.float64), (1 + updates) / (10 + updates))
     return shares.to(device.torch_device, torch.float32)

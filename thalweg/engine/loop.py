@@ -9,7 +9,7 @@ from thalweg.core import Evaluation, Event, Feed, Plan, Record, Sink, StopReason
 from thalweg.engine.step import FIELDS, RING, Step
 
 _FLUSH_SECONDS = 0.25
-_GIVE_UP_AFTER = 50  # steps in a row without a finite gradient
+GIVE_UP_AFTER = 50  # steps in a row without a finite gradient
 
 
 class Loop:
@@ -58,7 +58,7 @@ class Loop:
                     self._evaluate()
                 if due(recipe.checkpoint.every) or self._is_best_now():
                     self._save()
-                if self.streak >= _GIVE_UP_AFTER:
+                if self.streak >= GIVE_UP_AFTER:
                     return self._end(StopReason.DIVERGED)
                 if self.stop() and state.step < self.plan.steps:
                     self._save()

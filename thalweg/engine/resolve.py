@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
+from torch.utils.data import DataLoader
 
 from thalweg.core import (
     DataError,
@@ -92,6 +93,14 @@ def resolve(task: Task, recipe: Recipe, *, saved: Plan | None = None) -> Resolve
         decide.take("data.workers", recipe.data.workers, "not used: only a map-style Dataset is read by workers")
     if recipe.evaluate.every and test is None:
         decide.take("evaluate.every", recipe.evaluate.every, "not used: the task has no held-out data")
+    if recipe.evaluate.best != "loss" and test is None:
+        decide.take("evaluate.best", recipe.evaluate.best, "not used: the task has no held-out data")
+    if isinstance(split.train, DataLoader):
+        decide.take(
+            "data",
+            "DataLoader",
+            "its data set and collate function are used; batch, order and workers are the recipe's",
+        )
     model = _model(task, recipe).to(device.torch_device)
     loss = _with_options(task.loss, recipe.loss, "loss", skip=2)
     _check_last_batch(model, recipe, samples)

@@ -31,12 +31,6 @@ class Piece:
         )
         return f"{self.shape}({', '.join([*length, *(f'{k}={v}' for k, v in self.options)])})"
 
-    def updates(self, total: int) -> int | None:
-        """This piece's length in updates, of a run of ``total``."""
-        if isinstance(self.length, str):
-            return max(1, round(total * float(self.length.removesuffix("%")) / 100))
-        return self.length
-
 
 @dataclass(frozen=True)
 class Schedule:
@@ -73,7 +67,7 @@ def _values(schedule: Schedule, steps: int) -> tuple[float, ...]:
     if steps < 1:
         raise RecipeError(f"A schedule over {steps} steps has no value.", "A run has at least 1.", "Give more steps.")
     values: list[float] = []
-    lengths = [piece.updates(steps) for piece in schedule.pieces]
+    lengths = _lengths(schedule, steps)
     known = sum(length or 0 for length in lengths)
     if known > steps:
         raise RecipeError(
@@ -95,6 +89,25 @@ def _values(schedule: Schedule, steps: int) -> tuple[float, ...]:
             x = (index + 1) / num if before else index / (num - 1) if num > 1 else 1.0
             values.append(float(value(Place(index, num, x, begin, before), **options)))
     return tuple(values + [values[-1] if values else 1.0] * (steps - len(values)))
+
+
+def _lengths(schedule: Schedule, steps: int) -> list[int | None]:
+    """Updates of each piece. Shares are rounded where they end, not one by one, so that 50% and 50% are the whole."""
+    lengths: list[int | None] = []
+    exact, begin = 0.0, 0
+    for piece in schedule.pieces:
+        if piece.length is None:
+            lengths.append(None)
+            continue
+        if isinstance(piece.length, str):
+            exact += steps * float(piece.length.removesuffix("%")) / 100
+            end = min(max(begin + 1, round(exact)), max(steps, begin))
+        else:
+            exact += piece.length
+            end = begin + piece.length
+        lengths.append(end - begin)
+        begin = end
+    return lengths
 
 
 def piece(name: str, length: Length = None, **options: Any) -> Schedule:
