@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import errno
 import hashlib
 import json
@@ -61,11 +62,26 @@ def store(tmp_path: Path) -> Store:
     return Store(tmp_path / "checkpoints")
 
 
+templates: dict[range, Path] = {}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def folder_of_templates(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Saving is slow, as it waits for the disk: what tests begin from is saved once and copied."""
+    templates[range(0)] = tmp_path_factory.mktemp("templates")
+    yield
+    templates.clear()
+
+
 def filled(folder: Path, steps: range = range(1, 4)) -> Store:
-    store = Store(folder)
-    for step in steps:
-        store.save(step, snapshot(float(step), step))
-    return store
+    """A store with a checkpoint of each of ``steps``."""
+    if steps not in templates:
+        templates[steps] = templates[range(0)] / str(steps)
+        store = Store(templates[steps])
+        for step in steps:
+            store.save(step, snapshot(float(step), step))
+    shutil.copytree(templates[steps], folder, dirs_exist_ok=True)
+    return Store(folder)
 
 
 def refused(store: Store, step: int) -> tuple[str, str, str]:
@@ -75,14 +91,18 @@ def refused(store: Store, step: int) -> tuple[str, str, str]:
     return three_parts(err.value)
 
 
-def reseal(folder: Path) -> None:
-    """Give a checkpoint's files, as they now are, a manifest that fits: a hostile hand, not bit rot."""
-    manifest = json.loads((folder / "manifest.json").read_text())
-    files = [p for p in folder.iterdir() if p.name != "manifest.json"]
-    manifest["files"] = {
-        p.name: {"bytes": p.stat().st_size, "sha256": hashlib.sha256(p.read_bytes()).hexdigest()} for p in files
-    }
-    (folder / "manifest.json").write_text(json.dumps(manifest))
+def seal(step: int, files: Any) -> bytes:
+    """A manifest that fits, as a hostile hand would write it: bit rot does not."""
+    body = {"format": 1, "step": step, "files": files}
+    own = hashlib.sha256(json.dumps(body, sort_keys=True).encode()).hexdigest()
+    return json.dumps({**body, "sha256": own}, indent=1, sort_keys=True).encode()
+
+
+def reseal(store: Store, step: int) -> None:
+    """Give a checkpoint's files, as they now are, a manifest that fits."""
+    found = [p for p in store.path(step).iterdir() if p.name != "manifest.json"]
+    files = {p.name: {"bytes": p.stat().st_size, "sha256": hashlib.sha256(p.read_bytes()).hexdigest()} for p in found}
+    (store.path(step) / "manifest.json").write_bytes(seal(step, files))
 
 
 # --- round trip ------------------------------------------------------------------------------------------------------
@@ -165,14 +185,15 @@ def test_a_checkpoint_is_files_that_others_can_read(store: Store) -> None:
     for name, said in manifest["files"].items():
         data = (path / name).read_bytes()
         assert said == {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
+    assert (path / "manifest.json").read_bytes() == seal(120, manifest["files"])
     assert set(load_file(path / "weights.safetensors")) == {"layer.weight", "layer.bias"}
     assert json.loads((path / "state.json").read_text())["step"] == 120
 
 
 def test_steps_are_sorted_as_numbers(store: Store) -> None:
-    for step in (3, 123_456_789_012, 20, 100_000_000):
+    for step in (3, 123_456_789_012, 99_999_999, 100_000_000):
         store.save(step, snapshot(step=step))
-    assert store.steps() == [3, 20, 100_000_000, 123_456_789_012]
+    assert store.steps() == [3, 99_999_999, 100_000_000, 123_456_789_012]
     assert store.load(123_456_789_012).facts["step"] == 123_456_789_012
     assert store.newest_good() == (123_456_789_012, [])
 
@@ -217,22 +238,25 @@ def test_one_flipped_bit_is_named_and_another_checkpoint_offered(tmp_path: Path,
     assert_equal(store.load(3), snapshot(3.0, 3))
 
 
-def test_any_flipped_bit_of_a_manifest_is_a_fault(tmp_path: Path) -> None:
+def test_any_flipped_bit_of_a_manifest_is_a_fault(store: Store) -> None:
     """All of its bits, so also those of the step's number and of the names of its fields."""
-    store = filled(tmp_path, range(1, 3))
+    store.save(2, Snapshot({"weights": {"w": torch.ones(1)}}, {}))
     path = store.path(2) / "manifest.json"
     whole = path.read_bytes()
     unseen, crashed = [], []
-    for place in range(len(whole) * 8):
-        data = bytearray(whole)
-        data[place // 8] ^= 1 << place % 8
-        path.write_bytes(data)
-        try:
-            if not store.fault(2):
-                unseen.append(place)
-        except Exception as err:
-            crashed.append((place, repr(err)))
+    with open(path, "r+b", buffering=0) as file:
+        for place in range(len(whole) * 8):
+            file.seek(place // 8)
+            file.write(bytes([whole[place // 8] ^ 1 << place % 8]))
+            try:
+                if not store.fault(2):
+                    unseen.append(place)
+            except Exception as err:
+                crashed.append((place, repr(err)))
+            file.seek(place // 8)
+            file.write(whole[place // 8 : place // 8 + 1])
     assert (unseen, crashed) == ([], [])
+    assert store.fault(2) == ""
 
 
 def test_a_manifest_without_a_field_is_a_fault(tmp_path: Path) -> None:
@@ -300,6 +324,14 @@ def test_damage_is_found_and_passed_over(tmp_path: Path, name: str, damage: Call
     asked, numbers, remedy = refused(store, 3)
     assert "3" in asked and numbers == fault and "--resume 2" in remedy
     assert store.newest_good() == (2, [fault])
+
+
+def test_a_file_of_the_wrong_size_is_named_with_both_sizes(tmp_path: Path) -> None:
+    store = filled(tmp_path)
+    path = store.path(3) / "weights.safetensors"
+    size = path.stat().st_size
+    os.truncate(path, size - 9)
+    assert f"{size - 9} bytes, not {size}" in store.fault(3)
 
 
 def test_a_file_too_many_is_a_fault(tmp_path: Path) -> None:
@@ -393,29 +425,34 @@ json_values = st.recursive(
 )
 
 
-@given(place=st.sampled_from(["top", "format", "files", "file", "bytes", "sha256"]), value=json_values)
+@given(
+    place=st.sampled_from(["top", "format", "step", "files", "file", "bytes", "sha256"]),
+    value=json_values,
+    fits=st.booleans(),
+)
 @often
 def test_a_manifest_with_any_value_at_any_place_ends_in_our_error(
-    tmp_path_factory: pytest.TempPathFactory, place: str, value: Any
+    tmp_path_factory: pytest.TempPathFactory, place: str, value: Any, fits: bool
 ) -> None:
+    """Also where its own digest fits it."""
     store = filled(tmp_path_factory.mktemp("fuzz"), range(1, 2))
     path = store.path(1) / "manifest.json"
     tree = json.loads(path.read_text())
     whole = json.loads(path.read_text())
     if place == "top":
         tree = value
-    elif place in tree:
+    elif place in ("format", "step", "files"):
         tree[place] = value
     elif place == "file":
         tree["files"][FILES[0]] = value
     else:
         tree["files"][FILES[0]][place] = value
-    path.write_text(json.dumps(tree))
+    path.write_bytes(seal(1, tree["files"]) if fits and place != "top" else json.dumps(tree).encode())
     fault = store.fault(1)
     if fault:
         refused(store, 1)
     else:
-        assert tree == whole
+        assert json.loads(path.read_text()) == whole
 
 
 @pytest.mark.parametrize(
@@ -436,9 +473,8 @@ def test_names_that_lead_elsewhere_are_never_followed(
 ) -> None:
     store = filled(tmp_path)
     path = store.path(3) / "manifest.json"
-    tree = json.loads(path.read_text())
-    tree["files"][name] = {"bytes": 1, "sha256": "0" * 64}
-    path.write_text(json.dumps(tree))
+    files = json.loads(path.read_text())["files"]
+    path.write_bytes(seal(3, {**files, name: {"bytes": 1, "sha256": "0" * 64}}))
     read: list[Path] = []
     real = store_module.digest
     monkeypatch.setattr(store_module, "digest", lambda p: read.append(p) or real(p))
@@ -487,7 +523,7 @@ CRAFTED = {
 def test_a_crafted_file_with_a_fitting_manifest_ends_in_our_error(tmp_path: Path, name: str, data: bytes) -> None:
     store = filled(tmp_path)
     (store.path(3) / name).write_bytes(data)
-    reseal(store.path(3))
+    reseal(store, 3)
     refused(store, 3)
 
 
@@ -496,7 +532,7 @@ def test_a_crafted_file_with_a_fitting_manifest_ends_in_our_error(tmp_path: Path
 def test_random_bytes_for_tensors_end_in_our_error(tmp_path_factory: pytest.TempPathFactory, data: bytes) -> None:
     store = filled(tmp_path_factory.mktemp("fuzz"), range(1, 2))
     (store.path(1) / "state.safetensors").write_bytes(data)
-    reseal(store.path(1))
+    reseal(store, 1)
     refused(store, 1)
 
 
@@ -669,6 +705,25 @@ def test_a_step_saved_again_is_never_lost(tmp_path: Path, kind: str) -> None:
         if whole_and_nothing_else(folder) != [1]:
             lost.append(f"{place}: {stage}")
     assert lost == []
+
+
+def test_a_step_is_saved_again_where_folders_cannot_be_exchanged(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    """NFS and others refuse RENAME_EXCHANGE, and some C libraries do not know renameat2."""
+    for refusal in (OSError(errno.EINVAL, os.strerror(errno.EINVAL)), AttributeError("renameat2")):
+
+        def refuse(*_: Any, refusal: Exception = refusal, **__: Any) -> None:
+            raise refusal
+
+        class Refusing:
+            renameat2 = property(refuse) if isinstance(refusal, AttributeError) else staticmethod(lambda *_: -1)
+
+        store.save(2, snapshot(1.0, 2))
+        with monkeypatch.context() as patch:
+            patch.setattr(ctypes, "CDLL", lambda *_, **__: Refusing())
+            patch.setattr(ctypes, "get_errno", lambda: errno.EINVAL)
+            store.save(2, snapshot(9.0, 2))
+        assert_equal(store.load(2), snapshot(9.0, 2))
+        assert whole_and_nothing_else(store.folder) == [2]
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset
+from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset, WeightedRandomSampler
 
 from tests.conftest import three_parts
 from thalweg.core import DataError, seed_for
@@ -467,6 +467,21 @@ def test_a_loader_lends_its_data_set_and_its_collate_function() -> None:
     windows = list(feed_of(loader, batch=6, micro_batch=3).windows(0, 2))
     assert [len(w) for w in windows] == [2, 2]  # batch 6, not the loader's 5
     assert sum(int(m) for w in windows for m in w) == sum(range(12))
+
+
+def test_a_loader_with_an_order_of_its_own_is_refused() -> None:
+    """Its sampler would be ignored: the order is a function of seed, epoch and position."""
+    sampler = WeightedRandomSampler([1.0, 2.0, 3.0], 3)
+    with pytest.raises(DataError) as err:
+        as_source(DataLoader(Plain(3), sampler=sampler))
+    assert "WeightedRandomSampler" in three_parts(err.value)[1]
+
+
+@pytest.mark.parametrize("data", [Plain(3), Counting(3)], ids=kind_of)
+def test_augmentation_of_what_is_read_sample_by_sample_is_refused(data: Any) -> None:
+    with pytest.raises(DataError) as err:
+        feed_of(data, augment=lambda batch, draw: batch)
+    assert "__getitem__" in three_parts(err.value)[2]
 
 
 def test_a_loader_without_batches_of_its_own_is_collated_as_usual() -> None:

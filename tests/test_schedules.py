@@ -271,6 +271,10 @@ def test_pieces_fit_exactly_if_they_are_no_longer_than_the_run(a: int, b: int, s
         assert str(row) in asked and f"{a + b} updates" in numbers and f"{steps}" in numbers and "train.steps" in remedy
 
 
+def test_a_share_too_small_for_an_update_has_one_all_the_same() -> None:
+    assert (constant("0.1%", value=0.25) >> constant(value=0.5)).values(10) == [0.25] + [0.5] * 9
+
+
 def test_a_rest_of_no_update_is_left_out() -> None:
     assert (warmup(3) >> cosine(to=0.1)).values(3) == warmup(3).values(3)
 

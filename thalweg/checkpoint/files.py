@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import hashlib
 import os
 import shutil
@@ -58,7 +59,8 @@ def new_folder(path: Path) -> Iterator[Path]:
     """A folder that appears under its name with all its files durable, or not at all.
 
     What is written into the yielded folder is fsynced, then the folder is renamed to ``path``. If writing fails, what was
-    written is removed and ``path`` is as it was.
+    written is removed and ``path`` is as it was. A folder that stands under the name already is exchanged for the new one in
+    one system call, so that at every instant one of them is there.
     """
     aside = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.tmp")
     aside.mkdir()
@@ -68,12 +70,22 @@ def new_folder(path: Path) -> Iterator[Path]:
             sync_file(file)
         sync_folder(aside)
         if path.exists():
-            remove_folder(path)
-        os.rename(aside, path)
+            exchange(aside, path)
+        else:
+            os.rename(aside, path)
     except BaseException:
         shutil.rmtree(aside, ignore_errors=True)
         raise
     sync_folder(path.parent)
+    shutil.rmtree(aside, ignore_errors=True)  # the folder that was there before, if any
+
+
+def exchange(a: Path, b: Path) -> None:
+    """Give two names each other's folder, in one step (Linux renameat2 with RENAME_EXCHANGE)."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    here, exchanged = -100, 2  # AT_FDCWD, RENAME_EXCHANGE
+    if libc.renameat2(here, os.fsencode(a), here, os.fsencode(b), exchanged):
+        raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()), str(b))
 
 
 def remove_folder(path: Path) -> None:
@@ -87,4 +99,4 @@ def sweep(folder: Path, is_ours: Callable[[str], bool]) -> None:
     """Remove what an earlier, killed process left half-written."""
     for path in folder.iterdir():
         if path.name.startswith(".") and path.name.endswith(".tmp") and is_ours(path.name):
-            shutil.rmtree(path) if path.is_dir() else path.unlink()
+            shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()

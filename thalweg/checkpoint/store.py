@@ -13,6 +13,7 @@ Nothing in a checkpoint can execute: safetensors and JSON hold data alone.
 from __future__ import annotations
 
 import errno
+import hashlib
 import json
 import re
 from collections.abc import Mapping
@@ -28,7 +29,16 @@ from thalweg.checkpoint.files import digest, new_folder, remove_folder, sweep
 from thalweg.core import CheckpointError, human_bytes
 
 FORMAT = 1
-_NAME = re.compile(r"step-(\d{8,})")
+_NAME = re.compile(r"step-([0-9]{8}|[1-9][0-9]{8,})")
+
+
+def _manifest(step: int, files: Mapping[str, Any]) -> bytes:
+    """The one way to write a manifest; it carries its own digest, so that a flipped bit in it is found too."""
+    body = json.dumps({"format": FORMAT, "step": step, "files": files}, sort_keys=True)
+    own = hashlib.sha256(body.encode()).hexdigest()
+    return json.dumps(
+        {"format": FORMAT, "step": step, "files": files, "sha256": own}, indent=1, sort_keys=True
+    ).encode()
 
 
 @dataclass(frozen=True)
@@ -49,16 +59,25 @@ class Store:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        folder.mkdir(parents=True, exist_ok=True)
-        sweep(folder, lambda name: name.startswith(".step-"))
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            sweep(folder, lambda name: name.startswith(".step-"))
+        except OSError as err:
+            raise CheckpointError(
+                f"The checkpoint folder {folder} cannot be used.", f"{err}.", "See to its path and its permissions."
+            ) from None
 
     def path(self, step: int) -> Path:
         return self.folder / f"step-{step:08d}"
 
     def steps(self) -> list[int]:
         """Steps that have a checkpoint, damaged or not, oldest first. The name decides, never the clock."""
-        found = (_NAME.fullmatch(path.name) for path in self.folder.iterdir())
-        return sorted(int(match.group(1)) for match in found if match)
+        try:
+            found = [(_NAME.fullmatch(path.name), path) for path in self.folder.iterdir()]
+        except OSError:
+            return []
+        steps = [int(match.group(1)) for match, path in found if match and path.is_dir()]
+        return sorted(step for step in steps if self.path(step).is_dir())
 
     def save(self, step: int, snapshot: Snapshot) -> Path:
         """Write a checkpoint; when this returns, it survives a power cut.
@@ -74,8 +93,7 @@ class Store:
                     save_file(plain, aside / f"{stem}.safetensors")
                 (aside / "state.json").write_text(json.dumps(dict(snapshot.facts), indent=1, sort_keys=True))
                 files = {p.name: {"bytes": p.stat().st_size, "sha256": digest(p)} for p in sorted(aside.iterdir())}
-                manifest = {"format": FORMAT, "step": step, "files": files}
-                (aside / "manifest.json").write_text(json.dumps(manifest, indent=1))
+                (aside / "manifest.json").write_bytes(_manifest(step, files))
         except (OSError, SafetensorError) as err:
             full = getattr(err, "errno", None) == errno.ENOSPC or "No space" in str(err)
             raise CheckpointError(
@@ -99,23 +117,47 @@ class Store:
             remedy = f"The newest good one is step {good[-1]}: --resume {good[-1]}." if good else "No other is left."
             raise CheckpointError(f"The checkpoint of step {step} is damaged.", fault, remedy)
         folder = self.path(step)
-        groups = {file.stem: load_file(file) for file in sorted(folder.glob("*.safetensors"))}
-        return Snapshot(groups, json.loads((folder / "state.json").read_text()))
+        try:
+            groups = {file.stem: load_file(file) for file in sorted(folder.glob("*.safetensors"))}
+            facts = json.loads((folder / "state.json").read_text(encoding="utf-8"))
+            if not isinstance(facts, dict):
+                raise ValueError("state.json holds no table")
+        except (OSError, ValueError, TypeError, KeyError, RecursionError, RuntimeError, SafetensorError) as err:
+            raise CheckpointError(
+                f"The checkpoint of step {step} cannot be read.",
+                f"{folder}: {type(err).__name__}: {str(err)[:200]}. Its digests fit: it was written so.",
+                "Resume from another step, or start a new run.",
+            ) from None
+        return Snapshot(groups, facts)
 
     def fault(self, step: int) -> str:
         """What is wrong with a checkpoint, or an empty text."""
         folder = self.path(step)
         try:
-            manifest = json.loads((folder / "manifest.json").read_text())
-            files = dict(manifest["files"])
-            if manifest["format"] != FORMAT:
-                return f"{folder / 'manifest.json'} is of format {manifest['format']}, this thalweg reads {FORMAT}."
-        except (OSError, ValueError, KeyError, TypeError) as err:
-            return f"{folder / 'manifest.json'} cannot be read: {err}."
+            return self._fault(folder, step)
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as err:
+            return f"{folder / 'manifest.json'} or a file that it names cannot be read: {str(err)[:200]}."
+
+    @staticmethod
+    def _fault(folder: Path, step: int) -> str:
+        path = folder / "manifest.json"
+        if path.is_symlink() or folder.is_symlink():
+            return f"{path} is a link."
+        written = path.read_bytes()
+        manifest = json.loads(written.decode("utf-8"))
+        if manifest["format"] != FORMAT:
+            return f"{path} is of format {manifest['format']!r}, this thalweg reads {FORMAT}."
+        files = dict(manifest["files"])
+        if written != _manifest(step, files):
+            return f"{path} is not what was written for step {step}."
         if set(files) != {p.name for p in folder.iterdir()} - {"manifest.json"}:
             return f"{folder} does not hold the files that its manifest names."
+        if not {"state.json", "weights.safetensors", "state.safetensors"} & set(files):
+            return f"{path} names no state."
         for name, wanted in files.items():
             path = folder / name
+            if path.is_symlink() or not path.is_file():
+                return f"{path} is no plain file."
             if path.stat().st_size != wanted["bytes"]:
                 return f"{path} has {path.stat().st_size} bytes, not {wanted['bytes']}."
             if digest(path) != wanted["sha256"]:

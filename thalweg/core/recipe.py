@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from thalweg.core.errors import RecipeError, did_you_mean
-from thalweg.core.tree import build, plain, set_path, walk
+from thalweg.core.tree import build, check_options, merge, plain, set_path, walk
 
 
 def _check(ok: bool, asked: str, numbers: str, remedy: str) -> None:
@@ -285,6 +285,13 @@ class Recipe:
     checkpoint: Checkpoint = field(default_factory=Checkpoint)
 
     def __post_init__(self) -> None:
+        for path, table in (
+            ("model", self.model),
+            ("loss", self.loss),
+            ("data.options", self.data.options),
+            ("optimizer.options", self.optimizer.options),
+        ):
+            check_options(path, table)
         _check(
             -(2**63) <= self.seed < 2**63,
             f"seed={self.seed} does not fit.",
@@ -309,7 +316,7 @@ class Recipe:
             RecipeError: for an unknown path or a value of the wrong kind.
         """
         tree = self.to_dict()
-        for path, value in walk(changes, ""):
+        for path, value in changes.items():
             set_path(Recipe, tree, path, value)
         return Recipe.from_dict(tree)
 
@@ -335,11 +342,10 @@ class Recipe:
         """Read TOML text; what it leaves out is taken from ``base``."""
         try:
             tree = tomllib.loads(text)
-        except tomllib.TOMLDecodeError as err:
+        except (ValueError, RecursionError) as err:
             raise RecipeError(f"{name} is not TOML.", f"{err}.", "See docs/recipes.md for an example.") from None
         start = (base or Recipe()).to_dict()
-        for path, value in walk(tree, ""):
-            set_path(Recipe, start, path, value)
+        merge(cls, start, tree, "")
         return cls.from_dict(start)
 
     @classmethod
@@ -349,7 +355,11 @@ class Recipe:
             raise RecipeError(
                 f"There is no recipe file {path}.", "It was looked for in this folder.", "Check the path."
             )
-        return cls.from_toml(path.read_text(encoding="utf-8"), base=base, name=str(path))
+        try:
+            text = path.read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as err:
+            raise RecipeError(f"{path} cannot be read.", f"{err}.", "Save it as TOML in UTF-8.") from None
+        return cls.from_toml(text, base=base, name=str(path))
 
     def diff(self, other: Recipe) -> list[tuple[str, Any, Any]]:
         """(path, mine, theirs) where two recipes differ."""

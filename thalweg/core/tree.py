@@ -19,7 +19,7 @@ def plain(value: Any) -> Any:
         pairs = ((f.name, getattr(value, f.name)) for f in dataclasses.fields(value))
         return {name: plain(inner) for name, inner in pairs if inner is not None}
     if isinstance(value, dict):
-        return {str(k): plain(v) for k, v in value.items() if v is not None}
+        return {str(k): plain(v) for k, v in value.items()}
     if isinstance(value, (tuple, list)):
         return [plain(v) for v in value]
     return value
@@ -35,24 +35,40 @@ def walk(tree: Mapping[str, Any], prefix: str) -> Iterable[tuple[str, Any]]:
 
 
 def set_path(root: type, tree: dict[str, Any], path: str, value: Any) -> None:
-    """Put ``value`` at a dotted path whose type is read off the dataclasses."""
+    """Put ``value`` at a dotted path whose type is read off the dataclasses; a text in an open table is read as TOML."""
     *parents, leaf = path.split(".")
     kind: Any = root
     for i, name in enumerate(parents):
+        here = ".".join(parents[: i + 1])
         if kind is not None:
             kind = _field_type(kind, name, ".".join(parents[:i]))
             if not (dataclasses.is_dataclass(kind) or typing.get_origin(kind) is dict):
-                here = ".".join(parents[: i + 1])
                 raise RecipeError(f"{here} is a value, not a table.", f"{path} was given.", f"Give {here} itself.")
             kind = kind if dataclasses.is_dataclass(kind) else None
         tree = tree.setdefault(name, {})
         if not isinstance(tree, dict):
-            raise RecipeError(f"{path} lies below a value.", f"{name} is {tree!r}.", "Give one or the other.")
-    if kind is not None:
-        wanted = _field_type(kind, leaf, ".".join(parents))
-        if dataclasses.is_dataclass(wanted) or typing.get_origin(wanted) is dict:
+            raise RecipeError(f"{path} lies below a value.", f"{here} is {tree!r}.", "Give one or the other.")
+    if kind is None:
+        tree[leaf] = _literal(value)
+    else:
+        merge(kind, tree, {leaf: value}, ".".join(parents))
+
+
+def merge(kind: Any, base: dict[str, Any], tree: Mapping[str, Any], where: str) -> None:
+    """Put a nested tree over another; open tables are taken key by key."""
+    for key, value in tree.items():
+        wanted, path = _field_type(kind, key, where), f"{where}.{key}" if where else key
+        is_table = dataclasses.is_dataclass(wanted) or typing.get_origin(wanted) is dict
+        if is_table and not isinstance(value, Mapping):
             raise RecipeError(f"{path} is a table.", f"Got {value!r}.", f"Name a key in it, such as {path}.name.")
-    tree[leaf] = value
+        if isinstance(value, Mapping) and not is_table:
+            raise RecipeError(f"{path} is a value, not a table.", f"Got {value!r}.", f"Give {path} itself.")
+        if dataclasses.is_dataclass(wanted):
+            merge(wanted, base.setdefault(key, {}), value, path)
+        elif is_table:
+            base[key] = {**base.get(key, {}), **value}
+        else:
+            base[key] = value
 
 
 def _field_type(kind: Any, name: str, where: str) -> Any:
@@ -89,7 +105,7 @@ def _convert(value: Any, wanted: Any, path: str) -> Any:
     if typing.get_origin(wanted) is dict:
         if not isinstance(value, Mapping):
             raise RecipeError(f"{path} is a table.", f"Got {value!r}.", f"Name a key in it, such as {path}.name.")
-        return {str(k): _literal(v) for k, v in value.items()}
+        return dict(value)
     if typing.get_origin(wanted) is tuple:
         if not isinstance(value, (str, list, tuple)):
             raise RecipeError(
@@ -103,6 +119,8 @@ def _convert(value: Any, wanted: Any, path: str) -> Any:
         if wanted is int:
             if isinstance(value, bool) or (not isinstance(value, int) and float(value) != int(float(value))):
                 raise ValueError
+            if not abs(float(value)) <= 2**63:
+                raise ValueError
             return int(value) if isinstance(value, int) or str(value).lstrip("+-").isdecimal() else int(float(value))
         if wanted is float:
             if isinstance(value, bool) or not math.isfinite(float(value)):
@@ -114,8 +132,29 @@ def _convert(value: Any, wanted: Any, path: str) -> Any:
     except (ValueError, KeyError, TypeError, OverflowError):
         kinds = {int: "a whole number", float: "a finite number", bool: "true or false", str: "a text"}
         raise RecipeError(
-            f"{path}={value!r} is not {kinds[wanted]}.", f"Got {type(value).__name__}.", f"Give {kinds[wanted]}."
+            f"{path}={_short(value)} is not {kinds[wanted]}.", f"Got {type(value).__name__}.", f"Give {kinds[wanted]}."
         ) from None
+
+
+def check_options(path: str, value: Any) -> None:
+    """Options are what both TOML and JSON can hold: texts, numbers, true and false, lists and tables of these."""
+    if isinstance(value, Mapping):
+        for key, inner in value.items():
+            check_options(f"{path}.{key}", inner)
+    elif isinstance(value, (list, tuple)):
+        for inner in value:
+            check_options(path, inner)
+    elif not isinstance(value, (str, int, float)):
+        raise RecipeError(
+            f"{path} cannot be kept in a recipe.",
+            f"It is {value!r}, a {type(value).__name__}.",
+            "Use texts, numbers, true or false, lists and tables; leave out what should be None.",
+        )
+
+
+def _short(value: Any) -> str:
+    """For messages: Python refuses to print very long numbers."""
+    return "..." if isinstance(value, int) and abs(value) > 2**63 else repr(value)[:80]
 
 
 def _literal(value: Any) -> Any:
@@ -123,6 +162,7 @@ def _literal(value: Any) -> Any:
     if not isinstance(value, str):
         return value
     try:
-        return tomllib.loads(f"v = {value}")["v"]
-    except tomllib.TOMLDecodeError:
+        tree = tomllib.loads(f"v = {value}")
+    except (ValueError, RecursionError):
         return value
+    return tree["v"] if tree.keys() == {"v"} and "\n" not in value else value

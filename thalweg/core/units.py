@@ -14,7 +14,7 @@ def human_bytes(count: int) -> str:
         if abs(value) < 1024:
             break
         value, unit = value / 1024, larger
-    return f"{value:.0f} B" if unit == "B" else f"{value:.3g} {unit}" if value >= 100 else f"{value:.2f} {unit}"
+    return f"{value:.0f} B" if unit == "B" else f"{value:.0f} {unit}" if value >= 100 else f"{value:.2f} {unit}"
 
 
 def human_seconds(seconds: float) -> str:
@@ -39,5 +39,10 @@ def human_count(count: float) -> str:
     """
     for size, unit in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
         if count >= size:
-            return f"{count / size:.3g}{unit}"
-    return f"{count:.3g}"
+            return _three_figures(count / size) + unit
+    return _three_figures(count)
+
+
+def _three_figures(value: float) -> str:
+    text = f"{value:.{0 if value >= 100 else 1 if value >= 10 else 2}f}"
+    return text.rstrip("0").rstrip(".") if "." in text else text

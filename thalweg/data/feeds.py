@@ -91,8 +91,12 @@ class MemoryFeed:
         batch = to_device(batch, self.device)
         at = 0
         for part in parts:
-            yield split(tree_map(lambda t, a=at, part=part: t[a : a + len(part)], batch), self.micro_batch)  # type: ignore[misc]
+            yield split(_slice(batch, at, at + len(part)), self.micro_batch)
             at += len(part)
+
+
+def _slice(batch: Any, start: int, stop: int) -> Any:
+    return tree_map(lambda t: t[start:stop] if t.ndim else t, batch)
 
 
 class _OwnRandom:
@@ -125,18 +129,30 @@ class _OwnRandom:
 
 
 class _Seeded:
-    """A data set whose samples draw from streams named by (seed, epoch, sample), in whatever process they are read."""
+    """A data set whose samples draw from streams named by (seed, epoch, sample), in whatever process they are read.
 
-    def __init__(self, dataset: Any, seed: int) -> None:
-        self.dataset, self.seed = dataset, seed
+    Micro-batches are collated here too, with a stream of their own: some collate functions draw, as for masked tokens.
+    """
+
+    def __init__(self, source: Items, seed: int) -> None:
+        self.dataset, self.collate, self.seed = source.dataset, source.collate, seed
 
     def __getitem__(self, key: tuple[int, int]) -> Any:
         epoch, sample = key
         with _OwnRandom(seed_for(self.seed, "sample", epoch, sample)):
             return self.dataset[sample]
 
+    def __getitems__(self, keys: list[tuple[int, int]]) -> Any:
+        samples = [self[key] for key in keys]
+        with _OwnRandom(seed_for(self.seed, "collate", *keys[0])):
+            return self.collate(samples)
+
     def __len__(self) -> int:
         return len(self.dataset)
+
+
+def _as_it_is(batch: Any) -> Any:
+    return batch
 
 
 class ItemFeed:
@@ -150,9 +166,9 @@ class ItemFeed:
 
     def windows(self, start: int, stop: int) -> Iterator[list[Any]]:
         loader: DataLoader[Any] = DataLoader(
-            _Seeded(self.source.dataset, self.seed),  # type: ignore[arg-type]
+            _Seeded(self.source, self.seed),  # type: ignore[arg-type]
             batch_sampler=_Keys(self, start, stop),
-            collate_fn=self.source.collate,
+            collate_fn=_as_it_is,
             num_workers=self.workers,
             worker_init_fn=_leave_signals_to_the_parent,
             pin_memory=self.device.type == "cuda",
@@ -196,12 +212,19 @@ class StreamFeed:
         self.seed, self.device = seed, device
 
     def windows(self, start: int, stop: int) -> Iterator[list[Any]]:
+        if start >= stop:
+            return
         for step, samples in enumerate(self._cut()):
-            if step >= stop:
-                return
             if step >= start:
-                parts = [samples[i : i + self.micro_batch] for i in range(0, len(samples), self.micro_batch)]
-                yield [to_device(self.source.collate(part), self.device) for part in parts]
+                parts = range(0, len(samples), self.micro_batch)
+                yield [self.collated(step, at, samples[at : at + self.micro_batch]) for at in parts]
+            if step + 1 >= stop:
+                return
+
+    def collated(self, step: int, at: int, samples: list[Any]) -> Any:
+        with _OwnRandom(seed_for(self.seed, "collate", step, at)):
+            batch = self.source.collate(samples)
+        return to_device(batch, self.device)
 
     def _cut(self) -> Iterator[list[Any]]:
         epoch = 0
@@ -221,29 +244,40 @@ class StreamFeed:
             epoch += 1
 
     def _read(self, epoch: int) -> Iterator[Any]:
-        own = _OwnRandom(seed_for(self.seed, "stream", epoch))
+        return read_stream(self.source, seed_for(self.seed, "stream", epoch))
+
+
+def read_stream(source: Stream, name: int) -> Iterator[Any]:
+    """One pass over a stream; what it draws comes from the stream of random numbers called ``name``."""
+    own = _OwnRandom(name)
+    with own:
+        samples = iter(source.iterable)
+    while True:
         with own:
-            samples = iter(self.source.iterable)
-        while True:
-            with own:
-                try:
-                    sample = next(samples)
-                except StopIteration:
-                    return
-            yield sample
+            try:
+                sample = next(samples)
+            except StopIteration:
+                return
+        yield sample
 
 
 def held_out(source: Source, batch: int, device: torch.device) -> Iterator[Any]:
-    """All of a source once, in its own order, in batches; the last one may be short."""
+    """All of a source once, in its own order, in batches; the last one may be short. The same each time it is asked."""
     if isinstance(source, Stream):
-        samples = iter(source.iterable)
-        while taken := list(itertools.islice(samples, batch)):
-            yield to_device(source.collate(taken), device)
+        yield from _held_out_stream(source, batch, device)
         return
     for start in range(0, len(source), batch):
         indices = range(start, min(start + batch, len(source)))
         if isinstance(source, Items):
-            seeded = _Seeded(source.dataset, 0)
-            yield to_device(source.collate([seeded[(0, i)] for i in indices]), device)
+            yield to_device(_Seeded(source, 0).__getitems__([(0, i) for i in indices]), device)
         else:
             yield to_device(source.gather(torch.tensor(indices, dtype=torch.int64)), device)
+
+
+def _held_out_stream(source: Stream, batch: int, device: torch.device) -> Iterator[Any]:
+    feed = StreamFeed(source, batch=batch, micro_batch=batch, seed=0, keep_last=True, device=device)
+    samples = read_stream(source, seed_for(0, "held out"))
+    place = 0
+    while taken := list(itertools.islice(samples, batch)):
+        yield feed.collated(place, 0, taken)
+        place += 1

@@ -38,7 +38,7 @@ class Tensors:
         return self.num
 
     def gather(self, indices: Tensor) -> Any:
-        return tree_map(lambda t: t.index_select(0, indices.to(t.device)), self.tree)
+        return tree_map(lambda t: _rows(t, indices), self.tree)
 
     def to(self, device: torch.device) -> Tensors:
         return Tensors(tree_map(lambda t: t.to(device), self.tree))
@@ -60,6 +60,10 @@ class TokenWindows:
     """
 
     def __init__(self, tokens: Tensor, length: int) -> None:
+        if length < 1:
+            raise DataError(
+                f"Windows of {length} tokens hold nothing.", "A window has 1 or more.", "Give a length of 1 or more."
+            )
         self.tokens, self.length = tokens, length
         self.num = (tokens.numel() - 1) // length
         if self.num < 1:
@@ -131,11 +135,17 @@ def as_source(data: Any) -> Source:
         if len(data) == 0:
             raise DataError("The data holds no sample.", f"len({type(data).__name__}) is 0.", "Give at least one.")
         return data
+    if isinstance(data, (str, bytes)):
+        raise DataError(
+            "The data is a text, not samples.",
+            f"Got {data[:60]!r}.",
+            "Read the file first: thalweg takes its contents.",
+        )
     if isinstance(data, IterableDataset):
         return Stream(data)
     if hasattr(data, "__getitem__") and hasattr(data, "__len__") and not isinstance(data, Mapping):
         return Items(data)
-    if isinstance(data, Iterable) and not isinstance(data, (Mapping, str)):
+    if isinstance(data, Iterable) and not isinstance(data, Mapping):
         if iter(data) is data:
             raise DataError(
                 "The training data is an iterator that can be read once.",
@@ -161,10 +171,30 @@ def _is_tensor_tree(data: Any) -> bool:
 
 
 def _as_tensors(tree: Any) -> Any:
+    """Arrays become tensors; what no tensor can hold is refused."""
     if isinstance(tree, np.ndarray):
-        return torch.from_numpy(np.ascontiguousarray(tree))
+        if tree.dtype.kind not in "biufc":
+            raise DataError(
+                "An array of the data holds no numbers.", f"Its dtype is {tree.dtype}.", "Encode it as numbers first."
+            )
+        whole = np.ascontiguousarray(tree)
+        return torch.from_numpy(whole if whole.flags.writeable else whole.copy())
     if isinstance(tree, Mapping):
         return {key: _as_tensors(value) for key, value in tree.items()}
+    if isinstance(tree, tuple) and hasattr(tree, "_fields"):
+        return type(tree)(*(_as_tensors(value) for value in tree))
     if isinstance(tree, (tuple, list)):
         return type(tree)(_as_tensors(value) for value in tree)
     return tree
+
+
+#: Torch cannot index these; their bits can be.
+_SAME_BITS = {torch.uint16: torch.int16, torch.uint32: torch.int32, torch.uint64: torch.int64}
+
+
+def _rows(t: Tensor, indices: Tensor) -> Tensor:
+    """Rows of a tensor; a 0-dim one belongs to all samples and is passed on."""
+    if not t.ndim:
+        return t
+    bits = t.view(_SAME_BITS[t.dtype]) if t.dtype in _SAME_BITS else t
+    return bits.index_select(0, indices.to(t.device)).view(t.dtype)

@@ -110,7 +110,7 @@ def _lengths(schedule: Schedule, steps: int) -> list[int | None]:
     return lengths
 
 
-def piece(name: str, length: Length = None, **options: Any) -> Schedule:
+def piece(name: str, length: Length = None, /, **options: Any) -> Schedule:
     """A schedule of one piece; its name, length and options are checked."""
     known = options_of(name)
     for key, value in options.items():
@@ -118,18 +118,32 @@ def piece(name: str, length: Length = None, **options: Any) -> Schedule:
             raise RecipeError(
                 f"{name}() takes no option '{key}'.", f"Given: {key}={value!r}.", did_you_mean(key, known)
             )
-        if isinstance(value, bool) != isinstance(known[key], bool) or not isinstance(value, (int, float)):
+        if not _fits(key, value, known[key]):
             raise RecipeError(
-                f"{name}({key}={value!r}) is not possible.",
+                f"{name}({key}={_short(value)}) is not possible.",
                 f"The default is {known[key]!r}.",
-                "Give a value of the same kind.",
+                "Give a finite value of the same kind; a power is above 0, a timescale 0 or above.",
             )
     _check_length(name, length)
     return Schedule((Piece(name, length, tuple(options.items())),))
 
 
+def _fits(key: str, value: Any, default: Any) -> bool:
+    """Whether an option is of its default's kind, finite, and in its range."""
+    if isinstance(default, bool) or isinstance(value, bool):
+        return isinstance(default, bool) and isinstance(value, bool)
+    if not isinstance(value, (int, float)) or not abs(value) < 1e300:
+        return False
+    return {"power": value > 0, "timescale": value >= 0}.get(key, True)
+
+
+def _short(value: Any) -> str:
+    """For messages: Python refuses to print very long numbers."""
+    return "..." if isinstance(value, int) and abs(value) > 2**63 else repr(value)[:80]
+
+
 def _check_length(name: str, length: Length) -> None:
-    ok = length is None or (isinstance(length, int) and not isinstance(length, bool) and length >= 1)
+    ok = length is None or (isinstance(length, int) and not isinstance(length, bool) and 1 <= length < 2**63)
     if isinstance(length, str) and length.endswith("%"):
         try:
             ok = 0 < float(length[:-1]) <= 100
@@ -137,7 +151,7 @@ def _check_length(name: str, length: Length) -> None:
             ok = False
     if not ok:
         raise RecipeError(
-            f"{name}({length!r}) has no length that can be counted.",
+            f"{name}({_short(length)}) has no length that can be counted.",
             "A length is a whole number of updates, or a share of the run.",
             f"Write {name}(100) or {name}('5%').",
         )
@@ -168,13 +182,17 @@ def parse(text: str | Schedule) -> Schedule:
     quoted = re.sub(r"(?<!['\"\d.])(\d+(?:\.\d+)?%)(?!['\"])", r"'\1'", text)
     try:
         return _read(ast.parse(quoted.strip(), mode="eval").body, text)
-    except SyntaxError:
+    except RecipeError:
+        raise
+    except (SyntaxError, ValueError, TypeError, RecursionError, MemoryError):
         raise _unreadable(text, "It is not an expression.") from None
 
 
 def _unreadable(text: str, why: str) -> RecipeError:
     return RecipeError(
-        f"The schedule '{text}' cannot be read.", why, "Write pieces in a row, such as 'warmup(100) >> cosine(to=0.1)'."
+        f"The schedule {text[:200]!r} cannot be read.",
+        why,
+        "Write pieces in a row, such as 'warmup(100) >> cosine(to=0.1)'.",
     )
 
 
@@ -182,10 +200,12 @@ def _read(node: ast.expr, text: str) -> Schedule:
     if isinstance(node, ast.BinOp) and isinstance(node.op, ast.RShift):
         return _read(node.left, text) >> _read(node.right, text)
     if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and len(node.args) <= 1:
+        if len({k.arg for k in node.keywords}) < len(node.keywords):
+            raise _unreadable(text, f"An option of {node.func.id} is given twice.")
         try:
             lengths = [ast.literal_eval(arg) for arg in node.args]
             options = {k.arg or "**": ast.literal_eval(k.value) for k in node.keywords}
-        except ValueError:
+        except (ValueError, TypeError):
             raise _unreadable(text, f"The arguments of {node.func.id} are not plain values.") from None
         return piece(node.func.id, *lengths, **options)
-    raise _unreadable(text, f"'{ast.unparse(node)}' is not a piece.")
+    raise _unreadable(text, f"'{ast.unparse(node)[:80]}' is not a piece.")

@@ -62,9 +62,9 @@ def warmup(at: Place, *, start: float = 0.0, zero_first: bool = False) -> float:
 
     Args:
         start: the value that the rise begins from, one update before the first.
-        zero_first: take the update at ``start`` too (t/(num - 1)).
+        zero_first: take the update at ``start`` too (t/(num - 1)); a warm-up of one update is at 1 all the same.
     """
-    share = at.index / max(at.num - 1, 1) if zero_first else (at.index + 1) / at.num
+    share = at.index / (at.num - 1) if zero_first and at.num > 1 else (at.index + 1) / at.num
     return _mix(start, 1.0, share)
 
 
