@@ -20,6 +20,7 @@ def cross_entropy(logits: Tensor, targets: Tensor, *, label_smoothing: float = 0
     Returns:
         Loss(total, weight): in nats, and in targets.
 
+    >>> import torch
     >>> loss = cross_entropy(torch.zeros(3, 4), torch.tensor([0, 1, -100]))
     >>> round(float(loss.total), 4), int(loss.weight)
     (2.7726, 2)
