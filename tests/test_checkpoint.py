@@ -707,23 +707,23 @@ def test_a_step_saved_again_is_never_lost(tmp_path: Path, kind: str) -> None:
     assert lost == []
 
 
-def test_a_step_is_saved_again_where_folders_cannot_be_exchanged(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
-    """NFS and others refuse RENAME_EXCHANGE, and some C libraries do not know renameat2."""
-    for refusal in (OSError(errno.EINVAL, os.strerror(errno.EINVAL)), AttributeError("renameat2")):
+class Refusing:
+    """A C library on a file system that cannot exchange two names, as NFS cannot."""
 
-        def refuse(*_: Any, refusal: Exception = refusal, **__: Any) -> None:
-            raise refusal
+    renameat2 = staticmethod(lambda *_: -1)
 
-        class Refusing:
-            renameat2 = property(refuse) if isinstance(refusal, AttributeError) else staticmethod(lambda *_: -1)
 
-        store.save(2, snapshot(1.0, 2))
-        with monkeypatch.context() as patch:
-            patch.setattr(ctypes, "CDLL", lambda *_, **__: Refusing())
-            patch.setattr(ctypes, "get_errno", lambda: errno.EINVAL)
-            store.save(2, snapshot(9.0, 2))
-        assert_equal(store.load(2), snapshot(9.0, 2))
-        assert whole_and_nothing_else(store.folder) == [2]
+@pytest.mark.parametrize("libc", [Refusing(), object()], ids=["refused", "unknown to the C library"])
+def test_a_step_is_saved_again_where_folders_cannot_be_exchanged(
+    store: Store, libc: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store.save(2, snapshot(1.0, 2))
+    with monkeypatch.context() as patch:
+        patch.setattr(ctypes, "CDLL", lambda *_, **__: libc)
+        patch.setattr(ctypes, "get_errno", lambda: errno.EINVAL)
+        store.save(2, snapshot(9.0, 2))
+    assert_equal(store.load(2), snapshot(9.0, 2))
+    assert whole_and_nothing_else(store.folder) == [2]
 
 
 @pytest.mark.parametrize(

@@ -69,9 +69,9 @@ def new_folder(path: Path) -> Iterator[Path]:
         for file in aside.iterdir():
             sync_file(file)
         sync_folder(aside)
-        if path.exists():
-            exchange(aside, path)
-        else:
+        if not (path.exists() and exchange(aside, path)):
+            if path.exists():  # no exchange on this file system: for an instant, neither stands under the name
+                remove_folder(path)
             os.rename(aside, path)
     except BaseException:
         shutil.rmtree(aside, ignore_errors=True)
@@ -80,12 +80,17 @@ def new_folder(path: Path) -> Iterator[Path]:
     shutil.rmtree(aside, ignore_errors=True)  # the folder that was there before, if any
 
 
-def exchange(a: Path, b: Path) -> None:
-    """Give two names each other's folder, in one step (Linux renameat2 with RENAME_EXCHANGE)."""
-    libc = ctypes.CDLL(None, use_errno=True)
+def exchange(a: Path, b: Path) -> bool:
+    """Give two names each other's folder, in one step (Linux renameat2 with RENAME_EXCHANGE).
+
+    Returns:
+        False where the C library or the file system cannot; nothing has changed then.
+    """
     here, exchanged = -100, 2  # AT_FDCWD, RENAME_EXCHANGE
-    if libc.renameat2(here, os.fsencode(a), here, os.fsencode(b), exchanged):
-        raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()), str(b))
+    try:
+        return not ctypes.CDLL(None).renameat2(here, os.fsencode(a), here, os.fsencode(b), exchanged)
+    except AttributeError:
+        return False
 
 
 def remove_folder(path: Path) -> None:
