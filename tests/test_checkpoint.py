@@ -208,7 +208,15 @@ def test_a_step_saved_again_is_the_later_one(store: Store) -> None:
 def test_only_our_own_names_are_checkpoints(store: Store) -> None:
     """A name that we would not have written stands for no step: reading or removing that step would miss it."""
     store.save(1, snapshot())
-    for name in ("step-000000009", "step-٠٠٠٠٠٠٠٩", "step-7", "step-00000003.old", "xstep-00000004", ".step-00000005"):
+    for name in (
+        "step-000000001",
+        "step-000000009",
+        "step-٠٠٠٠٠٠٠٩",
+        "step-7",
+        "step-00000003.old",
+        "xstep-00000004",
+        ".step-00000005",
+    ):
         (store.folder / name).mkdir()
     assert store.steps() == [1]
     assert store.newest_good() == (1, [])

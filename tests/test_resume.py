@@ -20,7 +20,7 @@ from safetensors.torch import load_file
 import thalweg
 from tests.conftest import run_cli, start_cli, three_parts
 from tests.models import batchnorm_net, mean_loss, points
-from thalweg.core import CheckpointError, Recipe, RunFolderError, Split, StopReason, read_lines
+from thalweg.core import CheckpointError, DataError, Recipe, RunFolderError, Split, StopReason, read_lines
 from thalweg.watch import Memory
 
 BASE = {
@@ -199,6 +199,16 @@ def test_another_recipe_in_the_folder_shows_the_difference(tmp_path: Path) -> No
         assert "optimizer.lr: 0.01 there, 0.5 here" in three_parts(caught.value)[1]
     with pytest.raises(RunFolderError, match="already holds this run"):
         go(folder, DATA["in memory, augmented"]())
+
+
+def test_other_data_than_the_run_began_with_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = tmp_path / "run"
+    go(folder, Split(train=points(50), facts={"sha256": "aa"}), until=5, monkeypatch=monkeypatch)
+    for other in (Split(train=points(49), facts={"sha256": "aa"}), Split(train=points(50), facts={"sha256": "bb"})):
+        with pytest.raises(DataError) as caught:
+            go(folder, other, resume=True)
+        assert "then" in three_parts(caught.value)[1]
+    assert go(folder, Split(train=points(50), facts={"sha256": "aa"}), resume=True).reason is StopReason.FINISHED
 
 
 def test_a_step_that_raises_keeps_the_last_good_state(tmp_path: Path) -> None:

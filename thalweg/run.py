@@ -25,7 +25,6 @@ from thalweg.core import (
     StopReason,
     Task,
 )
-from thalweg.device import keep_freed_memory
 from thalweg.engine import GIVE_UP_AFTER, Loop, Resolved, build, evaluate, resolve
 from thalweg.report import write_report
 from thalweg.watch import JsonLines, Memory
@@ -199,7 +198,6 @@ class _Run:
 
     def go(self, resume: Resume = False) -> Result:
         snapshot, told = self._open(resume)
-        keep_freed_memory()
         saved = self.folder.saved_plan() if self.folder and resume is not False else None
         resolved = resolve(self.task, self.recipe, saved=saved)
         step = build(resolved.plan, resolved.model, resolved.loss, resolved.device, resolved.policy)
@@ -210,10 +208,9 @@ class _Run:
         if snapshot is not None:
             step.state.load(snapshot)
         if self.folder:
-            self.folder.store.remove_after(step.state.step)  # the run goes on from here: all checks are behind it
-            (self.folder.path / "outcome.json").unlink(
-                missing_ok=True
-            )  # an earlier process's, until this one has its own
+            # All checks are behind us and the run goes on from here: what lies ahead of it is another's.
+            self.folder.store.remove_after(step.state.step)
+            (self.folder.path / "outcome.json").unlink(missing_ok=True)
         sinks = self._sinks(snapshot)
         with _asked_to_stop() as stop:
             loop = Loop(plan, step, resolved.feed, sinks, evaluate=self._evaluation(resolved, step), stop=stop)

@@ -27,7 +27,7 @@ from thalweg.core import (
     seed_for,
 )
 from thalweg.data import Items, Source, Stream, Tensors, as_source, held_out, make_feed
-from thalweg.device import Device, choose, facts
+from thalweg.device import Device, choose, facts, keep_freed_memory
 from thalweg.engine.preflight import ModelLoss, Probe, gain_of_half, in_evaluation_mode, preflight, untouched
 from thalweg.optim import parameter_table
 from thalweg.precision import Policy, policy_for
@@ -84,11 +84,17 @@ def resolve(task: Task, recipe: Recipe, *, saved: Plan | None = None) -> Resolve
         recipe = replace(recipe, device=decide.take("device", str(device.torch_device), why))
     if recipe.precision != "auto":
         policy_for(recipe.precision, device)
+    if device.kind == "cpu" and keep_freed_memory():
+        decide.take(
+            "allocator", "keeps freed blocks", "glibc would return large ones and pay for fresh pages each step"
+        )
     split = _split(task, recipe)
     source = as_source(split.train)
     test = None if split.test is None else as_source(split.test)
     recipe, steps, samples = _settle_length(recipe, source, decide)
     schedule.values(steps)
+    if saved is not None:
+        _check_same_data(saved, samples, split.facts)
     if recipe.data.workers and not isinstance(source, Items):
         decide.take("data.workers", recipe.data.workers, "not used: only a map-style Dataset is read by workers")
     if recipe.evaluate.every and test is None:
@@ -244,6 +250,16 @@ def _check_metric(task: Task, recipe: Recipe, model: nn.Module, test: Source, de
             f"evaluate.best='{recipe.evaluate.best}' is no metric of this task.",
             f"It has {len(names)}.",
             did_you_mean(recipe.evaluate.best, names),
+        )
+
+
+def _check_same_data(saved: Plan, samples: int, told: Mapping[str, Any]) -> None:
+    """A resumed run must go on with the data that it began with."""
+    now, then = {"samples": samples, **told}, {"samples": saved.samples, **saved.machine.get("data", {})}
+    differing = [f"{k}: {then.get(k)} then, {now.get(k)} now" for k in {**then, **now} if then.get(k) != now.get(k)]
+    if differing:
+        raise DataError(
+            "The data is not what this run began with.", "; ".join(differing) + ".", "Restore it, or start a new run."
         )
 
 
