@@ -1,6 +1,5 @@
 """Devices: what this machine has and what each can do. The only room that names a backend."""
 
-from thalweg.device.allocator import keep_freed_memory
 from thalweg.device.backend import CAPABILITIES, Device, choose, facts
 from thalweg.device.measure import half_precision_gain, matmul_rates
 from thalweg.device.operators import causal_attention
@@ -12,6 +11,5 @@ __all__ = [
     "choose",
     "facts",
     "half_precision_gain",
-    "keep_freed_memory",
     "matmul_rates",
 ]

@@ -27,7 +27,7 @@ from thalweg.core import (
     seed_for,
 )
 from thalweg.data import Items, Source, Stream, Tensors, as_source, held_out, make_feed
-from thalweg.device import Device, choose, facts, keep_freed_memory
+from thalweg.device import Device, choose, facts
 from thalweg.engine.preflight import ModelLoss, Probe, gain_of_half, in_evaluation_mode, preflight, untouched
 from thalweg.optim import parameter_table
 from thalweg.precision import Policy, policy_for
@@ -84,10 +84,6 @@ def resolve(task: Task, recipe: Recipe, *, saved: Plan | None = None) -> Resolve
         recipe = replace(recipe, device=decide.take("device", str(device.torch_device), why))
     if recipe.precision != "auto":
         policy_for(recipe.precision, device)
-    if device.kind == "cpu" and keep_freed_memory():
-        decide.take(
-            "allocator", "keeps freed blocks", "glibc would return large ones and pay for fresh pages each step"
-        )
     split = _split(task, recipe)
     source = as_source(split.train)
     test = None if split.test is None else as_source(split.test)

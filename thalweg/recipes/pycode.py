@@ -103,7 +103,7 @@ TASK = Task(
     metrics=metrics,
     sample=sample,
     recipe={
-        "train.steps": 1600,
+        "train.steps": 1500,
         "train.batch": 16,
         "train.micro_batch": 8,
         "train.clip": 1.0,
