@@ -949,3 +949,15 @@ def test_an_evaluation_is_the_same_each_time_and_leaves_the_callers_generators_a
     draw_everywhere()
     assert same(list(held_out(as_source(data), 3, CPU)), first)
     assert after == before
+
+
+def test_an_augmentation_that_draws_twice_gets_other_numbers() -> None:
+    drawn: list[torch.Tensor] = []
+
+    def twice(batch: Any, draw: Any) -> Any:
+        drawn.extend([draw(2), draw(1), draw(3)])
+        return batch
+
+    list(feed_of(torch.arange(6), batch=6, micro_batch=6, augment=twice).windows(0, 1))
+    rows = torch.cat(drawn, dim=1)
+    assert rows.shape == (6, 6) and len(set(rows.flatten().tolist())) == 36

@@ -74,8 +74,12 @@ class Store:
         """Steps that have a checkpoint, damaged or not, oldest first. The name decides, never the clock."""
         try:
             found = [(_NAME.fullmatch(path.name), path) for path in self.folder.iterdir()]
-        except OSError:
-            return []
+        except OSError as err:
+            raise CheckpointError(
+                f"The checkpoint folder {self.folder} cannot be read.",
+                f"{err}.",
+                "See to its path and its permissions.",
+            ) from None
         steps = [int(match.group(1)) for match, path in found if match and path.is_dir()]
         return sorted(step for step in steps if self.path(step).is_dir())
 
@@ -195,7 +199,10 @@ class Store:
                 remove_folder(self.path(later))
 
     def _newest_name(self) -> str:
-        steps = self.steps()
+        try:
+            steps = self.steps()
+        except CheckpointError:
+            return "not known"
         return self.path(steps[-1]).name if steps else "none"
 
     @staticmethod

@@ -31,6 +31,13 @@ def divisors(number: int) -> list[int]:
     return sorted({*small, *(number // d for d in small)})
 
 
+def _that_fit(batch: int) -> str:
+    """The micro-batches to choose from, for the message of an error."""
+    if batch > 1_000_000:
+        return "Give a number that divides train.batch."
+    return f"Micro-batches that fit here: {', '.join(map(str, divisors(batch)))}."
+
+
 @dataclass(frozen=True, kw_only=True)
 class Train:
     """How long, and in what portions.
@@ -71,18 +78,17 @@ class Train:
             "Give train.batch=1 or more.",
         )
         if self.micro_batch is not None:
-            fits = f"Micro-batches that fit here: {', '.join(map(str, divisors(self.batch)))}."
             _check(
                 self.micro_batch >= 1,
                 f"train.micro_batch={self.micro_batch} holds no sample.",
                 f"train.batch={self.batch}.",
-                fits,
+                _that_fit(self.batch),
             )
             _check(
                 self.batch % self.micro_batch == 0,
                 f"train.batch={self.batch} is not a whole number of train.micro_batch={self.micro_batch}.",
                 f"{self.batch}/{self.micro_batch} = {self.batch / self.micro_batch:.2f}.",
-                fits,
+                _that_fit(self.batch),
             )
         _check(
             self.clip >= 0,

@@ -117,11 +117,7 @@ def _convert(value: Any, wanted: Any, path: str) -> Any:
         if wanted is bool:
             return {"true": True, "false": False}[str(value).lower()]
         if wanted is int:
-            if isinstance(value, bool) or (not isinstance(value, int) and float(value) != int(float(value))):
-                raise ValueError
-            if not abs(float(value)) <= 2**63:
-                raise ValueError
-            return int(value) if isinstance(value, int) or str(value).lstrip("+-").isdecimal() else int(float(value))
+            return _whole(value)
         if wanted is float:
             if isinstance(value, bool) or not math.isfinite(float(value)):
                 raise ValueError
@@ -136,6 +132,23 @@ def _convert(value: Any, wanted: Any, path: str) -> Any:
         ) from None
 
 
+def _whole(value: Any) -> int:
+    """A whole number of 64 bits from a number or a text; 1e3 and 1000.0 are whole too."""
+    if isinstance(value, bool):
+        raise ValueError
+    try:
+        number = int(value) if isinstance(value, (int, str)) else None
+    except ValueError:
+        number = None
+    if number is None:
+        if float(value) != int(float(value)):
+            raise ValueError
+        number = int(float(value))
+    if not -(2**63) <= number <= 2**63:
+        raise ValueError
+    return number
+
+
 def check_options(path: str, value: Any) -> None:
     """Options are what both TOML and JSON can hold: texts, numbers, true and false, lists and tables of these."""
     if isinstance(value, Mapping):
@@ -144,11 +157,11 @@ def check_options(path: str, value: Any) -> None:
     elif isinstance(value, (list, tuple)):
         for inner in value:
             check_options(path, inner)
-    elif not isinstance(value, (str, int, float)):
+    elif not isinstance(value, (str, int, float)) or (isinstance(value, float) and not math.isfinite(value)):
         raise RecipeError(
             f"{path} cannot be kept in a recipe.",
             f"It is {value!r}, a {type(value).__name__}.",
-            "Use texts, numbers, true or false, lists and tables; leave out what should be None.",
+            "Use texts, finite numbers, true or false, lists and tables; leave out what should be None.",
         )
 
 

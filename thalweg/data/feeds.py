@@ -87,12 +87,24 @@ class MemoryFeed:
         batch = self.source.gather(torch.from_numpy(indices))
         if self.augment is not None:
             key = seed_for(self.seed, "augment", epoch)
-            batch = self.augment(batch, lambda num: torch.from_numpy(uniforms(key, indices, num)))
+            batch = self.augment(batch, _Draw(key, indices))
         batch = to_device(batch, self.device)
         at = 0
         for part in parts:
             yield split(_slice(batch, at, at + len(part)), self.micro_batch)
             at += len(part)
+
+
+class _Draw:
+    """Uniform numbers for each sample of a batch; each call goes on where the one before ended."""
+
+    def __init__(self, key: int, indices: Indices) -> None:
+        self.key, self.indices, self.drawn = key, indices, 0
+
+    def __call__(self, num: int) -> Tensor:
+        numbers = uniforms(self.key, self.indices, num, skip=self.drawn)
+        self.drawn += num
+        return torch.from_numpy(numbers)
 
 
 def _slice(batch: Any, start: int, stop: int) -> Any:
@@ -113,7 +125,7 @@ class _OwnRandom:
             self._set(self._mine)
         elif self._name is not None:
             random.seed(self._name)
-            np.random.seed(self._name & 0xFFFFFFFF)
+            np.random.seed([self._name & 0xFFFFFFFF, self._name >> 32])
             torch.default_generator.manual_seed(self._name)
 
     def __exit__(self, *_: object) -> None:

@@ -53,15 +53,15 @@ def permute(num: int, key: int, positions: Indices) -> Indices:
     return values.astype(np.int64)
 
 
-def uniforms(key: int, samples: Indices, num: int) -> NDArray[np.float32]:
-    """``num`` numbers in [0, 1) for each sample: a function of (key, sample, place) alone.
+def uniforms(key: int, samples: Indices, num: int, *, skip: int = 0) -> NDArray[np.float32]:
+    """``num`` numbers in [0, 1) for each sample, from place ``skip`` on: a function of (key, sample, place) alone.
 
     Returns:
         float32, of shape (len(samples), num); 24 random bits each.
     """
     with np.errstate(over="ignore"):
         base = mix(samples.astype(np.uint64) * np.uint64(0x9E3779B97F4A7C15) + np.uint64(seed_for(key, "uniform")))
-        places = mix(np.arange(1, num + 1, dtype=np.uint64) * np.uint64(0xD1B54A32D192ED03))
+        places = mix(np.arange(skip + 1, skip + num + 1, dtype=np.uint64) * np.uint64(0xD1B54A32D192ED03))
         bits = mix(base[:, None] + places[None, :]) >> np.uint64(40)
     return bits.astype(np.float32) * np.float32(2**-24)
 

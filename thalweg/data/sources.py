@@ -109,7 +109,7 @@ def as_source(data: Any) -> Source:
     """The source that ``data`` is.
 
     Args:
-        data: a dict, tuple or list of tensors or arrays; an object with ``__len__`` and ``gather``; a map-style or
+        data: a tensor or array, a dict or tuple of them; an object with ``__len__`` and ``gather``; a map-style or
             iterable ``Dataset``; a ``DataLoader`` (its data set and collate function are used; batch size and order come
             from the recipe); a list of samples; any other iterable.
 

@@ -55,6 +55,7 @@ class Step:
         self.sums = torch.zeros(2, dtype=exact, device=device)  # of losses and of weights
         self.sum_of_losses, self.sum_of_weights = self.sums[0], self.sums[1]
         self.one = torch.ones((), dtype=torch.float32, device=device)
+        self.unit = 1.0 / options.loss_divisor  # a power of two: exact
         self.ring = torch.zeros(RING, len(FIELDS), dtype=exact, device=device)
         self.rows: list[tuple[Tensor, tuple[Tensor, ...]]] = [
             (row, (row[:2], row[2], row[3], row[4], row[5], row[6:])) for row in self.ring
@@ -80,7 +81,7 @@ class Step:
             self._collect(total, weight, last=index == len(window) - 1)
         with torch.no_grad():
             scale = self.one if state.scale is None else state.scale.scale
-            mass = self.sum_of_weights * scale / options.loss_divisor  # what the gradients are a sum over
+            mass = self.sum_of_weights * (scale * self.unit)  # what the gradients are a sum over
             norm = self._gradient_norm() / mass
             ok = torch.isfinite(norm + self.sum_of_losses)
             skipped = (~ok).to(torch.float32)
@@ -113,9 +114,9 @@ class Step:
     def _backward_seed(self, total: Tensor) -> Tensor:
         """The gradient that the backward pass starts from: loss scale over loss divisor, both powers of two."""
         if self.state.scale is not None:
-            return (self.state.scale.scale / self.options.loss_divisor).to(total.dtype).reshape(total.shape)
+            return (self.state.scale.scale * self.unit).to(total.dtype).reshape(total.shape)
         if total.dtype not in self._seeds:
-            self._seeds[total.dtype] = torch.full_like(total, 1.0 / self.options.loss_divisor)
+            self._seeds[total.dtype] = torch.full_like(total, self.unit)
         return self._seeds[total.dtype].reshape(total.shape)
 
     def _collect(self, total: Tensor, weight: Any, *, last: bool) -> None:
@@ -139,8 +140,7 @@ class Step:
         place = self.state.applied
         if self.state.step >= table.shape[0]:
             place = place.clamp(max=table.shape[0] - 1)
-        value: Tensor = table.index_select(0, place)[0]
-        return value
+        return table.take(place).view(())
 
     def _record(self, norm: Tensor, skipped: Tensor, lr: Tensor, scale: Tensor) -> Tensor:
         row, places = self.rows[self.state.step % RING]

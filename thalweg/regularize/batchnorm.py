@@ -120,9 +120,9 @@ class PooledStatistics:
         share = self.shares(tuple(count > 0 for count in self._counts))
         if None in self.momentum:
             share = self._plain_means(share)
-        moved = torch.where(share > 0, torch.lerp(self.running, pooled, share), self.running)
-        torch.where(ok, moved, self.running, out=self.running)
-        self.tracked.add_(self._active_layers() & ok)
+        # Layers that saw nothing have share 0 and finite zeros in ``pooled``: lerp leaves them as they are, to the bit.
+        torch.where(ok, torch.lerp(self.running, pooled, share), self.running, out=self.running)
+        self.tracked.add_(ok if len(self._active) == len(self.layers) else self._active_layers() & ok)
         self.restore()
 
     def restore(self) -> None:

@@ -122,7 +122,7 @@ def piece(name: str, length: Length = None, /, **options: Any) -> Schedule:
             raise RecipeError(
                 f"{name}({key}={_short(value)}) is not possible.",
                 f"The default is {known[key]!r}.",
-                "Give a finite value of the same kind; a power is above 0, a timescale 0 or above.",
+                "Give a finite value of the same kind; a power is above 0, all else 0 or above.",
             )
     _check_length(name, length)
     return Schedule((Piece(name, length, tuple(options.items())),))
@@ -134,7 +134,7 @@ def _fits(key: str, value: Any, default: Any) -> bool:
         return isinstance(default, bool) and isinstance(value, bool)
     if not isinstance(value, (int, float)) or not abs(value) < 1e300:
         return False
-    return {"power": value > 0, "timescale": value >= 0}.get(key, True)
+    return value > 0 if key == "power" else value >= 0
 
 
 def _short(value: Any) -> str:

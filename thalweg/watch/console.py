@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from typing import Any
 
@@ -122,15 +123,16 @@ class Terminal:
         for decision in plan.decisions:
             table.add_row(decision.path, str(decision.value), decision.reason)
         self.console.print(table)
-        groups: dict[str, tuple[int, int]] = {}
+        groups: dict[tuple[str, str], tuple[int, int]] = {}
         for row in sorted(plan.parameters, key=lambda r: not r.decays):
-            size = 1
-            for n in row.shape:
-                size *= n
-            key = f"{'decayed' if row.decays else 'not decayed'}: {row.decay_reason}"
+            key = ("decays" if row.decays else "does not", row.decay_reason)
             count, total = groups.get(key, (0, 0))
-            groups[key] = (count + 1, total + size)
-        for reason, (count, total) in groups.items():
-            self.console.print(f"  {human_count(total)} parameters in {count} tensors {reason}", soft_wrap=True)
+            groups[key] = (count + 1, total + math.prod(row.shape))
+        table = Table(title="weight decay", title_justify="left", box=None, pad_edge=False)
+        for column in ("parameters", "tensors", "decay", "because"):
+            table.add_column(column)
+        for (decays, reason), (count, total) in groups.items():
+            table.add_row(human_count(total), str(count), decays, reason)
+        self.console.print(table)
         sizes = ", ".join(f"{name} {human_bytes(size)}" for name, size in plan.sizes.items() if size)
         self.console.print(f"  memory: {sizes}", soft_wrap=True)
