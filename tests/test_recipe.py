@@ -82,7 +82,7 @@ plain_texts = (
     st.text(string.ascii_letters + " .-äß☃\n\"'\\", max_size=10).map("t".__add__).filter(lambda t: t != "true")
 )
 option_values = st.recursive(
-    st.one_of(st.booleans(), int64, st.floats(allow_nan=False), plain_texts),
+    st.one_of(st.booleans(), int64, st.floats(allow_nan=False, allow_infinity=False), plain_texts),
     lambda inner: st.one_of(st.lists(inner, max_size=3), st.dictionaries(words, inner, min_size=1, max_size=3)),
     max_leaves=6,
 )
@@ -769,3 +769,11 @@ def test_what_needs_no_torch_imports_none(module: str) -> None:
         [sys.executable, "-c", IMPORTS, module], cwd=ROOT, capture_output=True, text=True, timeout=120, check=False
     )
     assert done.stdout.endswith("heavy: []\n"), done.stdout + done.stderr
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), [1.0, float("-inf")]])
+def test_options_that_are_not_finite_are_refused(value: Any) -> None:
+    """NaN is not equal to itself: a run with such a recipe could never be resumed."""
+    with pytest.raises(RecipeError) as err:
+        Recipe(model={"rate": value})
+    assert "model.rate" in three_parts(err.value)[0]
