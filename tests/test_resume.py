@@ -323,7 +323,18 @@ def test_sigterm_to_the_process_group_with_workers_saves(tmp_path: Path) -> None
     assert lines[-1]["step"] == step
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_run_outlives_the_reader_of_its_output(digits: Path) -> None:
+    """``thalweg train ... | head`` must not end the run."""
+    process = start_cli("train", "digits", *QUICK, "--name", "unread", "--runs", str(digits), cwd=digits)
+    assert process.stdout is not None
+    process.stdout.readline()
+    process.stdout.close()
+    assert process.wait(timeout=120) == 0
+    step = last_step(digits / "whole")
+    assert weights_of(digits / "unread", step) == weights_of(digits / "whole", step)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_a_signal_saves_and_says_how_to_go_on(digits: Path, number: signal.Signals) -> None:
     name = f"signalled-{number}"
     process = start_cli("train", "digits", *QUICK, "--name", name, "--runs", str(digits), cwd=digits)

@@ -212,6 +212,7 @@ def _leave_signals_to_the_parent(worker: int) -> None:
     """Ctrl-C and SIGTERM reach a whole process group; workers must outlive them for the run to save and stop in order."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
 
 
 class StreamFeed:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import os
+import sys
 import time
 from typing import Any
 
@@ -25,6 +27,16 @@ from thalweg.core import (
 _LINE_SECONDS = 10.0
 
 
+class _Steady(Console):
+    """A console that falls silent when nobody reads any more; rich's own would end the process, and the run with it."""
+
+    def on_broken_pipe(self) -> None:
+        self.quiet = True
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, sys.stdout.fileno())
+        os.close(nowhere)
+
+
 class _Figures(ProgressColumn):
     """loss, lr, gradient norm, throughput, time left, best evaluation."""
 
@@ -43,7 +55,7 @@ class Terminal:
     """
 
     def __init__(self, console: Console | None = None, *, verbose: bool = True) -> None:
-        self.console = console or Console(stderr=False, highlight=False)
+        self.console = console or _Steady(highlight=False)
         self.verbose = verbose
         self.best: tuple[str, float, int] | None = None
         self._progress: Progress | None = None
