@@ -96,7 +96,13 @@ def steps_of(folder: Path) -> list[dict[str, Any]]:
 
 
 def go(
-    folder: Path, data: Any, *, until: int | None = None, resume: bool = False, monkeypatch: Any = None, **changes: Any
+    folder: Path,
+    data: Any,
+    *,
+    until: int | None = None,
+    resume: bool | int = False,
+    monkeypatch: Any = None,
+    **changes: Any,
 ) -> Any:
     """A run in this process; with ``until``, stopped there as a signal would."""
     if until is not None:
@@ -167,6 +173,16 @@ def test_resume_cuts_off_later_records_and_checkpoints(tmp_path: Path) -> None:
     assert weights_of(folder, 14) == wanted and steps_of(folder) == lines
     steps = [line["step"] for line in lines if line["kind"] == "step"]
     assert steps == list(range(1, 15)), "no step is there twice, none is missing"
+
+
+def test_resume_from_an_earlier_step_leaves_no_later_checkpoint_behind(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Else the next resume would go on from a state that this run never had."""
+    folder, changes = tmp_path / "run", {"checkpoint.every": 2, "checkpoint.keep_last": 20}
+    go(folder, DATA["in memory, augmented"](), **changes)
+    go(folder, DATA["in memory, augmented"](), until=7, resume=6, monkeypatch=monkeypatch, **changes)
+    assert [int(p.name[5:]) for p in sorted((folder / "checkpoints").iterdir())] == [2, 4, 6, 7]
 
 
 def test_a_damaged_checkpoint_is_passed_over_named_and_the_run_is_the_same(tmp_path: Path) -> None:

@@ -126,6 +126,42 @@ def test_clip_limits_the_norm_that_acts() -> None:
     assert float(moved.norm()) == pytest.approx(0.01, rel=1e-9)
 
 
+def test_clip_leaves_a_smaller_gradient_alone() -> None:
+    torch.manual_seed(0)
+    model, data = mlp().double(), [points(dtype=torch.float64)]
+    free, row, _ = one_step(copy.deepcopy(model), mean_loss, data, **{"optimizer.rule": "sgd", "train.clip": 0})
+    clipped, _, _ = one_step(model, mean_loss, data, **{"optimizer.rule": "sgd", "train.clip": 10 * row[2]})
+    assert torch.equal(free, clipped)
+
+
+def test_a_loss_that_is_not_finite_skips_even_where_its_gradient_is_finite() -> None:
+    poison = torch.zeros(())
+
+    def loss(model: nn.Module, batch: Any) -> torch.Tensor:
+        return mean_loss(model, batch) + poison
+
+    step, feed = make_step(mlp(), loss, points(), **{"train.batch": 8})
+    windows = list(feed.windows(0, 2))
+    before = state_bits(step)
+    poison.fill_(float("nan"))
+    assert dict(zip(FIELDS, step.run(windows[0]).tolist()))["skipped"] == 1
+    assert_same_bits(state_bits(step), before)
+    poison.zero_()
+    assert dict(zip(FIELDS, step.run(windows[1]).tolist()))["skipped"] == 0
+
+
+def test_the_whole_loss_scale_travels() -> None:
+    step, _ = make_step(mlp(), mean_loss, points(), precision="fp16")
+    assert step.state.scale is not None
+    step.state.scale.scale.fill_(512.0)
+    step.state.scale.streak.fill_(1999)
+    other, feed = make_step(mlp(), mean_loss, points(), precision="fp16")
+    other.state.load(step.state.snapshot({}))
+    run_steps(other, feed, 1)
+    assert other.state.scale is not None
+    assert float(other.state.scale.scale) == 1024.0 and int(other.state.scale.streak) == 0, "2000 finite steps in a row"
+
+
 POISON = [("fp32", float("nan")), ("bf16", float("inf")), ("fp16", float("nan"))]
 
 
