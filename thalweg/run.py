@@ -118,7 +118,7 @@ class RunFolder:
     def __init__(self, path: Path) -> None:
         self.path = path
         self.recipe_file, self.plan_file = path / "recipe.toml", path / "plan.json"
-        self.records_file, self.report_file = path / "records.jsonl", path / "report.html"
+        self.records_file = path / "records.jsonl"
         self.store = Store(path / "checkpoints")
 
     def begin(self, recipe: Recipe) -> None:

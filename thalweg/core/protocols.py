@@ -94,6 +94,9 @@ class Feed(Protocol):
 
     def windows(self, start: int, stop: int) -> Iterator[list[Any]]: ...
 
+    def epoch_of(self, step: int) -> int:
+        """The epoch that step ``step`` (from 0) draws from; 0 where the length of an epoch is not known."""
+
 
 class Sink(Protocol):
     """Where the values of a run go: a file, a terminal, a tracker."""

@@ -71,6 +71,9 @@ class MemoryFeed:
         sample_bytes = max(1, sum(t.numel() * t.element_size() for _, t in tensors(one)))
         self.ahead = max(1, min(64, _AHEAD_BYTES // (sample_bytes * order.batch)))
 
+    def epoch_of(self, step: int) -> int:
+        return self.order.epoch_of(step)
+
     def windows(self, start: int, stop: int) -> Iterator[list[Any]]:
         step = start
         while step < stop:
@@ -176,6 +179,9 @@ class ItemFeed:
         self.source, self.order, self.micro_batch, self.seed = source, order, micro_batch, seed
         self.device, self.workers = device, workers
 
+    def epoch_of(self, step: int) -> int:
+        return self.order.epoch_of(step)
+
     def windows(self, start: int, stop: int) -> Iterator[list[Any]]:
         loader: DataLoader[Any] = DataLoader(
             _Seeded(self.source, self.seed),  # type: ignore[arg-type]
@@ -223,6 +229,9 @@ class StreamFeed:
     ) -> None:
         self.source, self.batch, self.micro_batch, self.keep_last = source, batch, micro_batch, keep_last
         self.seed, self.device = seed, device
+
+    def epoch_of(self, step: int) -> int:
+        return 0
 
     def windows(self, start: int, stop: int) -> Iterator[list[Any]]:
         if start >= stop:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import platform
-import resource
 from dataclasses import dataclass
 from typing import Any
 
@@ -67,12 +66,6 @@ class Device:
         if self.kind == "cuda":
             return int(torch.cuda.get_device_properties(self.torch_device).total_memory)
         return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-
-    def peak_bytes(self) -> int:
-        """The most memory that this process has held so far."""
-        if self.kind == "cuda":
-            return int(torch.cuda.max_memory_allocated(self.torch_device))
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
     def name(self) -> str:
         if self.kind == "cuda":

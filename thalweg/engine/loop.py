@@ -40,7 +40,6 @@ class Loop:
         self._flushed_at = self._began
         self._pending: list[float] = []  # seconds of the steps whose rows are still on the device
         self._saved = -1
-        self._steps_per_epoch = getattr(getattr(feed, "order", None), "steps_per_epoch", 0)
 
     def run(self, until: int | None = None) -> StopReason:
         """Train up to step ``until`` (the plan's end if None)."""
@@ -100,7 +99,7 @@ class Loop:
         weight = value["weight"]
         return Record(
             step=step,
-            epoch=(step - 1) // self._steps_per_epoch if self._steps_per_epoch else 0,
+            epoch=self.feed.epoch_of(step - 1),
             loss=value["loss_sum"] / weight if weight else float("nan"),
             weight=weight,
             grad_norm=value["grad_norm"],

@@ -4,7 +4,7 @@ from typing import TYPE_CHECKING, Any
 
 from thalweg.optim.arena import Arena, make_arenas
 from thalweg.optim.lower import Update, eager, lower
-from thalweg.optim.table import named_trainable, parameter_table, plain_name, summary
+from thalweg.optim.table import named_trainable, parameter_table, plain_name
 
 if TYPE_CHECKING:
     from thalweg.optim.face import SGD, Adam, AdamW, RuleOptimizer, scheduler
@@ -23,7 +23,6 @@ __all__ = [
     "parameter_table",
     "plain_name",
     "scheduler",
-    "summary",
 ]
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from fnmatch import fnmatchcase
 
 from torch import nn
@@ -90,17 +90,3 @@ def _exempt(rule: str, name: str, p: nn.Parameter, owners: list[nn.Module]) -> s
     if rule in _WORDS:
         return _WORDS[rule] if hit[rule] else None
     return f"matches '{rule}'" if fnmatchcase(name, rule) else None
-
-
-def summary(rows: Iterable[ParameterRow]) -> Iterator[tuple[str, int, int]]:
-    """(what decided, tensors, parameters) for each reason, decaying ones first."""
-    groups: dict[str, list[int]] = {}
-    for row in sorted(rows, key=lambda r: not r.decays):
-        size = 1
-        for n in row.shape:
-            size *= n
-        group = groups.setdefault(f"{'decays' if row.decays else 'no decay'}: {row.decay_reason}", [0, 0])
-        group[0] += 1
-        group[1] += size
-    for reason, (count, size) in groups.items():
-        yield reason, count, size
