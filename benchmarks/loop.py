@@ -4,7 +4,7 @@ Both train the same model from the same in-memory data at the same batch, in fp3
 clipping by global norm, and a cosine schedule. thalweg also writes its record of every step to a file; the hand-written loop
 writes nothing.
 
-    python -m benchmarks.loop [--pairs 31]
+    python -m benchmarks.loop [--pairs 61]
 """
 
 from __future__ import annotations
@@ -130,7 +130,7 @@ def measure(name: str, pairs: int) -> dict[str, Any]:
 
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--pairs", type=int, default=31)
+    parser.add_argument("--pairs", type=int, default=61)
     pairs = parser.parse_args(arguments).pairs
     rows = [measure(name, pairs) for name in WORKLOADS]
     for row in rows:
