@@ -40,9 +40,14 @@ def digest(path: Path) -> str:
     return sha.hexdigest()
 
 
+def _beside(path: Path) -> Path:
+    """A name that nobody has, in the same folder; ``sweep`` knows it by its form."""
+    return path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.tmp")
+
+
 def write_file(path: Path, data: bytes) -> None:
     """Replace a file whole: written beside it, fsynced, renamed, the folder fsynced."""
-    aside = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.tmp")
+    aside = _beside(path)
     try:
         with open(aside, "wb") as file:
             file.write(data)
@@ -62,7 +67,7 @@ def new_folder(path: Path) -> Iterator[Path]:
     written is removed and ``path`` is as it was. A folder that stands under the name already is exchanged for the new one in
     one system call, so that at every instant one of them is there.
     """
-    aside = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.tmp")
+    aside = _beside(path)
     aside.mkdir()
     try:
         yield aside
@@ -95,7 +100,7 @@ def exchange(a: Path, b: Path) -> bool:
 
 def remove_folder(path: Path) -> None:
     """Remove a folder so that it never stands half-removed under its own name."""
-    aside = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.tmp")
+    aside = _beside(path)
     os.rename(path, aside)
     shutil.rmtree(aside)
 

@@ -118,7 +118,7 @@ class _OwnRandom:
     """Python's, numpy's and torch's generators as a named stream: ours inside ``with``, the caller's outside."""
 
     def __init__(self, name: int) -> None:
-        self._name: int | None = name
+        self._name = name
         self._mine: tuple[Any, Any, Tensor] | None = None
         self._theirs: tuple[Any, Any, Tensor] | None = None
 
@@ -126,7 +126,7 @@ class _OwnRandom:
         self._theirs = (random.getstate(), np.random.get_state(), torch.get_rng_state())
         if self._mine is not None:
             self._set(self._mine)
-        elif self._name is not None:
+        else:
             random.seed(self._name)
             np.random.seed([self._name & 0xFFFFFFFF, self._name >> 32])
             torch.default_generator.manual_seed(self._name)

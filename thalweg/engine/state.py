@@ -65,10 +65,10 @@ class State:
 
     def snapshot(self, facts: Mapping[str, Any]) -> Snapshot:
         """All of the state, for a checkpoint; tensors are named after the model's parameters, never by place."""
-        groups = {"weights": self._weights(), "state": dict(self._slots())}
+        weights = self._weights()
+        groups = {"weights": weights, "state": dict(self._slots())}
         if averages := self._averages():
-            others = {name: t for name, t in self._weights().items() if name not in averages}
-            groups["average"] = {**others, **averages}
+            groups["average"] = {**weights, **averages}
         return Snapshot(groups, {**facts, "step": self.step})
 
     def load(self, snapshot: Snapshot) -> None:

@@ -61,7 +61,7 @@ class Terminal:
         self._progress: Progress | None = None
         self._bar: Any = None
         self._rate = 0.0
-        self._seen: tuple[float, float] | None = None  # seconds at the last flush, weight since
+        self._seen = 0.0  # seconds at the last flush
         self._line_at = 0.0
 
     def start(self, plan: Plan, step: int) -> None:
@@ -95,8 +95,7 @@ class Terminal:
         self.console.print(f"[bold]evaluation[/bold] at step {evaluation.step}  {named}{mark}", soft_wrap=True)
 
     def event(self, event: Event) -> None:
-        if event.name != "saved":
-            self.console.print(f"[yellow]{event.text}[/yellow]", soft_wrap=True)
+        self.console.print(f"[yellow]{event.text}[/yellow]", soft_wrap=True)
 
     def stop(self, reason: StopReason) -> None:
         if self._progress is not None:
@@ -106,11 +105,11 @@ class Terminal:
 
     def _figures(self, records: list[Record]) -> str:
         last = records[-1]
-        seconds, weight = (self._seen or (0.0, 0.0))[0], sum(r.weight for r in records)
+        seconds, weight = self._seen, sum(r.weight for r in records)
         if last.seconds > seconds:
             rate = weight / (last.seconds - seconds)
             self._rate = rate if not self._rate else 0.8 * self._rate + 0.2 * rate
-        self._seen = (last.seconds, weight)
+        self._seen = last.seconds
         done = last.step - self._first
         left = (self.plan.steps - last.step) * last.seconds / max(done, 1)
         best = f"  best {self.best[0]} {self.best[1]:.4f}" if self.best else ""
