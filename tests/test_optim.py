@@ -11,9 +11,9 @@ from torch import nn
 
 import thalweg
 from tests.conftest import three_parts
-from thalweg.core import ModelError, ParameterRow, RecipeError
-from thalweg.optim import Arena, named_trainable, parameter_table, plain_name
-from thalweg.rules import RULES
+from thalweg.core import ModelError, ParameterRow, Recipe, RecipeError
+from thalweg.optim import Arena, make_arenas, named_trainable, parameter_table, plain_name
+from thalweg.optim.arena import How
 
 
 class RMSNorm1(nn.Module):
@@ -66,10 +66,9 @@ def test_nothing_to_train_is_an_error() -> None:
 
 
 def arena_of(model: nn.Module, **how: object) -> Arena:
-    rows = {row.name: row for row in parameter_table(model, ("bias", "norm", "1d"))}
-    rule = RULES["adamw"]
-    options = {"weight_decay": 0.1, "decay_form": "decoupled", "average": True, **how}
-    return Arena(named_trainable(model), rows, rule, rule.options({}), **options)  # type: ignore[arg-type]
+    optimizer = Recipe().override({"optimizer.weight_decay": 0.1}).optimizer
+    rows = parameter_table(model, optimizer=optimizer)
+    return make_arenas(named_trainable(model), rows, optimizer, How(average=True, **how))[0]  # type: ignore[arg-type]
 
 
 def test_arena_keeps_values_strides_and_alignment() -> None:
@@ -80,7 +79,7 @@ def test_arena_keeps_values_strides_and_alignment() -> None:
     for name, p in model.named_parameters():
         assert torch.equal(p, before[name]) and p.stride() == strides[name]
         assert p.untyped_storage().data_ptr() == arena.params.untyped_storage().data_ptr()
-        assert arena.places[name][0] * 4 % 64 == 0
+        assert arena.places[name][0] * 4 % 1024 == 0
         assert p.grad is not None and p.grad.stride() == p.stride()
     assert model[0].weight.stride()[1] == 1, "channels-last is kept"
 
@@ -102,7 +101,7 @@ def test_scalar_empty_and_strided_parameters_live_in_an_arena() -> None:
     model.strided = nn.Parameter(torch.arange(12.0).view(3, 4)[:, ::2])
     arena = arena_of(model)
     assert torch.equal(model.strided, torch.arange(12.0).view(3, 4)[:, ::2]) and model.scalar.eq(2)
-    assert arena.params.numel() == 32
+    assert arena.params.numel() == 512, "blocks of 256 for the scalar and the strided one"
 
 
 FACES = [thalweg.optim.SGD, thalweg.optim.Adam, thalweg.optim.AdamW]
@@ -223,4 +222,8 @@ def test_face_refuses_what_it_would_get_wrong() -> None:
 
 def test_rows_are_plain_values() -> None:
     rows = parameter_table(nn.Linear(2, 3), ("bias",))
-    assert rows == (ParameterRow("weight", (3, 2), True, "2 dimensions"), ParameterRow("bias", (3,), False, "a bias"))
+    why = {"rule": "adamw", "rule_reason": "the recipe's rule"}
+    assert rows == (
+        ParameterRow("weight", (3, 2), True, "2 dimensions", **why),
+        ParameterRow("bias", (3,), False, "a bias", **why),
+    )

@@ -244,7 +244,7 @@ def test_average_follows_its_formula() -> None:
         run_steps(step, feed, 1)
         share = 1 - min(0.6, (1 + t) / (10 + t))
         wanted = wanted + share * (live - wanted)
-    average = step.state.arenas[0].average
+    average = step.state.arenas[0].averages()[0][0]
     assert average is not None
     torch.testing.assert_close(average, wanted, rtol=1e-5, atol=1e-7)
     kept = live.clone()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from thalweg.core.recipe import Recipe
@@ -20,12 +20,28 @@ class Decision:
 
 @dataclass(frozen=True)
 class ParameterRow:
-    """One parameter as the optimizer will treat it. ``decay_reason`` says what decided ``decays``."""
+    """One parameter as the optimizer will treat it.
+
+    Attributes:
+        decays, decay_reason: whether it decays, and what decided that.
+        rule, rule_reason: the update rule that takes it, and what decided that.
+        lr: factor on the scheduled learning rate.
+        weight_decay: strength, where it decays.
+        options: the rule's, where they are not its defaults.
+        fold: how more than two dimensions become matrices: "batch" (the last two are one) or "flatten" (the first
+            against the others).
+    """
 
     name: str
     shape: tuple[int, ...]
     decays: bool
     decay_reason: str
+    rule: str = "adamw"
+    rule_reason: str = ""
+    lr: float = 1.0
+    weight_decay: float = 0.0
+    options: dict[str, Any] = field(default_factory=dict)
+    fold: str = "batch"
 
 
 @dataclass(frozen=True)

@@ -104,6 +104,12 @@ class Train:
         )
 
 
+DECAY_FORMS = ("decoupled", "coupled", "independent", "corrected", "cautious")
+SLOT_FORMS = ("full", "bf16", "bf16+error", "int8")
+ROUNDINGS = ("nearest", "stochastic", "kahan")
+WAYS = ("eager", "stacked", "compiled", "fused")
+
+
 @dataclass(frozen=True, kw_only=True)
 class Optimizer:
     """Which update rule, at what rate, decaying what.
@@ -113,17 +119,36 @@ class Optimizer:
         lr: the peak learning rate; None: the rule's published default.
         weight_decay: strength of weight decay; 0 switches it off.
         decay_form: "decoupled" (weights shrink by 1 - lr*weight_decay), "coupled" (L2: weight_decay*p joins the
-            gradient), or None: the rule's own.
-        no_decay: what is not decayed: the words "bias", "norm", "1d", "embedding", or patterns of parameter names such as "head.*".
+            gradient), "independent", "corrected", "cautious" (docs/weight-decay.md), or None: the rule's own.
+        no_decay: what is not decayed: the words "bias", "norm", "1d", "embedding", "token" (positional, class and mask
+            tokens), or patterns of parameter names such as "head.*".
         options: the rule's own hyper-parameters, such as ``b1``.
+        otherwise, otherwise_lr: for a rule of hidden matrices: the rule that takes embeddings, the output layer and
+            vectors, and its rate; None: that rule's published default.
+        groups: what differs for some parameters, by pattern: {pattern: {rule, lr, lr_scale, weight_decay, options, fold}}.
+            A pattern is of names ("blocks.*.attn.*"), or "type:Embedding", "ndim:1", "shape:10x*".
+        layer_decay: factor on the rate for each layer further from the output; 1 switches it off.
+        stages: what combines with the rule, with its options: {"cautious": {}, "clip_update_rms": {"most": 1.0}}.
+        slots: how the rule's memory is kept: "full", "bf16", "bf16+error" or "int8".
+        rounding: of bfloat16 and float16 parameters: "nearest", "stochastic", "kahan"; "auto": stochastic for bfloat16,
+            Kahan for float16.
+        way: how updates run: "eager", "stacked", "compiled", "fused"; None: chosen by size, device and maths.
     """
 
     rule: str = "adamw"
     lr: float | None = None
     weight_decay: float = 0.0
     decay_form: str | None = None
-    no_decay: tuple[str, ...] = ("bias", "norm", "1d")
+    no_decay: tuple[str, ...] = ("bias", "norm", "1d", "token")
     options: dict[str, Any] = field(default_factory=dict)
+    otherwise: str = "adamw"
+    otherwise_lr: float | None = None
+    groups: dict[str, Any] = field(default_factory=dict)
+    layer_decay: float = 1.0
+    stages: dict[str, Any] = field(default_factory=dict)
+    slots: str = "full"
+    rounding: str = "auto"
+    way: str | None = None
 
     def __post_init__(self) -> None:
         _check(
@@ -139,11 +164,25 @@ class Optimizer:
             "Give 0 or more.",
         )
         _check(
-            self.decay_form in (None, "decoupled", "coupled"),
+            self.decay_form in (None, *DECAY_FORMS),
             f"optimizer.decay_form={self.decay_form!r} is not known.",
-            "Weight decay has two forms here.",
-            "Use 'decoupled' or 'coupled', or leave it out for the rule's own.",
+            f"Weight decay has {len(DECAY_FORMS)} forms here.",
+            f"Use one of {', '.join(DECAY_FORMS)}, or leave it out for the rule's own.",
         )
+        _check(
+            0 < self.layer_decay <= 1,
+            f"optimizer.layer_decay={self.layer_decay} is no decay.",
+            "Each layer further from the output gets the rate times this.",
+            "Give a value above 0 and up to 1, such as 0.75.",
+        )
+        for name, known in (("slots", SLOT_FORMS), ("rounding", ("auto", *ROUNDINGS)), ("way", (None, *WAYS))):
+            value = getattr(self, name)
+            _check(
+                value in known,
+                f"optimizer.{name}={value!r} is not known.",
+                f"{len(known)} are.",
+                did_you_mean(str(value), [str(k) for k in known if k]),
+            )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -296,6 +335,8 @@ class Recipe:
             ("loss", self.loss),
             ("data.options", self.data.options),
             ("optimizer.options", self.optimizer.options),
+            ("optimizer.groups", self.optimizer.groups),
+            ("optimizer.stages", self.optimizer.stages),
         ):
             check_options(path, table)
         _check(

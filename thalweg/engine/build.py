@@ -7,12 +7,13 @@ import math
 import torch
 from torch import Tensor, nn
 
-from thalweg.core import Plan
+from thalweg.core import Plan, seed_for
 from thalweg.device import Device
 from thalweg.engine.preflight import ModelLoss
 from thalweg.engine.state import State
 from thalweg.engine.step import Step, StepOptions
 from thalweg.optim import make_arenas, named_trainable
+from thalweg.optim.arena import How
 from thalweg.precision import Policy
 from thalweg.rules import RULES
 from thalweg.schedules import parse
@@ -23,25 +24,23 @@ def build(plan: Plan, model: nn.Module, loss: ModelLoss, device: Device, policy:
     recipe = plan.recipe
     optimizer = recipe.optimizer
     average = recipe.regularize.average > 0
-    arenas = make_arenas(
-        model,
-        plan.parameters,
-        named_trainable(model),
-        RULES[optimizer.rule],
-        optimizer.options,
-        weight_decay=optimizer.weight_decay,
-        decay_form=optimizer.decay_form or RULES[optimizer.rule].decay_form,
-        average=average,
-    )
-    state = State(model, arenas, device, scaled=policy.scaled, average=average)
-    dtype = torch.float64 if any(arena.dtype == torch.float64 for arena in arenas) else torch.float32
     peak = optimizer.lr if optimizer.lr is not None else RULES[optimizer.rule].lr
+    how = How(
+        slots=optimizer.slots,
+        rounding=optimizer.rounding,
+        average=average,
+        peak=peak or 1.0,
+        seed=seed_for(recipe.seed, "rounding"),
+        way=optimizer.way,
+    )
+    arenas = make_arenas(named_trainable(model), plan.parameters, optimizer, how)
+    state = State(model, arenas, device, scaled=policy.scaled, average=average)
     factors = parse(recipe.schedule.lr).values(plan.steps)
     options = StepOptions(
         seed=recipe.seed,
         clip=recipe.train.clip,
         loss_divisor=plan.loss_divisor,
-        lrs=torch.tensor([peak * factor for factor in factors], dtype=dtype, device=device.torch_device),
+        lrs=torch.tensor([peak * factor for factor in factors], dtype=device.exact, device=device.torch_device),
         shares=average_shares(recipe.regularize.average, plan.steps, device) if average else None,
     )
     return Step(state, loss, policy, options)
@@ -55,4 +54,4 @@ def average_shares(decay: float, steps: int, device: Device) -> Tensor:
     full = math.ceil((10 * decay - 1) / (1 - decay))
     updates = torch.arange(1, max(steps, full) + 1, dtype=torch.float64)
     shares = 1 - torch.minimum(torch.tensor(decay, dtype=torch.float64), (1 + updates) / (10 + updates))
-    return shares.to(device.torch_device, torch.float32)
+    return shares.to(device.torch_device, device.exact)

@@ -31,7 +31,7 @@ from thalweg.device import Device, choose, facts
 from thalweg.engine.preflight import ModelLoss, Probe, gain_of_half, in_evaluation_mode, preflight, untouched
 from thalweg.optim import parameter_table
 from thalweg.precision import Policy, policy_for
-from thalweg.rules import RULES
+from thalweg.rules import RULES, STAGES
 from thalweg.schedules import parse
 
 _GAIN = 1.1  # half precision is taken where it is at least this much faster
@@ -123,7 +123,7 @@ def resolve(task: Task, recipe: Recipe, *, saved: Plan | None = None) -> Resolve
     recipe = _settle_evaluation(recipe, task, test is not None, steps, decide)
     if test is not None:
         _check_metric(task, recipe, model, test, device)
-    rows = parameter_table(model, recipe.optimizer.no_decay)
+    rows = parameter_table(model, optimizer=recipe.optimizer)
     divisor = saved.loss_divisor if saved else loss_divisor(probe, len(first))
     if recipe.train.steps != steps and saved is None:
         recipe = replace(recipe, train=replace(recipe.train, steps=steps))
@@ -159,7 +159,21 @@ def settle_optimizer(recipe: Recipe, decide: Decisions) -> Recipe:
     form = optimizer.decay_form
     if optimizer.weight_decay:
         form = decide.unless_given("optimizer.decay_form", form, lambda: (rule.decay_form, f"the form of {rule.name}"))
-    return replace(recipe, optimizer=replace(optimizer, options=options, lr=lr, decay_form=form or rule.decay_form))
+    for name, given in optimizer.stages.items():
+        STAGES[name].options(given)
+    other = optimizer.otherwise_lr
+    if rule.least_ndim:
+        rest = RULES[optimizer.otherwise]
+        if rest.least_ndim:
+            raise RecipeError(
+                f"optimizer.otherwise='{rest.name}' cannot take the rest.",
+                f"It is for parameters of {rest.least_ndim} or more dimensions.",
+                "Use a rule for any parameter, such as adamw.",
+            )
+        why = f"published default of {rest.name}, for what {rule.name} does not take"
+        other = decide.unless_given("optimizer.otherwise_lr", other, lambda: (rest.lr, why))
+    settled = replace(optimizer, options=options, lr=lr, decay_form=form or rule.decay_form, otherwise_lr=other)
+    return replace(recipe, optimizer=settled)
 
 
 def _settle_length(recipe: Recipe, source: Source, decide: Decisions) -> tuple[Recipe, int, int]:

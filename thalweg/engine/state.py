@@ -36,11 +36,16 @@ class State:
         self.averaged_statistics = [b.clone() for b in self.statistics.buffers()] if average else []
 
     def averages(self) -> Iterator[tuple[Tensor, Tensor]]:
-        """(average, live) flat tensors: parameters, and the float statistics that belong to them."""
+        """(average, live) tensors: parameters, and the float statistics that belong to them."""
         for arena in self.arenas:
-            if arena.average is not None:
-                yield arena.average, arena.params
+            yield from arena.averages()
         yield from zip(self.averaged_statistics, self.statistics.buffers())
+
+    def average_statistics(self, share: Tensor | None, ok: Tensor) -> None:
+        """The running statistics' averages follow those of the parameters, which the update moves itself."""
+        if share is not None:
+            for average, live in zip(self.averaged_statistics, self.statistics.buffers()):
+                average.lerp_(live.to(average.dtype), (share * ok).to(average.dtype))
 
     @contextmanager
     def averaged(self) -> Iterator[None]:
@@ -103,17 +108,15 @@ class State:
         """Averaged parameters and statistics, as views of the flat averages."""
         named = {}
         for arena in self.arenas:
-            if arena.average is not None:
-                named.update({name: arena.view(arena.average, name) for name in arena.places})
+            if arena.how.average:
+                named.update({name: arena.average_view(name) for name in arena.places})
         if self.averaged_statistics:
             named.update(self.statistics.views(*self.averaged_statistics))
         return named
 
     def _slots(self) -> Iterator[tuple[str, Tensor]]:
         for arena in self.arenas:
-            for slot in arena.slot_names:
-                for name in arena.places:
-                    yield f"{slot}/{name}", arena.view(arena.slots[slot], name)
+            yield from arena.slots().items()
         yield "applied", self.applied
         if self.scale is not None:
             yield "loss_scale", self.scale.scale

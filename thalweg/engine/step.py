@@ -87,14 +87,12 @@ class Step:
             skipped = (~ok).to(torch.float32)
             divisor = mass * (norm / options.clip).clamp(min=1) if options.clip else mass
             lr = self._now(options.lrs)
+            share = None if options.shares is None else self._now(options.shares)
             for arena in state.arenas:
-                arena.run(lr, state.t, divisor, skipped)
+                arena.run(lr, state.t, divisor, skipped, share=share, due=state.step)
             if state.statistics.layers:
                 state.statistics.end(ok)
-            if options.shares is not None:
-                share = self._now(options.shares) * ok
-                for average, live in state.averages():
-                    average.lerp_(live.to(average.dtype), share.to(average.dtype))
+                state.average_statistics(share, ok)
             row = self._record(norm, skipped, lr, scale)
             self._finish(ok, skipped)
         return row

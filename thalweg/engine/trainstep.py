@@ -88,7 +88,7 @@ class TrainStep:
         schedule.values(self.steps or 1)
         self.device, _ = choose(self.recipe.device)
         self.model, self.loss = model.to(self.device.torch_device), loss
-        self.rows = parameter_table(model, self.recipe.optimizer.no_decay)
+        self.rows = parameter_table(model, optimizer=self.recipe.optimizer)
         if self.recipe.precision != "auto":
             policy_for(self.recipe.precision, self.device)
         self._step: Step | None = None

@@ -1,22 +1,23 @@
-"""The one engine that runs rules: the parameter table, the flat layout, the lowering, and torch's optimizer face."""
+"""The one engine that runs rules: the parameter table, programs, the ways of running them, and torch's optimizer face."""
 
+import importlib
 from typing import TYPE_CHECKING, Any
 
 from thalweg.optim.arena import Arena, make_arenas
-from thalweg.optim.lower import Update, eager, lower
+from thalweg.optim.lower import WAYS, Update, lower
+from thalweg.optim.program import Program
 from thalweg.optim.table import named_trainable, parameter_table, plain_name
 
 if TYPE_CHECKING:
-    from thalweg.optim.face import SGD, Adam, AdamW, RuleOptimizer, scheduler
+    from thalweg.optim.face import RuleOptimizer, face_of, scheduler
 
 __all__ = [
-    "SGD",
-    "Adam",
-    "AdamW",
+    "WAYS",
     "Arena",
+    "Program",
     "RuleOptimizer",
     "Update",
-    "eager",
+    "face_of",
     "lower",
     "make_arenas",
     "named_trainable",
@@ -28,8 +29,8 @@ __all__ = [
 
 def __getattr__(name: str) -> Any:
     """torch.optim costs a second at start-up, and training here does not need it: the face is imported when named."""
-    if name in ("SGD", "Adam", "AdamW", "RuleOptimizer", "scheduler"):
-        from thalweg.optim import face
-
-        return getattr(face, name)
+    if not name.startswith("_") and name != "face":
+        face = importlib.import_module("thalweg.optim.face")
+        if hasattr(face, name):
+            return getattr(face, name)
     raise AttributeError(f"module 'thalweg.optim' has no attribute '{name}'")

@@ -1,34 +1,69 @@
 """One flat buffer for all parameters of a dtype, one for their gradients, one for each slot and for the average.
 
-Parameters and gradients are views of the buffers: zeroing, the norm, the update and the average are each one call, however
-many tensors the model has, and every optimizer state is one tensor. Parameters that decay come first, so that a contiguous
-segment shares its hyper-parameters.
+Parameters and gradients are views of the buffers: zeroing and the norm are each one call, however many tensors the model
+has. Parameters that share their rule and hyper-parameters lie side by side: a rule that works element by element sees each
+such segment as one tensor.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from thalweg.core import ParameterRow
+from thalweg.optim.batch import Batch, is_dense, new_part
+from thalweg.optim.codecs import CODECS, Part
 from thalweg.optim.lower import Update, lower
-from thalweg.rules import Rule
+from thalweg.optim.program import Program
+from thalweg.optim.shared import first_values, measure, settle
+from thalweg.rules import RULES, STAGES
 
-_ALIGN = 64  # bytes: a cache line, and the widest vector
+_ALIGN = 256  # elements: a block of the 8-bit codec, and more than the widest vector
 
 
 @dataclass(frozen=True)
-class Segment:
-    """A run of the arena that shares its hyper-parameters, and how it is updated."""
+class Treatment:
+    """How a segment's parameters are updated: all that their rows of the table say, but for their names.
 
-    params: Tensor
-    grads: Tensor
-    slots: list[list[Tensor]]
+    Attributes:
+        lr: factor on the scheduled rate.
+    """
+
+    rule: str
+    options: tuple[tuple[str, Any], ...]
+    stages: tuple[tuple[str, tuple[tuple[str, Any], ...]], ...]
+    lr: float
+    weight_decay: float
+    decay_form: str
+    fold: str
+
+
+@dataclass(frozen=True)
+class How:
+    """What holds for all parameters of a run."""
+
+    slots: str = "full"
+    rounding: str = "auto"
+    average: bool = False
+    peak: float = 1.0
+    seed: int = 0
+    way: str | None = None
+
+
+@dataclass
+class Segment:
+    """A run of the arena that shares its treatment, its program, its slots and how it is updated."""
+
+    treatment: Treatment
+    names: list[str]
+    program: Program
+    batch: Batch
     update: Update
+    shared: dict[str, Tensor] = field(default_factory=dict)
 
 
 class Arena:
@@ -36,38 +71,29 @@ class Arena:
 
     Args:
         named: (name, parameter); each becomes a view of the arena, strides kept.
-        rows: the parameter table, by name.
-        rule, options, weight_decay, decay_form: as for ``lower``.
-        average: whether to keep a weight average (in at least float32).
+        treatments: by name.
+        how: what holds for all of them.
     """
 
     def __init__(
-        self,
-        named: Sequence[tuple[str, nn.Parameter]],
-        rows: Mapping[str, ParameterRow],
-        rule: Rule,
-        options: Mapping[str, Any],
-        *,
-        weight_decay: float,
-        decay_form: str,
-        average: bool,
-        fused: bool | None = None,
+        self, named: Sequence[tuple[str, nn.Parameter]], treatments: Mapping[str, Treatment], how: How
     ) -> None:
         first = named[0][1]
-        self.dtype, self.device = first.dtype, first.device
-        self.scalar_dtype = torch.float64 if self.dtype == torch.float64 else torch.float32
-        step = _ALIGN // first.element_size()
+        self.dtype, self.device, self.how = first.dtype, first.device, how
+        self.scalar_dtype = torch.float32 if self.device.type == "mps" else torch.float64
         self.places: dict[str, tuple[int, nn.Parameter]] = {}
-        ordered = sorted(named, key=lambda pair: not rows[pair[0]].decays)
-        size, border = 0, 0
-        for name, p in ordered:
-            self.places[name] = (size, p)
-            size += -(-p.numel() // step) * step
-            border = size if rows[name].decays else border
+        groups: dict[Treatment, list[str]] = {}
+        for name, _ in named:
+            groups.setdefault(treatments[name], []).append(name)
+        params, size = dict(named), 0
+        borders: list[tuple[int, int]] = []
+        for names in groups.values():
+            begin = size
+            for name in names:
+                self.places[name] = (size, params[name])
+                size += -(-params[name].numel() // _ALIGN) * _ALIGN
+            borders.append((begin, size))
         self.params, self.grads = self._zeros(size), self._zeros(size)
-        self.slot_names = rule.slots_for(options)
-        self.slots = {name: self._zeros(size) for name in self.slot_names}
-        self.average = self._zeros(size, torch.promote_types(self.dtype, torch.float32)) if average else None
         self._views: list[tuple[nn.Parameter, Tensor]] = []
         for name, (_, p) in self.places.items():
             view = self.view(self.params, name)
@@ -75,31 +101,55 @@ class Arena:
             p.data = view
             p.grad = self.view(self.grads, name)
             self._views.append((p, p.grad))
-        if self.average is not None:
-            self.average.copy_(self.params)
-        self.segments = []
-        for start, stop, strength in ((0, border, weight_decay), (border, size, 0.0)):
-            if start < stop:
-                update = lower(
-                    rule,
-                    options,
-                    weight_decay=strength,
-                    decay_form=decay_form,
-                    dtype=self.dtype,
-                    device=self.device.type,
-                    fused=fused,
-                )
-                slots = [[flat[start:stop]] for flat in self.slots.values()]
-                self.segments.append(Segment(self.params[start:stop], self.grads[start:stop], slots, update))
+        self.segments = [
+            self._segment(treatment, names, border) for (treatment, names), border in zip(groups.items(), borders)
+        ]
+
+    def _segment(self, treatment: Treatment, names: list[str], border: tuple[int, int]) -> Segment:
+        rule, how = RULES[treatment.rule], self.how
+        rounding = how.rounding
+        if rounding == "auto":
+            rounding = {torch.bfloat16: "stochastic", torch.float16: "kahan"}.get(self.dtype, "nearest")
+        program = Program(
+            rule,
+            dict(treatment.options),
+            stages=[(STAGES[name], STAGES[name].options(dict(given))) for name, given in treatment.stages],
+            decay_form=treatment.decay_form if treatment.weight_decay else None,
+            dtype=self.dtype,
+            rounding=rounding,
+            codec=CODECS[how.slots],
+            average=how.average,
+            unscale=True,
+            seed=how.seed,
+            exact=self.scalar_dtype,
+        )
+        if program.reads == "element":
+            start, stop = border
+            ps, gs, folds = [self.params[start:stop]], [self.grads[start:stop]], ["batch"]
+        else:
+            ps = [self.view(self.params, name) for name in names]
+            gs = [self.view(self.grads, name) for name in names]
+            folds = [treatment.fold] * len(names)
+        slots = [
+            [new_part(program, part, p, fold) for p, fold in list(zip(ps, folds))[: 1 if part.shape == "uniform" else None]]
+            for part in program.parts
+        ]
+        update = lower(program, device=self.device.type, elements=border[1] - border[0], way=how.way)
+        shared = first_values(rule, program.options, self.device, program.exact)
+        return Segment(treatment, names, program, Batch(ps, gs, slots, folds), update, shared)
 
     def _zeros(self, size: int, dtype: torch.dtype | None = None) -> Tensor:
         return torch.zeros(size, dtype=dtype or self.dtype, device=self.device)
 
-    def view(self, flat: Tensor, name: str) -> Tensor:
-        """The part of a flat buffer that belongs to the parameter ``name``, in its shape and strides."""
+    def view(self, flat: Tensor, name: str, *, offset: int = 0) -> Tensor:
+        """The part of a flat buffer that belongs to the parameter ``name``, in its shape and strides.
+
+        Args:
+            offset: where the buffer begins in the arena.
+        """
         start, p = self.places[name]
-        part = flat[start : start + p.numel()]
-        dense = p.numel() and _is_dense(p)
+        part = flat[start - offset : start - offset + p.numel()]
+        dense = p.numel() and is_dense(p)
         return part.as_strided(p.shape, p.stride(), part.storage_offset()) if dense else part.view(p.shape)
 
     def hold_gradients(self) -> None:
@@ -110,41 +160,126 @@ class Arena:
                     view.copy_(p.grad)
                 p.grad = view
 
-    def run(self, lr: Tensor, t: Tensor, divisor: Tensor, skipped: Tensor) -> None:
-        """One update of every segment: decay, rule and write-back, unless ``skipped``."""
-        lr, divisor = lr.to(self.scalar_dtype), divisor.to(self.scalar_dtype)
+    def run(
+        self, lr: Tensor, t: Tensor, divisor: Tensor, skipped: Tensor, *, share: Tensor | None = None, due: int = 0
+    ) -> None:
+        """One update of every segment, unless ``skipped``.
+
+        Args:
+            lr: the scheduled rate; t: the number of this update, from 1.
+            share: how far the average moves towards the weights.
+            due: steps attempted before this one: what periodic work is timed by.
+        """
+        exact = self.scalar_dtype
+        given: dict[str, Any] = {"t": t, "divisor": divisor.to(exact), "skipped": skipped, "peak": self.how.peak}
+        if share is not None:
+            given["share"] = share.to(exact)
+        lr = lr.to(exact)
         for segment in self.segments:
-            segment.update.run([segment.params], [segment.grads], segment.slots, [t], lr, divisor, skipped)
+            treatment, program = segment.treatment, segment.program
+            rate = lr if treatment.lr == 1 else lr * treatment.lr
+            scalars = {**given, "lr": rate, "wd": treatment.weight_decay}
+            if segment.shared:
+                self._settle(segment, scalars, skipped)
+                scalars |= segment.shared
+            clock = program.rule.clock
+            now = clock is not None and due % int(program.options[clock]) == 0
+            extra = {"noise": self._noise(segment, due)} if "noise" in program.tensors else None
+            segment.update.run(segment.batch, scalars, due=now, extra=extra)
+
+    def _settle(self, segment: Segment, scalars: dict[str, Any], skipped: Tensor) -> None:
+        sums = measure(segment.program, segment.batch, {**scalars, **segment.shared})
+        for name, value in settle(segment.program, sums, segment.shared, scalars).items():
+            old = segment.shared[name]
+            old.copy_(torch.where(skipped > 0, old, value))
+
+    def _noise(self, segment: Segment, step: int) -> list[Tensor]:
+        """Standard normal numbers, named by (seed, place, step)."""
+        from thalweg.core import seed_for
+
+        drawn = []
+        for k, p in enumerate(segment.batch.ps):
+            name = seed_for(self.how.seed, "noise", segment.names[0], k, step)
+            generator = torch.Generator(p.device).manual_seed(name)
+            drawn.append(torch.randn(p.shape, generator=generator, device=p.device, dtype=segment.program.wide))
+        return drawn
+
+    # ------------------------------------------------------------------ what is kept, by name
+
+    def average_view(self, name: str) -> Tensor:
+        """The average of a parameter."""
+        segment = next(s for s in self.segments if name in s.names)
+        place = next(k for k, part in enumerate(segment.program.parts) if part.name == "average")
+        return self._part_views(segment, segment.program.parts[place], place)[name]
+
+    def averages(self) -> list[tuple[Tensor, Tensor]]:
+        """(average, live) tensors of every segment."""
+        pairs = []
+        for segment in self.segments:
+            for place, part in enumerate(segment.program.parts):
+                if part.name == "average":
+                    pairs += list(zip(segment.batch.slots[place], segment.batch.ps))
+        return pairs
+
+    def slots(self) -> dict[str, Tensor]:
+        """Everything that the rules remember, as "part/parameter"; what a segment shares, as "part/first parameter"."""
+        found: dict[str, Tensor] = {}
+        for segment in self.segments:
+            for place, part in enumerate(segment.program.parts):
+                if part.name != "average":
+                    views = self._part_views(segment, part, place)
+                    found.update({f"{part.name}/{name}": tensor for name, tensor in views.items()})
+            found.update({f"shared.{key}/{segment.names[0]}": value for key, value in segment.shared.items()})
+        return found
+
+    def _part_views(self, segment: Segment, part: Part, place: int) -> dict[str, Tensor]:
+        mine = segment.batch.slots[place]
+        if part.shape == "uniform":
+            return {segment.names[0]: mine[0]}
+        if segment.program.reads != "element":
+            return dict(zip(segment.names, mine))
+        offset = self.places[segment.names[0]][0]
+        if part.shape == "block":
+            return {
+                name: mine[0][(start - offset) // _ALIGN : (start - offset) // _ALIGN + -(-p.numel() // _ALIGN)]
+                for name, (start, p) in self.places.items()
+                if name in segment.names
+            }
+        if part.shape == "tensor":
+            return {segment.names[0]: mine[0]}
+        return {name: self.view(mine[0], name, offset=offset) for name in segment.names}
 
     def nbytes(self) -> dict[str, int]:
-        sizes = {"parameters": self.params.nbytes, "gradients": self.grads.nbytes}
-        sizes["slots"] = sum(flat.nbytes for flat in self.slots.values())
-        sizes["average"] = 0 if self.average is None else self.average.nbytes
+        sizes = {"parameters": self.params.nbytes, "gradients": self.grads.nbytes, "slots": 0, "average": 0}
+        for segment in self.segments:
+            for part, mine in zip(segment.program.parts, segment.batch.slots):
+                sizes["average" if part.name == "average" else "slots"] += sum(x.nbytes for x in mine)
         return sizes
 
 
-def _is_dense(p: Tensor) -> bool:
-    """Whether the tensor's elements fill its storage span, each once: any permutation of a contiguous layout."""
-    pairs = sorted((stride, size) for size, stride in zip(p.shape, p.stride()) if size != 1)
-    expected = 1
-    for stride, size in pairs:
-        if stride != expected:
-            return False
-        expected *= size
-    return True
-
-
 def make_arenas(
-    model: nn.Module,
-    rows: Sequence[ParameterRow],
-    named: Sequence[tuple[str, nn.Parameter]],
-    rule: Rule,
-    options: Mapping[str, Any],
-    **how: Any,
+    named: Sequence[tuple[str, nn.Parameter]], rows: Sequence[ParameterRow], optimizer: Any, how: How
 ) -> list[Arena]:
-    """An arena for each dtype and device among the parameters."""
-    by_name = {row.name: row for row in rows}
+    """An arena for each dtype and device among the parameters.
+
+    Args:
+        rows: the parameter table, with the rule, options and rate of each parameter.
+        optimizer: the recipe's optimizer section.
+    """
+    treatments = {row.name: treatment_of(row, optimizer) for row in rows}
     groups: dict[tuple[torch.dtype, torch.device], list[tuple[str, nn.Parameter]]] = {}
     for name, p in named:
         groups.setdefault((p.dtype, p.device), []).append((name, p))
-    return [Arena(group, by_name, rule, options, **how) for group in groups.values()]
+    return [Arena(group, treatments, how) for group in groups.values()]
+
+
+def treatment_of(row: ParameterRow, optimizer: Any) -> Treatment:
+    """What a row of the table and the recipe say of a parameter."""
+    rule = RULES[row.rule]
+    options = rule.options(row.options)
+    form = optimizer.decay_form if row.rule == optimizer.rule and optimizer.decay_form else rule.decay_form
+    stages = tuple((name, tuple(sorted(given.items()))) for name, given in optimizer.stages.items())
+    decay = row.weight_decay if row.decays else 0.0
+    return Treatment(row.rule, tuple(options.items()), stages, row.lr, decay, form, row.fold)
+
+

@@ -2,16 +2,32 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
+import copy
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
-from thalweg.core import ModelError
-from thalweg.optim.lower import Update, lower
-from thalweg.rules import RULES
+from thalweg.core import ModelError, RecipeError, did_you_mean, seed_for
+from thalweg.device import CAPABILITIES
+from thalweg.optim.batch import FOLDS, fold_of
+from thalweg.optim.codecs import CODECS, ROUNDINGS
+from thalweg.optim.cohort import Cohort
+from thalweg.optim.lower import WAYS
+from thalweg.optim.norm import global_norm
+from thalweg.optim.program import Program
+from thalweg.optim.shared import first_values, settle
+from thalweg.rules import DECAYS, RULES, STAGES, Rule
 from thalweg.schedules import Schedule, parse
+
+#: Version of what ``state_dict`` holds.
+SCHEMA = 1
+
+#: What every group has beside the options of its rule.
+_COMMON = ("lr", "weight_decay", "decay_form", "maximize", "stages", "fold", "aux_lr", "aux_options")
 
 
 class RuleOptimizer(torch.optim.Optimizer):
@@ -21,15 +37,28 @@ class RuleOptimizer(torch.optim.Optimizer):
         params: parameters or groups, as for every torch optimizer.
         lr: learning rate, a number or 0-dim tensor; None: the rule's published default.
         weight_decay: strength of decay; torch's convention: every parameter of the group decays.
-        decay_form: "decoupled", "coupled", or None: the rule's own.
-        fused: True or False to force a way of running; None chooses.
+        decay_form: a key of ``thalweg.rules.DECAYS``, or None: the rule's own.
+        maximize: climb instead of descending.
+        stages: what combines with the rule: a name, a list of names, or {name: options}.
+        fold: how parameters of more than two dimensions become matrices, "batch" or "flatten"; None: three dimensions are a
+            batch of matrices, more a convolution's kernel.
+        aux_lr, aux_options: rate (None: the group's) and options of AdamW, which takes what the rule does not (vectors).
+        slots: how slots are kept: "full", "bf16", "bf16+error" or "int8".
+        rounding: of parameters under 32 bits: "nearest", "stochastic", "kahan"; "auto": bfloat16 stochastic, float16 Kahan.
+        average: decay of an exponential average of the weights, see ``averaged``; 0: none.
+        clip: largest global gradient norm over all groups; 0: no clipping.
+        skip_nonfinite: an update whose gradients hold an infinity or NaN changes nothing, not even counts.
+        way: how updates run, one of ``thalweg.optim.WAYS``; None chooses by size, device and maths.
+        seed: of random bits.
         options: the rule's own, such as ``b1``; ``betas=(b1, b2)`` is understood too.
 
     Raises:
-        RecipeError: for an option that the rule does not have.
+        RecipeError: for an option that the rule does not have, or a value that it cannot have.
+        ModelError: for complex parameters.
     """
 
-    rule_name = "adamw"
+    rule_name: ClassVar[str] = "adamw"
+    _step_supports_amp_scaling = True  # GradScaler hands over its scale and its finding, and reads nothing back
 
     def __init__(
         self,
@@ -38,35 +67,130 @@ class RuleOptimizer(torch.optim.Optimizer):
         *,
         weight_decay: float = 0.0,
         decay_form: str | None = None,
-        fused: bool | None = None,
+        maximize: bool = False,
+        stages: str | Iterable[str] | Mapping[str, Mapping[str, Any]] = (),
+        fold: str | None = None,
+        aux_lr: float | Tensor | None = None,
+        aux_options: Mapping[str, Any] | None = None,
+        slots: str = "full",
+        rounding: str = "auto",
+        average: float = 0.0,
+        clip: float = 0.0,
+        skip_nonfinite: bool = False,
+        way: str | None = None,
+        seed: int = 0,
         **options: Any,
     ) -> None:
         self.rule = RULES[self.rule_name]
         if "betas" in options:
-            options["b1"], options["b2"] = options.pop("betas")
+            options.update(zip(("b1", "b2", "b3"), options.pop("betas")))
+        self.how = {
+            "slots": _one_of("slots", slots, CODECS),
+            "rounding": _one_of("rounding", rounding, ("auto", *ROUNDINGS)),
+            "average": _number("average", average, below=1.0),
+            "clip": _number("clip", clip),
+            "skip_nonfinite": skip_nonfinite,
+            "way": way if way is None else _one_of("way", way, WAYS),
+            "seed": seed,
+        }
         defaults = {
             "lr": self.rule.lr if lr is None else lr,
             "weight_decay": weight_decay,
-            "decay_form": decay_form or self.rule.decay_form,
-            "fused": fused,
+            "decay_form": decay_form,
+            "maximize": maximize,
+            "stages": stages,
+            "fold": fold,
+            "aux_lr": aux_lr,
+            "aux_options": dict(aux_options or {}),
             **self.rule.options(options),
         }
-        self._updates: dict[tuple[Any, ...], Update] = {}
+        self._begin()
         super().__init__(params, defaults)
 
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        super().__setstate__(state)
-        self.rule, self._updates = RULES[self.rule_name], {}
+    def _begin(self) -> None:
+        self._cohorts: list[list[Cohort]] = []
+        self._live: list[list[int]] = []
+        self._shared: dict[str, Tensor] = {}
+        self._programs: dict[Any, Program] = {}
+        self._curvature: dict[Tensor, Tensor] = {}
+
+    # ------------------------------------------------------------------ groups
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add a group; its options are checked now, its slots are made at its first update."""
+        wrong = set(param_group) - {*self.defaults, "params", "initial_lr", "peak_lr", "name", "param_names"}
+        for name in sorted(wrong):
+            if name == "betas":
+                param_group = {**param_group, **dict(zip(("b1", "b2", "b3"), param_group["betas"]))}
+                del param_group["betas"]
+            else:
+                raise RecipeError(
+                    f"A parameter group has no option '{name}'.",
+                    f"Given: {name}={param_group[name]!r}.",
+                    did_you_mean(name, (*_COMMON, *self.rule.defaults)),
+                )
+        group = {**self.defaults, **param_group}
+        self.rule.options({name: group[name] for name in self.rule.defaults})
+        RULES["adamw"].options(group["aux_options"])
+        param_group["stages"] = _stages(group["stages"])
+        param_group["decay_form"] = _decay_form(group["decay_form"], self.rule)
+        if group["fold"] is not None:
+            _one_of("fold", group["fold"], FOLDS)
+        for name in ("lr", "weight_decay", "aux_lr"):
+            if group[name] is not None and not isinstance(group[name], Tensor):
+                _number(name, group[name])
         super().add_param_group(param_group)
-        for p in self.param_groups[-1]["params"]:
+        added = self.param_groups[-1]
+        added.setdefault("peak_lr", added.get("initial_lr", added["lr"]))
+        if isinstance(added["peak_lr"], Tensor):
+            added["peak_lr"] = added["peak_lr"].clone()
+        for p in added["params"]:
             if p.is_complex():
                 raise ModelError(
                     f"{type(self).__name__} does not train complex parameters.",
                     f"A parameter of shape {tuple(p.shape)} is {p.dtype}.",
                     "Train torch.view_as_real(p) instead.",
                 )
+        self._cohorts.append([])
+        self._live.append([])
+
+    def _rule_for(self, p: Tensor) -> Rule:
+        return self.rule if p.ndim >= self.rule.least_ndim else RULES["adamw"]
+
+    def _program(self, group: dict[str, Any], rule: Rule, p: Tensor) -> Program:
+        """The program of a parameter; parameters with equal ones are updated together."""
+        mine = rule is self.rule
+        options = {n: group[n] for n in rule.defaults} if mine else rule.options(group["aux_options"])
+        form = group["decay_form"] if group["weight_decay"] else None
+        stages = group["stages"] if mine else {}
+        listed = tuple((name, tuple(given.items())) for name, given in stages.items())
+        fixed = tuple(id(v) if isinstance(v, Tensor) else v for v in options.values())
+        key = (rule.name, fixed, form, listed, group["maximize"], p.dtype, p.device, self._unscales())
+        if key not in self._programs:
+            rounding = self.how["rounding"]
+            if rounding == "auto":
+                rounding = {torch.bfloat16: "stochastic", torch.float16: "kahan"}.get(p.dtype, "nearest")
+            exact = torch.float64 if CAPABILITIES.get(p.device.type, {}).get("float64", True) else torch.float32
+            self._programs[key] = Program(
+                rule,
+                options,
+                stages=[(STAGES[name], STAGES[name].options(given)) for name, given in stages.items()],
+                decay_form=form,
+                dtype=p.dtype,
+                rounding=rounding,
+                codec=CODECS[self.how["slots"]],
+                average=self.how["average"] > 0,
+                unscale=self._unscales(),
+                maximize=group["maximize"],
+                seed=seed_for(self.how["seed"], "rounding"),
+                exact=exact,
+            )
+        return self._programs[key]
+
+    def _unscales(self) -> bool:
+        return bool(self.how["clip"]) or getattr(self, "grad_scale", None) is not None
+
+    # ------------------------------------------------------------------ the step
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
@@ -75,68 +199,373 @@ class RuleOptimizer(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        for group in self.param_groups:
-            options = {name: group[name] for name in self.rule.defaults}
-            slot_names = self.rule.slots_for(options)
-            batches: dict[tuple[Any, ...], list[Tensor]] = {}
-            for p in group["params"]:
-                if p.grad is not None:
-                    self._start_state(p, slot_names)
-                    batches.setdefault((p.dtype, p.device.type), []).append(p)
-            for (dtype, device), ps in batches.items():
-                update = self._update_for(group, options, dtype, device)
-                gs = [p.grad for p in ps if p.grad is not None]
-                slots = [[self.state[p][name] for p in ps] for name in slot_names]
-                ts = [self.state[p]["step"] for p in ps]
-                torch._foreach_add_(ts, 1)
-                update.run(ps, gs, slots, ts, group["lr"], None, None)
+        gradients = [self._gather(index, group) for index, group in enumerate(self.param_groups)]
+        divisor, skipped = self._divisor(gradients)
+        cohorts = [(group, c) for group, mine in zip(self.param_groups, self._cohorts) for c in mine if c.batch.gs]
+        for _, cohort in cohorts:
+            cohort.count(skipped)
+        numbers = [self._scalars(group, cohort, divisor, skipped) for group, cohort in cohorts]
+        if self.rule.shared and cohorts:
+            self._settle(cohorts, numbers, skipped)
+        for (_, cohort), scalars in zip(cohorts, numbers):
+            cohort.run({**scalars, **self._shared}, self._extra(cohort))
+            cohort.batch.gs = []
+        self._curvature.clear()
         return loss
 
-    def _start_state(self, p: Tensor, slot_names: tuple[str, ...]) -> None:
-        assert p.grad is not None
-        if p.grad.is_sparse:
-            raise ModelError(
-                f"{type(self).__name__} does not take sparse gradients.",
-                f"A parameter of shape {tuple(p.shape)} has one.",
-                "Build the embedding with sparse=False.",
+    def _gather(self, index: int, group: dict[str, Any]) -> list[Tensor]:
+        """The gradients of a group, handed to its cohorts; cohorts are made and split where membership changed."""
+        ps = [p for p in group["params"] if p.grad is not None]
+        gs = [p.grad for p in ps]
+        for p, g in zip(ps, gs):
+            if g.layout is not torch.strided:
+                raise ModelError(
+                    f"{type(self).__name__} does not take sparse gradients.",
+                    f"A parameter of shape {tuple(p.shape)} has one.",
+                    "Build the embedding with sparse=False.",
+                )
+        live = [id(p) for p in ps]
+        programs = self._wanted(group, ps)
+        if live != self._live[index] or any(c.program not in programs for c in self._cohorts[index]):
+            self._regroup(index, group, ps)
+            self._live[index] = live
+        found = dict(zip(live, gs))
+        for cohort in self._cohorts[index]:
+            cohort.hold([found[i] for i in cohort.ids] if cohort.ids and cohort.ids[0] in found else [])
+        return gs
+
+    def _wanted(self, group: dict[str, Any], ps: list[Tensor]) -> set[Program]:
+        """The programs that the group's parameters should run: options may have been changed since the last step."""
+        kinds = {(p.ndim >= self.rule.least_ndim, p.dtype, p.device): p for p in ps}
+        return {self._program(group, self._rule_for(p), p) for p in kinds.values()}
+
+    def _regroup(self, index: int, group: dict[str, Any], ps: list[Tensor]) -> None:
+        """Parameters that were together and both have a gradient now stay together; others part ways; new ones begin."""
+        live = {id(p): p for p in ps}
+        cohorts: list[Cohort] = []
+        known: set[int] = set()
+        for cohort in self._cohorts[index]:
+            known.update(cohort.ids)
+            here = [i for i, number in enumerate(cohort.ids) if number in live]
+            away = [i for i, number in enumerate(cohort.ids) if number not in live]
+            cohorts += [cohort] if not here or not away else [cohort.split(here), cohort.split(away)]
+        fresh: dict[Program, list[Tensor]] = {}
+        for p in ps:
+            if id(p) not in known:
+                fresh.setdefault(self._program(group, self._rule_for(p), p), []).append(p)
+        for program, members in fresh.items():
+            folds = [group["fold"] or fold_of(p.shape) for p in members]
+            cohorts.append(Cohort(program, members, folds, way=self._way(program)))
+        self._cohorts[index] = [self._current(group, cohort) for cohort in cohorts]
+        for cohort in self._cohorts[index]:
+            for i, p in enumerate(cohort.ps):
+                self.state[p].update(cohort.state(i))
+
+    def _way(self, program: Program) -> str | None:
+        """A way that was asked for holds for the rule; what is left to AdamW chooses."""
+        return self.how["way"] if program.rule is self.rule else None
+
+    def _current(self, group: dict[str, Any], cohort: Cohort) -> Cohort:
+        """The cohort with the program that its group's options ask for now; slots of the same name go on."""
+        p = cohort.ps[0]
+        program = self._program(group, self._rule_for(p), p)
+        if program is cohort.program:
+            return cohort
+        fresh = Cohort(program, cohort.ps, cohort.folds, way=self._way(program), t=cohort.t, tries=cohort.tries)
+        kept = {part.name: mine for part, mine in zip(cohort.program.parts, cohort.slots)}
+        for k, part in enumerate(program.parts):
+            if part.name in kept and part in cohort.program.parts:
+                fresh.slots[k][:] = kept[part.name]
+        return fresh
+
+    def _divisor(self, gradients: list[list[Tensor]]) -> tuple[Tensor | None, Tensor | None]:
+        """What gradients are divided by (loss scale and clipping), and whether the update is skipped."""
+        scale, found = getattr(self, "grad_scale", None), getattr(self, "found_inf", None)
+        everything = [g for gs in gradients for g in gs]
+        if not everything or not (self.how["clip"] or self.how["skip_nonfinite"]):
+            return scale, found
+        norm = global_norm(everything)
+        if self.how["skip_nonfinite"]:
+            bad = (~torch.isfinite(norm)).to(torch.float32)
+            found = bad if found is None else torch.maximum(found, bad)
+        if not self.how["clip"]:
+            return scale, found
+        excess = norm / self.how["clip"] if scale is None else norm / (scale * self.how["clip"])
+        excess = excess.clamp(min=1)
+        return excess if scale is None else scale * excess, found
+
+    def _scalars(
+        self, group: dict[str, Any], cohort: Cohort, divisor: Tensor | None, skipped: Tensor | None
+    ) -> dict[str, Any]:
+        mine = cohort.program.rule is self.rule
+        lr = group["lr"] if mine or group["aux_lr"] is None else group["aux_lr"]
+        found = {"lr": lr, "wd": group["weight_decay"], "peak": group["peak_lr"]}
+        if not isinstance(found["peak"], Tensor) and not found["peak"]:
+            found["peak"] = 1.0  # a rate of 0 throughout: there is nothing to scale by
+        found |= {n: v for n, v in cohort.program.options.items() if isinstance(v, Tensor)}
+        if divisor is not None:
+            found["divisor"] = divisor
+        if skipped is not None:
+            found["skipped"] = skipped
+        if self.how["average"]:
+            found["share"] = 1 - torch.clamp((1 + cohort.t) / (10 + cohort.t), max=self.how["average"])
+        return found
+
+    def _settle(
+        self, cohorts: list[tuple[dict[str, Any], Cohort]], numbers: list[dict[str, Any]], skipped: Tensor | None
+    ) -> None:
+        """Numbers that belong to all parameters: measured over every group, settled once, with the largest rate."""
+        mine = [(c, n) for (_, c), n in zip(cohorts, numbers) if c.program.rule is self.rule]
+        first = mine[0][0]
+        device, exact = first.t.device, first.program.exact
+        if not self._shared:
+            self._shared = first_values(self.rule, first.program.options, device, exact)
+        tensors = lambda n: {k: torch.as_tensor(v, device=device) for k, v in n.items()}
+        found = [c.sums({**tensors(n), **self._shared}) for c, n in mine]
+        sums = [torch.stack([f[k] for f in found]).sum() for k in range(len(found[0]))]
+        rates = torch.stack([torch.as_tensor(n["lr"], dtype=exact, device=device) for _, n in mine])
+        new = settle(first.program, sums, self._shared, {"lr": rates.max(), "t": first.t})
+        for name, value in new.items():
+            old = self._shared[name]
+            old.copy_(value if skipped is None else torch.where(skipped > 0, old, value))
+
+    @torch.no_grad()
+    def estimate_curvature(self, batch: float) -> None:
+        """Take the gradients that the parameters hold now for an estimate of the curvature, for rules that use one (Sophia).
+
+        They are those of the *mean* loss over ``batch`` samples whose labels were drawn from the model's own predictions;
+        batch * gradient^2 is then the Gauss-Newton-Bartlett estimate (arXiv:2305.14342, algorithm 2). Call it before
+        ``zero_grad`` and the pass of the next update, which uses it.
+        """
+        for group in self.param_groups:
+            for p in group["params"]:
+                if p.grad is not None:
+                    self._curvature[p] = p.grad.float().square() * batch
+
+    def _extra(self, cohort: Cohort) -> dict[str, list[Tensor]]:
+        """What the cohort's program needs shaped like its gradients."""
+        extra = {}
+        if "noise" in cohort.program.tensors:
+            extra["noise"] = self._noise(cohort)
+        if "curvature" in cohort.program.tensors and all(p in self._curvature for p in cohort.ps):
+            extra["curvature"] = [self._curvature[p].to(cohort.program.wide) for p in cohort.ps]
+        return extra
+
+    def _noise(self, cohort: Cohort) -> list[Tensor]:
+        """Standard normal numbers, named by (seed, place among all parameters, update): the same after a resume."""
+        places = {id(p): k for k, p in enumerate(p for group in self.param_groups for p in group["params"])}
+        drawn = []
+        for p in cohort.ps:
+            name = seed_for(self.how["seed"], "noise", places[id(p)], cohort.tries)
+            generator = torch.Generator(p.device).manual_seed(name)
+            drawn.append(torch.randn(p.shape, generator=generator, device=p.device, dtype=cohort.program.wide))
+        return drawn
+
+    # ------------------------------------------------------------------ the weight average
+
+    @contextmanager
+    def averaged(self) -> Iterator[None]:
+        """The parameters hold their averages; afterwards the live values, to the bit.
+
+        Raises:
+            RecipeError: if no average is kept.
+        """
+        if not self.how["average"]:
+            raise RecipeError(
+                "This optimizer keeps no weight average.", "It was built with average=0.", "Build it with average=0.999."
             )
-        state = self.state[p]
-        if not state:
-            state["step"] = torch.zeros((), dtype=torch.float32, device=p.device)
-            for name in slot_names:
-                state[name] = torch.zeros_like(p, memory_format=torch.preserve_format)
+        pairs = [(p, self.state[p]["average"]) for group in self.param_groups for p in group["params"] if self.state[p]]
+        kept = [p.detach().clone() for p, _ in pairs]
+        with torch.no_grad():
+            for p, average in pairs:
+                p.copy_(average)
+        try:
+            yield
+        finally:
+            with torch.no_grad():
+                for (p, _), before in zip(pairs, kept):
+                    p.copy_(before)
 
-    def _update_for(self, group: dict[str, Any], options: dict[str, Any], dtype: torch.dtype, device: str) -> Update:
-        key = (*options.values(), group["weight_decay"], group["decay_form"], group["fused"], dtype, device)
-        if key not in self._updates:
-            self._updates[key] = lower(
-                self.rule,
-                options,
-                weight_decay=group["weight_decay"],
-                decay_form=group["decay_form"],
-                dtype=dtype,
-                device=device,
-                fused=group["fused"],
-            )
-        return self._updates[key]
+    # ------------------------------------------------------------------ state in and out
+
+    def state_dict(self) -> dict[str, Any]:
+        """As torch's, with what each parameter needs to go on: slots, counts, and the numbers shared by all."""
+        for mine in self._cohorts:
+            for cohort in mine:
+                for i, p in enumerate(cohort.ps):
+                    self.state[p].update(cohort.state(i))
+                    self.state[p]["tries"] = cohort.tries
+                    self.state[p].update({f"shared.{name}": value for name, value in self._shared.items()})
+        tree = super().state_dict()
+        for group in tree["param_groups"]:
+            group["schema"], group["rule"] = SCHEMA, self.rule_name
+        return tree
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Take over a state dict; slots keep the dtype that they were saved in.
+
+        Raises:
+            RecipeError: for the state of another rule, or of a newer version.
+        """
+        for group in state_dict["param_groups"]:
+            if group.get("rule", self.rule_name) != self.rule_name or group.get("schema", SCHEMA) > SCHEMA:
+                raise RecipeError(
+                    f"This state is not {self.rule_name}'s.",
+                    f"It is of {group.get('rule')}, version {group.get('schema')}; here {self.rule_name}, {SCHEMA}.",
+                    "Build the optimizer that it was saved from, or convert it with thalweg.optim.from_torch.",
+                )
+        given = copy.copy(state_dict)
+        given["param_groups"] = [
+            {k: v for k, v in group.items() if k not in ("schema", "rule")} for group in state_dict["param_groups"]
+        ]
+        super().load_state_dict(given)
+        numbers = [i for group in given["param_groups"] for i in group["params"]]
+        mine = [p for group in self.param_groups for p in group["params"]]
+        for number, p in zip(numbers, mine):
+            for name, value in given["state"].get(number, {}).items():
+                if isinstance(value, Tensor):  # torch casts them to the parameter's dtype
+                    device = p.device if value.device.type != "meta" else value.device
+                    self.state[p][name] = value.detach().to(device, copy=True)
+        self._restore()
+
+    def _restore(self) -> None:
+        """Cohorts from the state: parameters with equal counts and equal uniform numbers belong together."""
+        self._cohorts = [[] for _ in self.param_groups]
+        self._live = [[] for _ in self.param_groups]
+        self._shared, self._programs = {}, {}
+        for index, group in enumerate(self.param_groups):
+            together: dict[tuple[Any, ...], list[Tensor]] = {}
+            for p in group["params"]:
+                if not self.state.get(p):
+                    continue
+                program = self._program(group, self._rule_for(p), p)
+                state = self.state[p]
+                uniform = [part.name for part in program.parts if part.shape == "uniform"]
+                key = (id(program), float(state["step"]), *(float(state[name]) for name in uniform))
+                together.setdefault(key, []).append(p)
+                for name in list(state):
+                    if name.startswith("shared."):
+                        self._shared.setdefault(name.removeprefix("shared."), state[name])
+                        del state[name]
+            for members in together.values():
+                self._cohorts[index].append(self._cohort_from_state(group, members))
+
+    def _cohort_from_state(self, group: dict[str, Any], members: list[Tensor]) -> Cohort:
+        first = self.state[members[0]]
+        program = self._program(group, self._rule_for(members[0]), members[0])
+        folds = [group["fold"] or fold_of(p.shape) for p in members]
+        slots: list[list[Tensor]] = []
+        for part in program.parts:
+            wanted = program.dtype_of(part)
+            held = members[:1] if part.shape == "uniform" else members
+            for p in held:
+                if part.name not in self.state[p]:
+                    raise RecipeError(
+                        f"The state has no '{part.name}' for a parameter of shape {tuple(p.shape)}.",
+                        f"It has {', '.join(map(str, self.state[p]))}.",
+                        "Build the optimizer with the options that the state was saved with.",
+                    )
+                if self.state[p][part.name].dtype != wanted:
+                    warnings.warn(
+                        f"slot '{part.name}' is converted from {self.state[p][part.name].dtype} to {wanted}", stacklevel=4
+                    )
+                    self.state[p][part.name] = self.state[p][part.name].to(wanted)
+            slots.append([self.state[p][part.name] for p in held])
+        t = first["step"].to(members[0].device, torch.float32)
+        tries = int(first.get("tries", float(first["step"])))
+        cohort = Cohort(program, members, folds, way=self._way(program), slots=slots, t=t, tries=tries)
+        for i, p in enumerate(members):
+            self.state[p].update(cohort.state(i))
+        return cohort
+
+    def __getstate__(self) -> dict[str, Any]:
+        self.state_dict()  # puts counts and shared numbers into the state
+        return {**super().__getstate__(), "how": self.how}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self.rule = RULES[self.rule_name]
+        if not hasattr(self, "_cohorts"):  # from a pickle or a copy, not from load_state_dict
+            self._begin()
+            self._restore()
 
 
-class SGD(RuleOptimizer):
-    """Stochastic gradient descent with momentum or Nesterov's form; ``thalweg.rules.sgd`` has the maths."""
-
-    rule_name = "sgd"
-
-
-class Adam(RuleOptimizer):
-    """Adam, weight decay coupled (L2) by default; ``thalweg.rules.adam`` has the maths."""
-
-    rule_name = "adam"
+def _one_of(name: str, value: str, known: Iterable[str]) -> str:
+    if value not in known:
+        raise RecipeError(f"{name}={value!r} is not known.", "It is one of a few.", did_you_mean(str(value), known))
+    return value
 
 
-class AdamW(RuleOptimizer):
-    """Adam with decoupled weight decay; ``thalweg.rules.adam`` has the maths."""
+def _number(name: str, value: float, below: float = float("inf")) -> float:
+    if not isinstance(value, (int, float)) or not 0 <= value < below:
+        raise RecipeError(
+            f"{name}={value!r} is not possible.", f"It is a number from 0 to below {below:g}.", f"Give such a {name}."
+        )
+    return value
 
-    rule_name = "adamw"
+
+def _decay_form(form: str | None, rule: Rule) -> str:
+    return rule.decay_form if form is None else _one_of("decay_form", form, DECAYS)
+
+
+def _stages(given: str | Iterable[str] | Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
+    """{name: options} of stages however they were given, checked."""
+    if isinstance(given, str):
+        given = [given]
+    listed = given if isinstance(given, Mapping) else {name: {} for name in given}
+    return {name: STAGES[name].options(options) and dict(options) or dict(options) for name, options in listed.items()}
+
+
+def face_of(rule: str) -> type[RuleOptimizer]:
+    """The optimizer class of a rule, such as ``AdamW`` of "adamw"."""
+    return _FACES[rule]
+
+
+def class_name(rule: str) -> str:
+    """A rule's class: "schedule_free_adamw" is ScheduleFreeAdamW.
+
+    >>> class_name("sgd"), class_name("adamw"), class_name("stable_adamw")
+    ('SGD', 'AdamW', 'StableAdamW')
+    """
+    return "".join(_WORDS.get(word, word.capitalize()) for word in rule.split("_"))
+
+
+_WORDS = {
+    "sgd": "SGD",
+    "adamw": "AdamW",
+    "rmsprop": "RMSprop",
+    "nadam": "NAdam",
+    "nadamw": "NAdamW",
+    "radam": "RAdam",
+    "laprop": "LaProp",
+    "adabelief": "AdaBelief",
+    "adopt": "ADOPT",
+    "ademamix": "AdEMAMix",
+    "mars": "MARS",
+    "lamb": "LAMB",
+    "lars": "LARS",
+    "came": "CAME",
+    "soap": "SOAP",
+    "gpa": "GPA",
+    "kl": "KL",
+    "apollo": "APOLLO",
+    "normuon": "NorMuon",
+    "d": "D",
+}
+
+
+def _make(rule: str) -> type[RuleOptimizer]:
+    about = RULES[rule]
+    doc = (about.update.__doc__ or "").strip().splitlines()[0]
+    text = f"{doc}\n\n    ``thalweg rules {rule}`` prints its card. Options: ``RuleOptimizer``, and "
+    text += ", ".join(f"{name}={value!r}" for name, value in about.defaults.items()) + "."
+    name = class_name(rule)
+    made = type(name, (RuleOptimizer,), {"rule_name": rule, "__doc__": text, "__module__": __name__, "__qualname__": name})
+    globals()[name] = made
+    return made
+
+
+_FACES: dict[str, type[RuleOptimizer]] = {name: _make(name) for name in RULES}
 
 
 def scheduler(optimizer: torch.optim.Optimizer, schedule: str | Schedule, steps: int) -> Any:

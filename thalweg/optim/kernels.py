@@ -1,4 +1,4 @@
-"""Torch's own fused operators, where they are the same maths as a rule: each passes the tests of the rule it replaces."""
+"""Torch's own fused operators, where they are the same maths as a program: each passes the tests of what it replaces."""
 
 from __future__ import annotations
 
@@ -8,63 +8,79 @@ from typing import Any
 import torch
 from torch import Tensor
 
-#: ``kernel(ps, gs, slots, ts, lr, divisor, skipped)``; slots by kind, each a list as long as ``ps``.
-Kernel = Callable[
-    [list[Tensor], list[Tensor], list[list[Tensor]], list[Tensor], Any, Tensor | None, Tensor | None], None
-]
+from thalweg.optim.batch import Batch
+from thalweg.optim.eager import Extra, Kernel
+from thalweg.optim.program import Program
+
+_DEVICES = ("cpu", "cuda", "xpu", "mps")
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16)  # float64 has none: its divisor would be float32
 
 
-def _adam(options: Mapping[str, Any], weight_decay: float, decoupled: bool) -> Kernel:
+def _adam(program: Program, decoupled: bool) -> Callable[..., None]:
     run: Any = torch._fused_adamw_ if decoupled else torch._fused_adam_
-    fixed = {
-        "beta1": options["b1"],
-        "beta2": options["b2"],
-        "eps": options["eps"],
-        "weight_decay": weight_decay,
-        "amsgrad": False,
-        "maximize": False,
-    }
+    o = program.options
+    fixed = {"beta1": o["b1"], "beta2": o["b2"], "eps": o["eps"], "amsgrad": o["amsgrad"], "maximize": program.maximize}
 
-    def kernel(ps: Any, gs: Any, slots: Any, ts: Any, lr: Any, divisor: Tensor | None, skipped: Tensor | None) -> None:
-        run(ps, gs, slots[0], slots[1], [], ts, lr=lr, grad_scale=divisor, found_inf=skipped, **fixed)
+    def call(batch: Batch, lr: Any, t: Tensor, wd: float, divisor: Any, skipped: Any) -> None:
+        largest = batch.slots[2] if o["amsgrad"] else []
+        ts = [t] * len(batch.ps)
+        flags = {"grad_scale": divisor, "found_inf": skipped, **fixed}
+        run(batch.ps, batch.gs, batch.slots[0], batch.slots[1], largest, ts, lr=lr, weight_decay=wd, **flags)
 
-    return kernel
+    return call
 
 
-def _sgd(options: Mapping[str, Any], weight_decay: float, decoupled: bool) -> Kernel:
-    fixed = {
-        "weight_decay": 0.0 if decoupled else weight_decay,
-        "momentum": options["momentum"],
-        "dampening": 0.0,
-        "nesterov": options["nesterov"],
-        "maximize": False,
-        "is_first_step": False,
-    }
+def _sgd(program: Program, decoupled: bool) -> Callable[..., None]:
+    o = program.options
+    fixed = {"momentum": o["momentum"], "nesterov": o["nesterov"], "maximize": program.maximize}
 
-    def kernel(ps: Any, gs: Any, slots: Any, ts: Any, lr: Any, divisor: Tensor | None, skipped: Tensor | None) -> None:
-        if decoupled and weight_decay:
-            shrink = 1 - lr * weight_decay * (1 if skipped is None else 1 - skipped)
-            for p in ps:
+    def call(batch: Batch, lr: Any, t: Tensor, wd: float, divisor: Any, skipped: Any) -> None:
+        if decoupled and wd:
+            shrink = 1 - lr * wd * (1 if skipped is None else 1 - skipped)
+            for p in batch.ps:
                 p.mul_(shrink)
-        buffers = slots[0] if slots else []
-        torch._fused_sgd_(ps, gs, buffers, lr=lr, grad_scale=divisor, found_inf=skipped, **fixed)
+        coupled = 0.0 if decoupled else wd
+        flags = {"grad_scale": divisor, "found_inf": skipped, "dampening": 0.0, "is_first_step": False, **fixed}
+        buffers = batch.slots[0] if o["momentum"] else []
+        torch._fused_sgd_(batch.ps, batch.gs, buffers, lr=lr, weight_decay=coupled, **flags)
 
-    return kernel
+    return call
 
 
 _MAKERS = {"adam": _adam, "adamw": _adam, "sgd": _sgd}
-_DEVICES = ("cpu", "cuda", "xpu", "mps")
 
 
-def kernel_for(
-    rule: str, options: Mapping[str, Any], *, weight_decay: float, decoupled: bool, dtype: torch.dtype, device: str
-) -> Kernel | None:
-    """The fused operator for a rule, or None where there is none with the same maths.
+def fused(program: Program, *, device: str) -> Kernel | None:
+    """The fused operator with the maths of a program, or None where there is none.
 
-    float64 has none: the operators take the divisor of the gradient in float32.
+    A weight average is a pass of its own after it.
     """
-    if rule not in _MAKERS or device not in _DEVICES or dtype not in (torch.float32, torch.bfloat16, torch.float16):
+    rule = program.rule.name
+    plain = len(program.parts) == len(program.rule.slots_for(program.options)) + bool(program.average)
+    plain &= all(piece.kind in ("rule", "decay") or piece.component.name == "coupled" for piece in program.pieces)
+    plain &= all(part.dtype is None for part in program.parts) and program.rounding == "nearest"
+    plain &= program.rule.then is None and program.decay_form in (None, "coupled", "decoupled")
+    plain &= not any(isinstance(value, Tensor) for value in program.options.values())
+    plain &= program.dtype == program.wide or not program.parts  # half parameters have wide slots here, narrow ones there
+    if rule not in _MAKERS or device not in _DEVICES or program.dtype not in _DTYPES or not plain:
         return None
-    if rule == "sgd" and options["nesterov"] and not options["momentum"]:
+    if rule == "sgd" and program.options["nesterov"] and not program.options["momentum"]:
         return None
-    return _MAKERS[rule](options, weight_decay, decoupled)
+    call = _MAKERS[rule](program, program.decay_form == "decoupled" or (rule == "adamw" and not program.decay_form))
+
+    def kernel(
+        batch: Batch, scalars: Mapping[str, Any], *, due: bool = False, extra: Extra = None
+    ) -> None:
+        divisor, skipped = _single(scalars.get("divisor")), _single(scalars.get("skipped"))
+        call(batch, scalars["lr"], _single(scalars["t"]), scalars.get("wd", 0.0), divisor, skipped)
+        if program.average:
+            share = torch.as_tensor(scalars["share"])
+            share = share if skipped is None else share * (1 - skipped)
+            for p, average in zip(batch.ps, batch.slots[-1]):
+                average.lerp_(p.to(average.dtype), share.to(average.dtype))
+
+    return kernel
+
+
+def _single(number: Any) -> Any:
+    return number if number is None else torch.as_tensor(number).to(torch.float32)

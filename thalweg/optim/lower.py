@@ -1,22 +1,25 @@
-"""From a rule, written once as pure maths, to what runs: eagerly on any layout, or through a fused operator.
+"""From a program, written once as pure maths, to what runs.
 
-Both ways take lists of tensors, so that one flat buffer and a list of parameters are the same to them, and both take the
-divisor of the gradient (loss scale, weight of the window and clipping in one number) and the flag of a skipped step as
-tensors: nothing is read back.
+Every way updates lists of tensors in place, and takes the divisor of the gradient (loss scale, weight of the window and
+clipping in one number) and the flag of a skipped step as tensors: nothing is read back.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
 
-import torch
-from torch import Tensor
 
-from thalweg.device import CAPABILITIES
-from thalweg.optim.kernels import Kernel, kernel_for
-from thalweg.rules import Rule
+from thalweg.core import RecipeError
+from thalweg.optim.eager import Kernel, eager
+from thalweg.optim.kernels import fused
+from thalweg.optim.program import Program
+
+#: How a program may be run.
+WAYS = ("eager", "stacked", "compiled", "fused")
+
+#: Below this many elements a kernel is not built unasked: eagerly they take under 2 ms a step, and a thousand steps of that
+#: are what building costs where nothing is cached (benchmarks/results/optim.json).
+WORTH_COMPILING = 1 << 18
 
 
 @dataclass(frozen=True)
@@ -28,61 +31,64 @@ class Update:
     why: str
 
 
-def lower(
-    rule: Rule,
-    options: Mapping[str, Any],
-    *,
-    weight_decay: float,
-    decay_form: str,
-    dtype: torch.dtype,
-    device: str,
-    fused: bool | None = None,
-) -> Update:
-    """Choose how ``rule`` runs.
+def lower(program: Program, *, device: str, elements: int, way: str | None = None) -> Update:
+    """Choose how a program runs.
+
+    The choice depends on the model alone, never on the clock: a run that is resumed makes it again, and gets the same bits.
 
     Args:
-        options: complete, as ``rule.options`` gives them.
-        weight_decay, decay_form: the stage before the rule; "decoupled" or "coupled".
-        fused: True or False to force; None chooses.
+        device: kind of device.
+        elements: how many it will update at once.
+        way: one of ``WAYS`` to force; None chooses.
+
+    Raises:
+        RecipeError: if ``way`` is not possible here.
     """
-    decoupled = decay_form == "decoupled"
-    kernel = kernel_for(rule.name, options, weight_decay=weight_decay, decoupled=decoupled, dtype=dtype, device=device)
-    if kernel is not None and fused is not False:
-        return Update(kernel, "fused", f"torch has a fused operator with the maths of {rule.name} on {device}")
-    why = "asked for" if fused is False else f"no fused operator for {rule.name} in {dtype} on {device}"
-    exact = torch.float64 if CAPABILITIES[device]["float64"] else torch.float32
-    return Update(eager(rule, options, weight_decay=weight_decay, decoupled=decoupled, exact=exact), "eager", why)
+    if way is not None and way not in WAYS:
+        raise RecipeError(f"way={way!r} is not known.", "It says how an update runs.", f"Use one of {', '.join(WAYS)}.")
+    if way in ("eager", "stacked"):
+        return Update(eager(program, stack=way == "stacked"), way, "asked for")
+    operator = None if way == "compiled" else fused(program, device=device)
+    if way == "fused" and operator is None:
+        raise RecipeError(
+            f"way='fused' is not possible for {program.rule.name}.",
+            f"torch has no fused operator with this maths in {program.dtype} on {device}.",
+            "Leave way out, or use way='compiled'.",
+        )
+    large = elements >= WORTH_COMPILING
+    if operator is not None and (way == "fused" or not (program.average and large)):
+        return Update(operator, "fused", f"torch has a fused operator with the maths of {program.rule.name} on {device}")
+    if program.reads == "matrix" and way is None and program.rule.least_ndim == 2:
+        return Update(eager(program, stack=True), "stacked", "matrix products: equal shapes in one batched call")
+    if way == "compiled" or large:
+        kernel, why = _compiled(program, device)
+        if kernel is not None:
+            return Update(kernel, "compiled", why)
+        if way == "compiled":
+            raise RecipeError(f"way='compiled' is not possible for {program.rule.name}.", why, "Leave way out.")
+    else:
+        why = f"{elements} elements are too few to repay a kernel ({WORTH_COMPILING})"
+    if operator is not None:
+        return Update(operator, "fused", f"torch's fused operator; {why}")
+    return Update(eager(program, stack=program.reads == "matrix"), "eager", why)
 
 
-def eager(
-    rule: Rule, options: Mapping[str, Any], *, weight_decay: float, decoupled: bool, exact: torch.dtype = torch.float64
-) -> Kernel:
-    """The rule itself, tensor by tensor: decay, update, and the results written back where the step is not skipped.
+def _compiled(program: Program, device: str) -> tuple[Kernel | None, str]:
+    """A compiled kernel and the reason for it, or None and why there is none."""
+    from thalweg.optim.trace import Untraceable  # it imports what only compiling needs
 
-    Args:
-        exact: dtype of the update's number: 1 - b**t loses half its digits in float32.
-    """
+    try:
+        if device == "cpu":
+            from thalweg.optim.native import NoCompiler, native_by_ndim
 
-    def kernel(
-        ps: list[Tensor],
-        gs: list[Tensor],
-        slots: list[list[Tensor]],
-        ts: list[Tensor],
-        lr: Any,
-        divisor: Tensor | None,
-        skipped: Tensor | None,
-    ) -> None:
-        for i, (p, g, t) in enumerate(zip(ps, gs, ts)):
-            mine = [slot[i] for slot in slots]
-            if divisor is not None:
-                g = g / divisor
-            start = p
-            if weight_decay and decoupled:
-                start = p * (1 - lr * weight_decay)
-            elif weight_decay:
-                g = g + weight_decay * p
-            results = rule.update(start, g, *mine, lr=lr, t=t.to(exact), **options)
-            for old, new in zip([p, *mine], results):
-                old.copy_(new if skipped is None else torch.where(skipped > 0, old, new))
+            try:
+                return native_by_ndim(program), "one C kernel over all tensors"
+            except NoCompiler as err:
+                return None, f"no kernel could be built: {err}"
+        from thalweg.optim.inductor import inductor
 
-    return kernel
+        return inductor(program), "one kernel of torch.compile for each dtype"
+    except Untraceable as err:
+        return None, f"it is not plain arithmetic on elements, rows and columns: {err}"
+
+

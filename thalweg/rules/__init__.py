@@ -1,7 +1,12 @@
-"""Update rules: one file of pure maths each, registered by being imported."""
+"""Update rules and stages: pure maths, one technique a file, registered by being imported."""
 
-from thalweg.rules.adam import adam
-from thalweg.rules.registry import RULES, Rule, rule
-from thalweg.rules.sgd import sgd
+import importlib
+import pkgutil
 
-__all__ = ["RULES", "Rule", "adam", "rule", "sgd"]
+from thalweg.rules.decay import DECAYS
+from thalweg.rules.registry import REACHES, RULES, STAGES, Component, Rule, Slot, Stage, make_rule, rule, stage
+
+__all__ = ["DECAYS", "REACHES", "RULES", "STAGES", "Component", "Rule", "Slot", "Stage", "make_rule", "rule", "stage"]
+
+for _module in pkgutil.iter_modules(__path__):
+    importlib.import_module(f"thalweg.rules.{_module.name}")

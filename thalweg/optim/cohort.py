@@ -1,0 +1,90 @@
+"""Parameters that have been updated together since they began: one count of updates, one program, one kernel.
+
+A parameter that joins later, or misses a step, counts for itself: it gets the bias correction of an optimizer of its own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from thalweg.optim.batch import Batch, new_part
+from thalweg.optim.lower import Update, lower
+from thalweg.optim.program import Program
+from thalweg.optim.shared import measure
+
+
+class Cohort:
+    """Parameters, their slots, and how they are updated.
+
+    Attributes:
+        t: number of the last applied update, 0-dim float32, on the device.
+        tries: updates attempted, on the host: what periodic work is timed by.
+    """
+
+    def __init__(
+        self,
+        program: Program,
+        ps: Sequence[Tensor],
+        folds: Sequence[str],
+        *,
+        way: str | None = None,
+        slots: list[list[Tensor]] | None = None,
+        t: Tensor | None = None,
+        tries: int = 0,
+    ) -> None:
+        device = ps[0].device
+        self.program = program
+        self.ps, self.folds, self.way = list(ps), list(folds), way
+        self.t = torch.zeros((), dtype=torch.float32, device=device) if t is None else t
+        self.tries = tries
+        if slots is None:
+            slots = []
+            for part in program.parts:
+                first = zip(ps[:1], folds[:1]) if part.shape == "uniform" else zip(ps, folds)
+                slots.append([new_part(program, part, p, fold) for p, fold in first])
+        self.slots = slots
+        elements = sum(p.numel() for p in ps)
+        self.update: Update = lower(program, device=device.type, elements=elements, way=way)
+        self.batch = Batch(self.ps, [], self.slots, self.folds)
+        self.ids = [id(p) for p in ps]
+
+    def hold(self, gs: list[Tensor]) -> None:
+        """Take the gradients of this step."""
+        self.batch.gs = gs
+
+    def count(self, skipped: Tensor | None) -> None:
+        """Number the coming update; a skipped one gives its number back."""
+        self.t.add_(1 if skipped is None else 1 - skipped.to(torch.float32))
+
+    def run(self, scalars: Mapping[str, Any], extra: Mapping[str, Sequence[Tensor]]) -> None:
+        """Update all parameters in place."""
+        clock = self.program.rule.clock
+        due = clock is not None and self.tries % int(self.program.options[clock]) == 0
+        if "curvature" in self.program.tensors:
+            due = "curvature" in extra
+        self.update.run(self.batch, {**scalars, "t": self.t}, due=due, extra=extra)
+        self.tries += 1
+
+    def sums(self, scalars: Mapping[str, Any]) -> list[Tensor]:
+        """What the rule measures, summed over the cohort."""
+        return measure(self.program, self.batch, {**scalars, "t": self.t})
+
+    def state(self, i: int) -> dict[str, Any]:
+        """The state of one parameter, by name; uniform parts and the count are shared tensors."""
+        found: dict[str, Any] = {"step": self.t}
+        for part, mine in zip(self.program.parts, self.slots):
+            found[part.name] = mine[0 if part.shape == "uniform" else i]
+        return found
+
+    def split(self, which: Sequence[int]) -> Cohort:
+        """A cohort of the parameters numbered ``which``, that goes its own way from here; the slots are the same tensors."""
+        slots = [
+            [mine[0].clone()] if part.shape == "uniform" else [mine[i] for i in which]
+            for part, mine in zip(self.program.parts, self.slots)
+        ]
+        ps, folds = [self.ps[i] for i in which], [self.folds[i] for i in which]
+        return Cohort(self.program, ps, folds, way=self.way, slots=slots, t=self.t.clone(), tries=self.tries)

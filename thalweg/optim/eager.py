@@ -1,0 +1,188 @@
+"""The program run with torch's own operators: tensor by tensor, in tiles that stay in the cache, or stacked by shape."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from thalweg.optim.batch import Batch, blocks, flat, matrix_shape, offsets, views
+from thalweg.optim.codecs import BLOCK
+from thalweg.optim.program import Program
+
+#: Elements of a tile: a dozen temporary tensors of this size fit in a core's second-level cache.
+TILE = 1 << 16
+
+Scalars = Mapping[str, Tensor]
+#: What a program needs shaped like the gradients, by name: a tensor of each parameter.
+Extra = Mapping[str, Sequence[Tensor]] | None
+#: ``kernel(batch, scalars, due=, extra=)``: updates the batch in place, unless the scalar "skipped" is 1.
+Kernel = Callable[..., None]
+
+
+def eager(program: Program, *, tile: int = TILE, stack: bool = False) -> Kernel:
+    """A kernel that runs the program as it is written.
+
+    Args:
+        tile: elements at a time, for programs that work element by element; 0: whole tensors.
+        stack: equal shapes in one batched call, for programs that read matrices.
+    """
+
+    def kernel(batch: Batch, scalars: Mapping[str, Any], *, due: bool = False, extra: Extra = None) -> None:
+        if not batch.ps:
+            return
+        scalars = as_tensors(scalars, program.exact, batch.ps[0].device)
+        skipped = scalars.get("skipped")
+        last: list[Tensor] = []
+        groups = _by_shape(program, batch) if stack else [[i] for i in range(len(batch.ps))]
+        places = list(offsets(batch.ps))
+        for group in groups:
+            if len(group) > 1:
+                last = _stacked(program, batch, group, scalars, due, extra, skipped)
+                continue
+            i = group[0]
+            mine = {name: tensors[i] for name, tensors in (extra or {}).items()}
+            if program.reads == "element" and (tile or program.blocked):
+                last = _tiled(program, batch, i, scalars, places[i], tile or batch.ps[i].numel(), due, mine, skipped)
+            else:
+                last = _whole(program, batch, i, scalars, places[i], due, mine, skipped)
+        for part, stored, new in zip(program.parts, batch.slots, last):
+            if part.shape == "uniform":
+                _write(stored[0], new, skipped)
+
+    return kernel
+
+
+def as_tensors(scalars: Mapping[str, Any], exact: torch.dtype, device: torch.device) -> dict[str, Tensor]:
+    """Scalars as 0-dim tensors on the device."""
+    return {
+        name: value if isinstance(value, Tensor) else torch.tensor(value, dtype=exact, device=device)
+        for name, value in scalars.items()
+    }
+
+
+def _write(old: Tensor, new: Tensor, skipped: Tensor | None) -> None:
+    if new.shape != old.shape:
+        new = new.reshape(old.shape)
+    old.copy_(new if skipped is None else torch.where(skipped > 0, old, new))
+
+
+def _whole(
+    program: Program,
+    batch: Batch,
+    i: int,
+    scalars: Scalars,
+    place: int,
+    due: bool,
+    extra: Mapping[str, Tensor],
+    skipped: Tensor | None,
+) -> list[Tensor]:
+    p, g, stored = views(program, batch, i)
+    index = _index(p, place) if program.random else None
+    drawn = {name: tensor.reshape(p.shape) for name, tensor in extra.items()}
+    ndim = batch.ps[i].ndim
+    new, *parts = program.run(p, g, stored, scalars, index=index, due=due, extra=drawn, ndim=ndim)
+    _write(batch.ps[i], new, skipped)
+    for part, mine, value in zip(program.parts, batch.slots, parts):
+        if part.shape != "uniform":
+            _write(mine[i], value, skipped)
+    return parts
+
+
+def _tiled(
+    program: Program,
+    batch: Batch,
+    i: int,
+    scalars: Scalars,
+    place: int,
+    tile: int,
+    due: bool,
+    extra: Mapping[str, Tensor],
+    skipped: Tensor | None,
+) -> list[Tensor]:
+    p, size = batch.ps[i], batch.ps[i].numel()
+    flat_p, flat_g = _as_lain(p, p), _as_lain(batch.gs[i], p)
+    drawn = {name: _as_lain(tensor, p) for name, tensor in extra.items()}
+    per_element = [part.shape == "like" for part in program.parts]
+    stored = [
+        _as_lain(mine[i], p) if like else (mine[0] if part.shape == "uniform" else mine[i])
+        for part, mine, like in zip(program.parts, batch.slots, per_element)
+    ]
+    tile = max(tile // BLOCK, 1) * BLOCK
+    parts: list[Tensor] = []
+    for start in range(0, max(size, 1), tile):
+        stop = min(start + tile, size)
+        cut = slice(start, stop)
+        rows = slice(start // BLOCK, -(-stop // BLOCK))
+        mine = [s[cut] if like else s for s, like in zip(stored, per_element)]
+        seen = [flat_p[cut], flat_g[cut]]
+        index = _index(seen[0], place + start) if program.random else None
+        old = [(s[rows] if part.shape == "block" else s) for s, part in zip(mine, program.parts)]
+        if program.blocked:
+            seen, index = [blocks(x) for x in seen], None if index is None else blocks(index)
+            given = [
+                blocks(s) if like else (s[:, None] if part.shape == "block" else s)
+                for s, like, part in zip(old, per_element, program.parts)
+            ]
+        else:
+            given = old
+        more = {name: tensor[cut] for name, tensor in drawn.items()}
+        if program.blocked:
+            more = {name: blocks(tensor) for name, tensor in more.items()}
+        new, *parts = program.run(*seen, given, scalars, index=index, due=due, extra=more, ndim=p.ndim)
+        for target, value, like in zip([flat_p[cut], *old], [new, *parts], [True, *per_element]):
+            if target.ndim:
+                _write(target, value.reshape(-1)[: target.numel()], skipped)
+    for flattened, part in ((flat_p, p), *((s, m[i]) for s, m, like in zip(stored, batch.slots, per_element) if like)):
+        if flattened.data_ptr() != part.data_ptr():  # a copy, because the tensor has gaps
+            part.copy_(flattened.view(part.shape))
+    return parts
+
+
+def _as_lain(x: Tensor, p: Tensor) -> Tensor:
+    """The elements of ``x`` in the order in which those of ``p`` lie; a copy where memory cannot be seen that way."""
+    if x.stride() != p.stride() and flat(p) is not None and not p.is_contiguous():
+        x = torch.empty_like(p, dtype=x.dtype).copy_(x)
+    lain = flat(x)
+    return x.reshape(-1) if lain is None else lain
+
+
+def _stacked(
+    program: Program,
+    batch: Batch,
+    group: Sequence[int],
+    scalars: Scalars,
+    due: bool,
+    extra: Extra,
+    skipped: Tensor | None,
+) -> list[Tensor]:
+    seen = [views(program, batch, i) for i in group]
+    uniform = [part.shape == "uniform" for part in program.parts]
+    stored = [
+        seen[0][2][k] if alone else torch.stack([parts[k] for _, _, parts in seen]) for k, alone in enumerate(uniform)
+    ]
+    p, g = torch.stack([s[0] for s in seen]), torch.stack([s[1] for s in seen])
+    shape = seen[0][0].shape
+    drawn = {name: torch.stack([tensors[i].reshape(shape) for i in group]) for name, tensors in (extra or {}).items()}
+    ndim = batch.ps[group[0]].ndim
+    new, *parts = program.run(p, g, stored, scalars, due=due, extra=drawn, ndim=ndim)
+    for k, i in enumerate(group):
+        _write(batch.ps[i], new[k], skipped)
+        for mine, value, alone in zip(batch.slots, parts, uniform):
+            if not alone:
+                _write(mine[i], value[k], skipped)
+    return parts
+
+
+def _by_shape(program: Program, batch: Batch) -> list[list[int]]:
+    groups: dict[tuple[object, ...], list[int]] = {}
+    for i, p in enumerate(batch.ps):
+        key = (matrix_shape(p.shape, batch.fold(i)), p.ndim)
+        groups.setdefault(key if program.stacks else (i,), []).append(i)
+    return list(groups.values())
+
+
+def _index(p: Tensor, place: int) -> Tensor:
+    return torch.arange(place, place + p.numel(), dtype=torch.int32, device=p.device).view(p.shape)

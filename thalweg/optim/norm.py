@@ -1,0 +1,50 @@
+"""The global norm of gradients: one read of them, nothing written, nothing read back."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from thalweg.optim.batch import flat
+from thalweg.optim.lower import WORTH_COMPILING
+
+
+@cache
+def _squares(dtype: torch.dtype) -> Any:
+    """The kernel that adds up squares, or None where none can be built."""
+    from thalweg.optim.native import NoCompiler, native_sums
+
+    wide = torch.promote_types(dtype, torch.float32)
+    try:
+        return native_sums(lambda g: [g.to(wide).square().sum()], {"g": ("full", dtype)}, 1)
+    except NoCompiler:
+        return None
+
+
+def global_norm(gs: Sequence[Tensor]) -> Tensor:
+    """The 2-norm over all elements of all tensors, 0-dim, in at least float32; infinite or NaN if any element is."""
+    groups: dict[tuple[torch.dtype, torch.device], list[Tensor]] = {}
+    for g in gs:
+        groups.setdefault((g.dtype, g.device), []).append(g)
+    norms = [_norm(group) for group in groups.values()]
+    if len(norms) == 1:
+        return norms[0]
+    wide = max((n.dtype for n in norms), key=lambda d: torch.finfo(d).bits)
+    return torch.linalg.vector_norm(torch.stack([n.to(norms[0].device, wide) for n in norms]))
+
+
+def _norm(gs: list[Tensor]) -> Tensor:
+    first = gs[0]
+    wide = torch.promote_types(first.dtype, torch.float32)
+    if first.device.type == "cpu" and len(gs) > 1 and sum(g.numel() for g in gs) >= WORTH_COMPILING:
+        squares = _squares(first.dtype)
+        lain = [flat(g) for g in gs]
+        if squares is not None and all(g is not None or not gs[i].numel() for i, g in enumerate(lain)):
+            total: Tensor = squares([gs], {})[0].sqrt()
+            return total
+    norms = torch._foreach_norm(gs, 2, dtype=wide) if len(gs) > 1 else [torch.linalg.vector_norm(first, dtype=wide)]
+    return norms[0] if len(norms) == 1 else torch.linalg.vector_norm(torch.stack(list(norms)))

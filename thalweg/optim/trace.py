@@ -1,0 +1,144 @@
+"""The program as a list of operations: recorded once on stand-in shapes, so that a compiler can see all of it.
+
+Every value has a kind: "full" (each element), "row" and "column" (of a matrix), "tensor" (one number for each parameter) or
+"uniform" (one number for all of them, which depends on scalars alone). The kind is what decides where a value is computed:
+uniform ones once, however many elements there are. A compiler that does not know this takes a power for each element.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+ROWS, COLUMNS = 3, 5  # stand-ins for the extents of any matrix
+
+KINDS = {(ROWS, COLUMNS): "full", (ROWS, 1): "row", (1, COLUMNS): "column", (1, 1): "tensor", (): "tensor"}
+
+
+class Untraceable(Exception):
+    """A program that cannot be recorded: it does something other than arithmetic on elements, rows and columns."""
+
+
+@dataclass(frozen=True)
+class Value:
+    number: int
+    kind: str
+    dtype: torch.dtype
+
+
+@dataclass(frozen=True)
+class Node:
+    """``out = op(*args, **words)``; ``compute`` is the dtype that the operands are brought to, ``call`` torch's operator."""
+
+    op: str
+    call: Any
+    args: tuple[Any, ...]
+    words: Mapping[str, Any]
+    out: Value
+    compute: torch.dtype
+
+
+@dataclass
+class Trace:
+    """Inputs by name, operations in order, outputs."""
+
+    inputs: dict[str, Value] = field(default_factory=dict)
+    nodes: list[Node] = field(default_factory=list)
+    outputs: list[Value] = field(default_factory=list)
+
+
+def stand_in(kind: str, dtype: torch.dtype) -> Tensor:
+    """A tensor without memory that stands for an input of ``kind``; uniform and tensor ones are 0-dim."""
+    shape = {"full": (ROWS, COLUMNS), "row": (ROWS, 1), "column": (1, COLUMNS)}.get(kind, ())
+    return torch.empty(shape, dtype=dtype, device="meta")
+
+
+def record(function: Callable[..., Sequence[Tensor]], inputs: Mapping[str, tuple[str, torch.dtype]]) -> Trace:
+    """The operations of ``function(**tensors)``.
+
+    Args:
+        inputs: name to (kind, dtype).
+
+    Raises:
+        Untraceable: if a shape appears that is no matrix, row, column or number.
+    """
+    recorder = _Recorder()
+    tensors = {}
+    for name, (kind, dtype) in inputs.items():
+        tensors[name] = stand_in(kind, dtype)
+        recorder.trace.inputs[name] = recorder.note(tensors[name], kind)
+    try:
+        with recorder, torch.no_grad():
+            outputs = function(**tensors)
+    except Untraceable:
+        raise
+    except (RuntimeError, NotImplementedError, TypeError) as err:
+        raise Untraceable(str(err)) from err
+    recorder.trace.outputs = [recorder.value_of(out) for out in outputs]
+    return recorder.trace
+
+
+class _Recorder(TorchDispatchMode):
+    def __init__(self) -> None:
+        super().__init__()
+        self.trace = Trace()
+        self._known: dict[int, Value] = {}
+        self._alive: list[Tensor] = []
+
+    def note(self, tensor: Tensor, kind: str) -> Value:
+        value = Value(len(self._alive), kind, tensor.dtype)
+        self._alive.append(tensor)
+        self._known[id(tensor)] = value
+        return value
+
+    def value_of(self, tensor: Tensor) -> Value:
+        if id(tensor) not in self._known:
+            raise Untraceable("a tensor from outside the program")
+        return self._known[id(tensor)]
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        out = func(*args, **{**kwargs, **({"device": "meta"} if "device" in kwargs else {})})
+        if not isinstance(out, Tensor):
+            raise Untraceable(f"{func} gives no tensor")
+        operands = [a for a in args if isinstance(a, Tensor)] + [a for a in kwargs.values() if isinstance(a, Tensor)]
+        name = func._schema.name.removeprefix("aten::")
+        if any(a is out for a in operands):
+            raise Untraceable(f"{name} writes in place")
+        if tuple(out.shape) not in KINDS:
+            raise Untraceable(f"{name} gives a tensor of shape {tuple(out.shape)}")
+        kind = KINDS[tuple(out.shape)]
+        values = [self.value_of(a) for a in operands]
+        if kind == "tensor" and all(v.kind == "uniform" for v in values):
+            kind = "uniform"
+        value = self.note(out, kind)
+        strip = lambda a: self.value_of(a) if isinstance(a, Tensor) else a
+        compute = out.dtype
+        if operands and out.dtype == torch.bool:
+            numbers = [a for a in args if isinstance(a, (Tensor, int, float))]
+            compute = operands[0].dtype if len(numbers) < 2 else torch.result_type(*numbers[:2])
+        words = {k: strip(v) for k, v in kwargs.items() if k not in ("device", "layout", "pin_memory")}
+        node = Node(name, func, tuple(map(strip, args)), words, value, compute)
+        self.trace.nodes.append(node)
+        return out
+
+
+def split_uniform(trace: Trace) -> tuple[list[Node], list[Node]]:
+    """(what depends on scalars alone, the rest): the first is computed once a step, however many elements there are."""
+    uniform = [node for node in trace.nodes if node.out.kind == "uniform"]
+    return uniform, [node for node in trace.nodes if node.out.kind != "uniform"]
+
+
+def play(nodes: Sequence[Node], known: dict[Value, Tensor], device: torch.device) -> None:
+    """Run recorded operations on real tensors; results join ``known``."""
+    real = lambda a: known[a] if isinstance(a, Value) else a
+    for node in nodes:
+        words = {name: real(value) for name, value in node.words.items()}
+        if node.op in ("scalar_tensor", "full"):
+            words["device"] = device
+        known[node.out] = node.call(*map(real, node.args), **words)
