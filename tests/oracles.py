@@ -1,32 +1,73 @@
-"""Slow float64 transcriptions of the papers' formulas, in plain Python numbers: the oracles of the rules.
-
-Each is a generator: it is sent gradients, one scalar parameter at a time, and yields the parameter after each update.
-"""
+"""Slow float64 transcriptions of the papers' formulas: the oracle of every rule, and the option sets that change its maths."""
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+
+from tests import oracles_element, oracles_matrix, oracles_tensor
+from tests.oracles_element import Array, Gradients, Starts, _each, sophia
 
 
-def sgd(p: float, gs: Sequence[float], *, lr: float, momentum: float = 0.0, nesterov: bool = False) -> float:
+def sgd(ps: Starts, gs: Gradients, *, lr: float, momentum: float = 0.0, nesterov: bool = False) -> list[Array]:
     """Sutskever et al. 2013 with the rate kept out of the velocity: v = mu v + g; p -= lr (v or g + mu v)."""
-    v = 0.0
-    for g in gs:
-        v = momentum * v + g
-        p -= lr * ((g + momentum * v) if nesterov else v)
-    return p
+    ends = []
+    for x, mine in _each(ps, gs):
+        v = np.zeros_like(x)
+        for g in mine:
+            v = momentum * v + g
+            x = x - lr * ((g + momentum * v) if nesterov else v)
+        ends.append(x)
+    return ends
 
 
-def adam(p: float, gs: Sequence[float], *, lr: float, b1: float = 0.9, b2: float = 0.999, eps: float = 1e-8) -> float:
-    """Kingma and Ba 2014, algorithm 1, line by line."""
-    m = v = 0.0
-    for t, g in enumerate(gs, start=1):
-        m = b1 * m + (1 - b1) * g
-        v = b2 * v + (1 - b2) * g**2
-        m_hat, v_hat = m / (1 - b1**t), v / (1 - b2**t)
-        p -= lr * m_hat / (math.sqrt(v_hat) + eps)
-    return p
+def adam(
+    ps: Starts,
+    gs: Gradients,
+    *,
+    lr: float,
+    b1: float = 0.9,
+    b2: float = 0.999,
+    eps: float = 1e-8,
+    amsgrad: bool = False,
+) -> list[Array]:
+    """Kingma and Ba 2014, algorithm 1, line by line; the largest v so far, before its correction, as torch has it."""
+    ends = []
+    for x, mine in _each(ps, gs):
+        m, v, most = np.zeros_like(x), np.zeros_like(x), np.zeros_like(x)
+        for t, g in enumerate(mine, start=1):
+            m = b1 * m + (1 - b1) * g
+            v = b2 * v + (1 - b2) * g**2
+            most = np.maximum(most, v)
+            m_hat, v_hat = m / (1 - b1**t), (most if amsgrad else v) / (1 - b2**t)
+            x = x - lr * m_hat / (np.sqrt(v_hat) + eps)
+        ends.append(x)
+    return ends
 
 
-ORACLES: dict[str, Callable[..., float]] = {"sgd": sgd, "adam": adam, "adamw": adam}
+def _sophia(ps: Starts, gs: Gradients, *, lr: float, curvature: Gradients, **options: Any) -> list[Array]:
+    return sophia(ps, gs, lr=lr, curvatures=curvature, **options)
+
+
+ORACLES: dict[str, Callable[..., list[Array]]] = {
+    "sgd": sgd,
+    "adam": adam,
+    "adamw": adam,
+    "sophia": _sophia,
+    **oracles_element.ORACLES,
+    **oracles_tensor.ORACLES,
+    **oracles_matrix.ORACLES,
+}
+
+CASES: list[tuple[str, dict[str, Any]]] = [
+    ("sgd", {"momentum": 0.9}),
+    ("sgd", {"momentum": 0.9, "nesterov": True}),
+    ("adam", {"amsgrad": True, "b2": 0.5}),
+    ("adamw", {"b1": 0.8, "b2": 0.95, "eps": 1e-3}),
+    ("sophia", {"frequency": 3, "b1": 0.8, "gamma": 0.5}),
+    *oracles_element.CASES,
+    *oracles_tensor.CASES,
+    *oracles_matrix.CASES,
+]

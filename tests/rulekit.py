@@ -10,7 +10,7 @@ from torch import Tensor
 
 from thalweg.optim.batch import Batch, fold_of, new_part
 from thalweg.optim.eager import eager
-from thalweg.optim.program import Program
+from thalweg.optim.program import Program, due_now
 from thalweg.optim.shared import first_values, measure, settle
 from thalweg.rules import RULES, STAGES, Rule
 
@@ -56,7 +56,7 @@ def trajectory(
         if rule.shared:
             shared = settle(program, measure(program, batch, scalars), shared, scalars)
             scalars |= shared
-        due = rule.clock is not None and (t - 1) % full[rule.clock] == 0
+        due = due_now(rule, full, t - 1)
         kernel(batch, scalars, due=due, extra=None if noise is None else {"noise": noise[t - 1]})
         if keep is not None:
             keep.append([p.clone() for p in ps])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import shutil
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -20,7 +21,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """
     asked = _parser().parse_args(arguments)
     try:
-        return int(asked.run(asked))
+        code = int(asked.run(asked))
+        sys.stdout.flush()  # a reader who has gone is noticed here, not when Python ends
+        return code
     except ThalwegError as err:
         print(f"error: {err}", file=sys.stderr)
         return 2
@@ -60,6 +63,10 @@ def _parser() -> argparse.ArgumentParser:
     init.set_defaults(run=_init)
 
     commands.add_parser("tasks", help="list what can be trained").set_defaults(run=_tasks)
+    rules = commands.add_parser("rules", help="list the update rules, or print the card of one")
+    rules.add_argument("name", nargs="?", help="a rule or a stage: its maths, options, cost, evidence")
+    rules.add_argument("--stages", action="store_true", help="list the stages, which combine with any rule")
+    rules.set_defaults(run=_rules)
     doctor = commands.add_parser("doctor", help="say what this machine is and what it gains by half precision")
     doctor.set_defaults(run=_doctor)
     report = commands.add_parser("report", help="write the report of a run folder again")
@@ -132,6 +139,24 @@ def _tasks(asked: argparse.Namespace) -> int:
     for name, (_, about) in EMBEDDED.items():
         print(f"{name:10} {about}")
     print("module:attribute  a thalweg.Task of your own; 'thalweg init' writes one to start from")
+    return 0
+
+
+def _rules(asked: argparse.Namespace) -> int:
+    from thalweg.optim import card
+
+    if asked.name is not None:
+        print(card.as_text(card.card(asked.name), width=min(shutil.get_terminal_size().columns, 120)), end="")
+        return 0
+    headings = card.STAGE_HEADINGS if asked.stages else card.HEADINGS
+    rows = card.listed_stages() if asked.stages else card.listed()
+    if sys.stdout.isatty():
+        from thalweg.watch.console import print_table
+
+        print_table(headings, rows)
+    else:
+        print(card.columns(headings, rows))
+    print("", *([] if asked.stages else card.NOTES), "thalweg rules NAME prints the card of one.", sep="\n")
     return 0
 
 

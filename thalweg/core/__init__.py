@@ -19,6 +19,7 @@ from thalweg.core.recipe import Recipe, divisors
 from thalweg.core.record import Evaluation, Event, Record, StopReason, read_lines
 from thalweg.core.registry import Registry
 from thalweg.core.streams import seed_for
+from thalweg.core.treatment import Treatment, treatments
 from thalweg.core.units import human_bytes, human_count, human_seconds
 
 __all__ = [
@@ -47,6 +48,7 @@ __all__ = [
     "Task",
     "TaskError",
     "ThalwegError",
+    "Treatment",
     "did_you_mean",
     "divisors",
     "human_bytes",
@@ -54,4 +56,5 @@ __all__ = [
     "human_seconds",
     "read_lines",
     "seed_for",
+    "treatments",
 ]

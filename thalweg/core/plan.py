@@ -8,6 +8,9 @@ from typing import Any
 
 from thalweg.core.recipe import Recipe
 
+#: The reason of a row whose rule is the recipe's own: nothing to tell.
+RECIPES_RULE = "the recipe's rule"
+
 
 @dataclass(frozen=True)
 class Decision:

@@ -150,7 +150,7 @@ def _set(value: int | None) -> int:
 def settle_optimizer(recipe: Recipe, decide: Decisions) -> Recipe:
     optimizer = recipe.optimizer
     rule = RULES[optimizer.rule]
-    options = rule.options(optimizer.options)
+    options = {name: value for name, value in rule.options(optimizer.options).items() if _can_be_written(value)}
     for name in sorted(options.keys() - optimizer.options.keys()):
         decide.take(f"optimizer.options.{name}", options[name], f"published default of {rule.name} ({rule.paper})")
     lr = decide.unless_given(
@@ -161,6 +161,12 @@ def settle_optimizer(recipe: Recipe, decide: Decisions) -> Recipe:
         form = decide.unless_given("optimizer.decay_form", form, lambda: (rule.decay_form, f"the form of {rule.name}"))
     for name, given in optimizer.stages.items():
         STAGES[name].options(given)
+    if "curvature" in rule.needs:
+        raise RecipeError(
+            f"optimizer.rule='{rule.name}' needs a second gradient, of labels drawn from the model.",
+            "A task's loss gives one.",
+            f"Use thalweg.optim.{rule.name.capitalize()} and its estimate_curvature in a loop of your own, or another rule.",
+        )
     other = optimizer.otherwise_lr
     if rule.least_ndim:
         rest = RULES[optimizer.otherwise]
@@ -174,6 +180,11 @@ def settle_optimizer(recipe: Recipe, decide: Decisions) -> Recipe:
         other = decide.unless_given("optimizer.otherwise_lr", other, lambda: (rest.lr, why))
     settled = replace(optimizer, options=options, lr=lr, decay_form=form or rule.decay_form, otherwise_lr=other)
     return replace(recipe, optimizer=settled)
+
+
+def _can_be_written(value: Any) -> bool:
+    """Whether a recipe can hold a value: None and infinity, as defaults, are left out."""
+    return value is not None and not (isinstance(value, float) and math.isinf(value))
 
 
 def _settle_length(recipe: Recipe, source: Source, decide: Decisions) -> tuple[Recipe, int, int]:

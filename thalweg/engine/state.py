@@ -117,6 +117,8 @@ class State:
     def _slots(self) -> Iterator[tuple[str, Tensor]]:
         for arena in self.arenas:
             yield from arena.slots().items()
+        for rule, numbers in self.arenas[0].shared.items():
+            yield from ((f"shared.{rule}/{name}", number) for name, number in numbers.items())
         yield "applied", self.applied
         if self.scale is not None:
             yield "loss_scale", self.scale.scale

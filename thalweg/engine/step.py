@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from thalweg.core import seed_for
 from thalweg.engine.losses import sum_and_weight
 from thalweg.engine.state import State
+from thalweg.optim.arena import update
 from thalweg.precision import Policy
 
 #: What a step writes into its row of the ring, in this order.
@@ -88,8 +89,7 @@ class Step:
             divisor = mass * (norm / options.clip).clamp(min=1) if options.clip else mass
             lr = self._now(options.lrs)
             share = None if options.shares is None else self._now(options.shares)
-            for arena in state.arenas:
-                arena.run(lr, state.t, divisor, skipped, share=share, due=state.step)
+            update(state.arenas, lr=lr, t=state.t, divisor=divisor, skipped=skipped, share=share, due=state.step)
             if state.statistics.layers:
                 state.statistics.end(ok)
                 state.average_statistics(share, ok)

@@ -8,17 +8,17 @@ such segment as one tensor.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from thalweg.core import ParameterRow
-from thalweg.optim.batch import Batch, is_dense, new_part
+from thalweg.core import ParameterRow, seed_for
+from thalweg.optim.batch import Batch, evaluation_weights, is_dense, new_part
 from thalweg.optim.codecs import CODECS, Part
 from thalweg.optim.lower import Update, lower
-from thalweg.optim.program import Program
+from thalweg.optim.program import Program, due_now
 from thalweg.optim.shared import first_values, measure, settle
 from thalweg.rules import RULES, STAGES
 
@@ -63,7 +63,6 @@ class Segment:
     program: Program
     batch: Batch
     update: Update
-    shared: dict[str, Tensor] = field(default_factory=dict)
 
 
 class Arena:
@@ -101,6 +100,7 @@ class Arena:
             p.data = view
             p.grad = self.view(self.grads, name)
             self._views.append((p, p.grad))
+        self.shared: dict[str, dict[str, Tensor]] = {}
         self.segments = [
             self._segment(treatment, names, border) for (treatment, names), border in zip(groups.items(), borders)
         ]
@@ -134,9 +134,8 @@ class Arena:
             [new_part(program, part, p, fold) for p, fold in list(zip(ps, folds))[: 1 if part.shape == "uniform" else None]]
             for part in program.parts
         ]
-        update = lower(program, device=self.device.type, elements=border[1] - border[0], way=how.way)
-        shared = first_values(rule, program.options, self.device, program.exact)
-        return Segment(treatment, names, program, Batch(ps, gs, slots, folds), update, shared)
+        lowered = lower(program, device=self.device.type, elements=border[1] - border[0], way=how.way)
+        return Segment(treatment, names, program, Batch(ps, gs, slots, folds), lowered)
 
     def _zeros(self, size: int, dtype: torch.dtype | None = None) -> Tensor:
         return torch.zeros(size, dtype=dtype or self.dtype, device=self.device)
@@ -160,43 +159,27 @@ class Arena:
                     view.copy_(p.grad)
                 p.grad = view
 
-    def run(
-        self, lr: Tensor, t: Tensor, divisor: Tensor, skipped: Tensor, *, share: Tensor | None = None, due: int = 0
-    ) -> None:
-        """One update of every segment, unless ``skipped``.
+    def scalars(self, segment: Segment, given: Mapping[str, Any]) -> dict[str, Any]:
+        """What a segment's update is given: the numbers of the step, at its own rate and decay."""
+        treatment = segment.treatment
+        rate = given["lr"] if treatment.lr == 1 else given["lr"] * treatment.lr
+        return {**given, "lr": rate, "wd": treatment.weight_decay, "peak": self.how.peak, **self.shared.get(treatment.rule, {})}
+
+    def run(self, given: Mapping[str, Any], *, due: int) -> None:
+        """One update of every segment.
 
         Args:
-            lr: the scheduled rate; t: the number of this update, from 1.
-            share: how far the average moves towards the weights.
+            given: numbers of the step, as for ``update``.
             due: steps attempted before this one: what periodic work is timed by.
         """
-        exact = self.scalar_dtype
-        given: dict[str, Any] = {"t": t, "divisor": divisor.to(exact), "skipped": skipped, "peak": self.how.peak}
-        if share is not None:
-            given["share"] = share.to(exact)
-        lr = lr.to(exact)
         for segment in self.segments:
-            treatment, program = segment.treatment, segment.program
-            rate = lr if treatment.lr == 1 else lr * treatment.lr
-            scalars = {**given, "lr": rate, "wd": treatment.weight_decay}
-            if segment.shared:
-                self._settle(segment, scalars, skipped)
-                scalars |= segment.shared
-            clock = program.rule.clock
-            now = clock is not None and due % int(program.options[clock]) == 0
+            program = segment.program
+            now = due_now(program.rule, program.options, due)
             extra = {"noise": self._noise(segment, due)} if "noise" in program.tensors else None
-            segment.update.run(segment.batch, scalars, due=now, extra=extra)
-
-    def _settle(self, segment: Segment, scalars: dict[str, Any], skipped: Tensor) -> None:
-        sums = measure(segment.program, segment.batch, {**scalars, **segment.shared})
-        for name, value in settle(segment.program, sums, segment.shared, scalars).items():
-            old = segment.shared[name]
-            old.copy_(torch.where(skipped > 0, old, value))
+            segment.update.run(segment.batch, self.scalars(segment, given), due=now, extra=extra)
 
     def _noise(self, segment: Segment, step: int) -> list[Tensor]:
         """Standard normal numbers, named by (seed, place, step)."""
-        from thalweg.core import seed_for
-
         drawn = []
         for k, p in enumerate(segment.batch.ps):
             name = seed_for(self.how.seed, "noise", segment.names[0], k, step)
@@ -213,12 +196,11 @@ class Arena:
         return self._part_views(segment, segment.program.parts[place], place)[name]
 
     def averages(self) -> list[tuple[Tensor, Tensor]]:
-        """(average, live) tensors of every segment."""
+        """(weights to evaluate, live) tensors of every segment that has others than the live ones."""
         pairs = []
         for segment in self.segments:
-            for place, part in enumerate(segment.program.parts):
-                if part.name == "average":
-                    pairs += list(zip(segment.batch.slots[place], segment.batch.ps))
+            weights = evaluation_weights(segment.program, segment.batch)
+            pairs += [] if weights is None else list(zip(weights, segment.batch.ps))
         return pairs
 
     def slots(self) -> dict[str, Tensor]:
@@ -229,7 +211,6 @@ class Arena:
                 if part.name != "average":
                     views = self._part_views(segment, part, place)
                     found.update({f"{part.name}/{name}": tensor for name, tensor in views.items()})
-            found.update({f"shared.{key}/{segment.names[0]}": value for key, value in segment.shared.items()})
         return found
 
     def _part_views(self, segment: Segment, part: Part, place: int) -> dict[str, Tensor]:
@@ -257,6 +238,47 @@ class Arena:
         return sizes
 
 
+def update(
+    arenas: Sequence[Arena],
+    *,
+    lr: Tensor,
+    t: Tensor,
+    divisor: Tensor,
+    skipped: Tensor,
+    share: Tensor | None = None,
+    due: int = 0,
+) -> None:
+    """One update of every parameter, unless ``skipped``.
+
+    Args:
+        lr: the scheduled rate; t: the number of this update, from 1.
+        divisor: what gradients are divided by: weight of the window, loss scale and clipping in one number.
+        share: how far the average moves towards the weights.
+        due: steps attempted before this one.
+    """
+    exact = arenas[0].scalar_dtype
+    given: dict[str, Any] = {"lr": lr.to(exact), "t": t, "divisor": divisor.to(exact), "skipped": skipped}
+    if share is not None:
+        given["share"] = share.to(exact)
+    for rule in arenas[0].shared:
+        _settle(arenas, rule, given)
+    for arena in arenas:
+        arena.run(given, due=due)
+
+
+def _settle(arenas: Sequence[Arena], rule: str, given: Mapping[str, Any]) -> None:
+    """Numbers that belong to all parameters of a rule: measured over all of them, settled once, with the largest rate."""
+    mine = [(arena, s) for arena in arenas for s in arena.segments if s.treatment.rule == rule]
+    numbers = [arena.scalars(segment, given) for arena, segment in mine]
+    found = [measure(segment.program, segment.batch, n) for (_, segment), n in zip(mine, numbers)]
+    sums = [torch.stack([each[k] for each in found]).sum() for k in range(len(found[0]))]
+    rates = torch.stack([n["lr"] for n in numbers])
+    shared = arenas[0].shared[rule]
+    new = settle(mine[0][1].program, sums, shared, {"lr": rates.max(), "t": given["t"]})
+    for name, value in new.items():
+        shared[name].copy_(torch.where(given["skipped"] > 0, shared[name], value))
+
+
 def make_arenas(
     named: Sequence[tuple[str, nn.Parameter]], rows: Sequence[ParameterRow], optimizer: Any, how: How
 ) -> list[Arena]:
@@ -270,7 +292,14 @@ def make_arenas(
     groups: dict[tuple[torch.dtype, torch.device], list[tuple[str, nn.Parameter]]] = {}
     for name, p in named:
         groups.setdefault((p.dtype, p.device), []).append((name, p))
-    return [Arena(group, treatments, how) for group in groups.values()]
+    arenas = [Arena(group, treatments, how) for group in groups.values()]
+    for arena in arenas:
+        for segment in arena.segments:
+            program = segment.program
+            if program.rule.shared and program.rule.name not in arenas[0].shared:
+                arenas[0].shared[program.rule.name] = first_values(program.rule, program.options, arena.device, program.exact)
+        arena.shared = arenas[0].shared
+    return arenas
 
 
 def treatment_of(row: ParameterRow, optimizer: Any) -> Treatment:

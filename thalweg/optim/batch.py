@@ -105,6 +105,26 @@ def views(program: Program, batch: Batch, i: int) -> tuple[Tensor, Tensor, list[
     return p, g, stored
 
 
+def evaluation_weights(program: Program, batch: Batch) -> list[Tensor] | None:
+    """What to evaluate and to ship in place of the live parameters: a kept average, or what the rule makes of its slots.
+
+    None where the live parameters are it.
+    """
+    names = [part.name for part in program.parts]
+    if "average" in names:
+        return batch.slots[names.index("average")]
+    for piece in program.pieces:
+        evaluate = getattr(piece.component, "evaluate", None)
+        if evaluate is not None:
+            places = [names.index(slot.name) for slot in program.slots[piece.first : piece.first + piece.num]]
+            found = []
+            for i, p in enumerate(batch.ps):
+                slots = [batch.slots[k][0 if program.parts[k].shape == "uniform" else i] for k in places]
+                found.append(evaluate(p.to(program.wide), *slots, **piece.options).to(p.dtype))
+            return found
+    return None
+
+
 def blocks(x: Tensor) -> Tensor:
     """A flat tensor as rows of ``BLOCK``, the last filled up with zeros."""
     missing = -x.numel() % BLOCK

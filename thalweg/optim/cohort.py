@@ -6,19 +6,24 @@ A parameter that joins later, or misses a step, counts for itself: it gets the b
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from thalweg.optim.batch import Batch, new_part
+from thalweg.optim.codecs import Part
 from thalweg.optim.lower import Update, lower
-from thalweg.optim.program import Program
+from thalweg.optim.program import DUE, NOT_DUE, Program, due_now
 from thalweg.optim.shared import measure
 
 
 class Cohort:
     """Parameters, their slots, and how they are updated.
+
+    Args:
+        slots: for each part of the program what is there already, or None for its first value.
 
     Attributes:
         t: number of the last applied update, 0-dim float32, on the device.
@@ -32,7 +37,7 @@ class Cohort:
         folds: Sequence[str],
         *,
         way: str | None = None,
-        slots: list[list[Tensor]] | None = None,
+        slots: Sequence[list[Tensor] | None] | None = None,
         t: Tensor | None = None,
         tries: int = 0,
     ) -> None:
@@ -41,16 +46,22 @@ class Cohort:
         self.ps, self.folds, self.way = list(ps), list(folds), way
         self.t = torch.zeros((), dtype=torch.float32, device=device) if t is None else t
         self.tries = tries
-        if slots is None:
-            slots = []
-            for part in program.parts:
-                first = zip(ps[:1], folds[:1]) if part.shape == "uniform" else zip(ps, folds)
-                slots.append([new_part(program, part, p, fold) for p, fold in first])
-        self.slots = slots
+        self.slots = [
+            self._new(part) if mine is None else mine
+            for part, mine in zip(program.parts, slots or [None] * len(program.parts))
+        ]
         elements = sum(p.numel() for p in ps)
         self.update: Update = lower(program, device=device.type, elements=elements, way=way)
+        if any(hasattr(p, "device_mesh") for p in ps):
+            from thalweg.optim.sharded import sharded  # it imports torch.distributed
+
+            self.update = replace(self.update, run=sharded(program, self.update.run))
         self.batch = Batch(self.ps, [], self.slots, self.folds)
         self.ids = [id(p) for p in ps]
+
+    def _new(self, part: Part) -> list[Tensor]:
+        held = 1 if part.shape == "uniform" else len(self.ps)
+        return [new_part(self.program, part, p, fold) for p, fold in zip(self.ps[:held], self.folds[:held])]
 
     def hold(self, gs: list[Tensor]) -> None:
         """Take the gradients of this step."""
@@ -62,10 +73,9 @@ class Cohort:
 
     def run(self, scalars: Mapping[str, Any], extra: Mapping[str, Sequence[Tensor]]) -> None:
         """Update all parameters in place."""
-        clock = self.program.rule.clock
-        due = clock is not None and self.tries % int(self.program.options[clock]) == 0
+        due = due_now(self.program.rule, self.program.options, self.tries)
         if "curvature" in self.program.tensors:
-            due = "curvature" in extra
+            due = DUE if "curvature" in extra else NOT_DUE
         self.update.run(self.batch, {**scalars, "t": self.t}, due=due, extra=extra)
         self.tries += 1
 

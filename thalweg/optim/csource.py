@@ -117,9 +117,12 @@ class _Writer:
         return source.kind != node.out.kind
 
     def _staged_sums(self) -> bool:
-        """Whether a sum over a parameter is used by something else than the kernel's own sums."""
+        """Whether a sum over a parameter is more than one of the kernel's own sums as it is."""
         used = {a for node in self.trace.nodes for a in _values(node)}
-        return any(node.out in used for node in self.tensor_sums)
+        asked = {v for v, place in zip(self.trace.outputs, self.outputs) if place is None}
+        return any(node.out in used or node.op != "sum" for node in self.tensor_sums) or not asked <= {
+            node.out for node in self.tensor_sums
+        }
 
     def _levels(self) -> dict[Value, int]:
         """How many walks must have ended before a value can be computed."""
@@ -199,7 +202,7 @@ class _Writer:
     def _staged_body(self) -> str:
         """A walk for each level of sums, one parameter after the other, all threads on each."""
         partials = len(self.tensor_sums)
-        setup = self._scalar_lines()
+        setup = [f"for (int k = 0; k < {self.num_sums}; k++) sums[k] = 0;", *self._scalar_lines()]
         per = ["const int64_t size = sizes[i]; (void)size;"]
         if self.width is not None:
             per += [f"const int64_t R = (size + {self.width} - 1) / {self.width}, C = {self.width};"]
@@ -450,6 +453,10 @@ class _Writer:
             if p is not None and p in [port.name for port in self.ports if port.kind == "tensor"]
         ]
         lines = []
+        if self.num_sums:
+            asked = [v for v, place in zip(self.trace.outputs, self.outputs) if place is None]
+            lines += self._tensor_lines(self.last + 1)
+            lines += ["if (tid == 0) {", *(f"sums[{k}] += v{v.number};" for k, v in enumerate(asked)), "}"]
         if columns:
             lines += ["if (tid == 0) for (int64_t j = 0; j < C; j++) {"]
             lines += self._column_lines([v for v, _ in columns])

@@ -30,7 +30,7 @@ def eager(program: Program, *, tile: int = TILE, stack: bool = False) -> Kernel:
         stack: equal shapes in one batched call, for programs that read matrices.
     """
 
-    def kernel(batch: Batch, scalars: Mapping[str, Any], *, due: bool = False, extra: Extra = None) -> None:
+    def kernel(batch: Batch, scalars: Mapping[str, Any], *, due: int = 0, extra: Extra = None) -> None:
         if not batch.ps:
             return
         scalars = as_tensors(scalars, program.exact, batch.ps[0].device)
@@ -75,7 +75,7 @@ def _whole(
     i: int,
     scalars: Scalars,
     place: int,
-    due: bool,
+    due: int,
     extra: Mapping[str, Tensor],
     skipped: Tensor | None,
 ) -> list[Tensor]:
@@ -98,7 +98,7 @@ def _tiled(
     scalars: Scalars,
     place: int,
     tile: int,
-    due: bool,
+    due: int,
     extra: Mapping[str, Tensor],
     skipped: Tensor | None,
 ) -> list[Tensor]:
@@ -154,7 +154,7 @@ def _stacked(
     batch: Batch,
     group: Sequence[int],
     scalars: Scalars,
-    due: bool,
+    due: int,
     extra: Extra,
     skipped: Tensor | None,
 ) -> list[Tensor]:

@@ -28,6 +28,10 @@ SCHEMA = 1
 
 #: What every group has beside the options of its rule.
 _COMMON = ("lr", "weight_decay", "decay_form", "maximize", "stages", "fold", "aux_lr", "aux_options")
+#: What else a group may hold: marks of schedulers and wrappers, and what is kept here with the state.
+_MARKS = ("params", "initial_lr", "peak_lr", "name", "param_names", "moving")
+#: Options that schedules of others move: torch's OneCycleLR and CyclicLR, a warm-up of momentum.
+_RATES = ("b1", "b2", "b3", "momentum")
 
 
 class RuleOptimizer(torch.optim.Optimizer):
@@ -58,6 +62,7 @@ class RuleOptimizer(torch.optim.Optimizer):
     """
 
     rule_name: ClassVar[str] = "adamw"
+    rule: ClassVar[Rule] = RULES["adamw"]
     _step_supports_amp_scaling = True  # GradScaler hands over its scale and its finding, and reads nothing back
 
     def __init__(
@@ -81,9 +86,8 @@ class RuleOptimizer(torch.optim.Optimizer):
         seed: int = 0,
         **options: Any,
     ) -> None:
-        self.rule = RULES[self.rule_name]
         if "betas" in options:
-            options.update(zip(("b1", "b2", "b3"), options.pop("betas")))
+            options.update(_named(options.pop("betas")))
         self.how = {
             "slots": _one_of("slots", slots, CODECS),
             "rounding": _one_of("rounding", rounding, ("auto", *ROUNDINGS)),
@@ -96,14 +100,16 @@ class RuleOptimizer(torch.optim.Optimizer):
         defaults = {
             "lr": self.rule.lr if lr is None else lr,
             "weight_decay": weight_decay,
-            "decay_form": decay_form,
+            "decay_form": _decay_form(decay_form, self.rule),
             "maximize": maximize,
-            "stages": stages,
+            "stages": _stages(stages),
             "fold": fold,
             "aux_lr": aux_lr,
             "aux_options": dict(aux_options or {}),
             **self.rule.options(options),
         }
+        if betas := _betas(defaults):
+            defaults["betas"] = betas  # where torch's schedulers look for a momentum to cycle
         self._begin()
         super().__init__(params, defaults)
 
@@ -113,27 +119,28 @@ class RuleOptimizer(torch.optim.Optimizer):
         self._shared: dict[str, Tensor] = {}
         self._programs: dict[Any, Program] = {}
         self._curvature: dict[Tensor, Tensor] = {}
+        self._rates: list[dict[str, Any]] = []
+        self._moved: list[dict[tuple[str, torch.device], Tensor]] = []
 
     # ------------------------------------------------------------------ groups
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group; its options are checked now, its slots are made at its first update."""
-        wrong = set(param_group) - {*self.defaults, "params", "initial_lr", "peak_lr", "name", "param_names"}
-        for name in sorted(wrong):
-            if name == "betas":
-                param_group = {**param_group, **dict(zip(("b1", "b2", "b3"), param_group["betas"]))}
-                del param_group["betas"]
-            else:
-                raise RecipeError(
-                    f"A parameter group has no option '{name}'.",
-                    f"Given: {name}={param_group[name]!r}.",
-                    did_you_mean(name, (*_COMMON, *self.rule.defaults)),
-                )
+        if "betas" in param_group:
+            param_group = {**_named(param_group["betas"]), **param_group}
+        for name in sorted(set(param_group) - {*self.defaults, *_MARKS}):
+            raise RecipeError(
+                f"A parameter group has no option '{name}'.",
+                f"Given: {name}={param_group[name]!r}.",
+                did_you_mean(name, (*_COMMON, *self.rule.defaults)),
+            )
         group = {**self.defaults, **param_group}
         self.rule.options({name: group[name] for name in self.rule.defaults})
         RULES["adamw"].options(group["aux_options"])
         param_group["stages"] = _stages(group["stages"])
         param_group["decay_form"] = _decay_form(group["decay_form"], self.rule)
+        if betas := _betas(group):
+            param_group["betas"] = betas
         if group["fold"] is not None:
             _one_of("fold", group["fold"], FOLDS)
         for name in ("lr", "weight_decay", "aux_lr"):
@@ -142,6 +149,7 @@ class RuleOptimizer(torch.optim.Optimizer):
         super().add_param_group(param_group)
         added = self.param_groups[-1]
         added.setdefault("peak_lr", added.get("initial_lr", added["lr"]))
+        added.setdefault("moving", ())
         if isinstance(added["peak_lr"], Tensor):
             added["peak_lr"] = added["peak_lr"].clone()
         for p in added["params"]:
@@ -153,14 +161,45 @@ class RuleOptimizer(torch.optim.Optimizer):
                 )
         self._cohorts.append([])
         self._live.append([])
+        self._rates.append({})
+        self._moved.append({})
+
+    def _follow(self, index: int, group: dict[str, Any], *, begin: bool = True) -> None:
+        """Take note of decay rates that were changed from outside; one that moves becomes a tensor, and its kernel stays."""
+        known = self._rates[index]
+        if "betas" in group:
+            mine = _betas(group)
+            if known and group["betas"] == known["betas"]:
+                group["betas"] = mine  # b1 or b2 may have been set
+            elif group["betas"] != mine:
+                group.update(_named(group["betas"]))
+        found = {name: group[name] for name in (*_RATES, "betas") if name in group}
+        for name in known:
+            if name != "betas" and type(found[name]) is float and found[name] != known[name] and name not in group["moving"]:
+                group["moving"] = (*group["moving"], name)
+        if known or begin:
+            self._rates[index] = found
+
+    def _options(self, index: int, group: dict[str, Any], device: torch.device, exact: torch.dtype) -> dict[str, Any]:
+        """The rule's options of a group; those that move as tensors."""
+        options = {name: group[name] for name in self.rule.defaults}
+        for name in group["moving"]:
+            if type(options[name]) is float:
+                moved = self._moved[index]
+                if (name, device) not in moved:
+                    moved[name, device] = torch.zeros((), dtype=exact, device=device)
+                options[name] = moved[name, device].fill_(options[name])
+        return options
 
     def _rule_for(self, p: Tensor) -> Rule:
         return self.rule if p.ndim >= self.rule.least_ndim else RULES["adamw"]
 
-    def _program(self, group: dict[str, Any], rule: Rule, p: Tensor) -> Program:
+    def _program(self, index: int, group: dict[str, Any], p: Tensor) -> Program:
         """The program of a parameter; parameters with equal ones are updated together."""
+        rule = self._rule_for(p)
         mine = rule is self.rule
-        options = {n: group[n] for n in rule.defaults} if mine else rule.options(group["aux_options"])
+        exact = torch.float64 if CAPABILITIES.get(p.device.type, {}).get("float64", True) else torch.float32
+        options = self._options(index, group, p.device, exact) if mine else rule.options(group["aux_options"])
         form = group["decay_form"] if group["weight_decay"] else None
         stages = group["stages"] if mine else {}
         listed = tuple((name, tuple(given.items())) for name, given in stages.items())
@@ -170,7 +209,6 @@ class RuleOptimizer(torch.optim.Optimizer):
             rounding = self.how["rounding"]
             if rounding == "auto":
                 rounding = {torch.bfloat16: "stochastic", torch.float16: "kahan"}.get(p.dtype, "nearest")
-            exact = torch.float64 if CAPABILITIES.get(p.device.type, {}).get("float64", True) else torch.float32
             self._programs[key] = Program(
                 rule,
                 options,
@@ -215,6 +253,7 @@ class RuleOptimizer(torch.optim.Optimizer):
 
     def _gather(self, index: int, group: dict[str, Any]) -> list[Tensor]:
         """The gradients of a group, handed to its cohorts; cohorts are made and split where membership changed."""
+        self._follow(index, group)
         ps = [p for p in group["params"] if p.grad is not None]
         gs = [p.grad for p in ps]
         for p, g in zip(ps, gs):
@@ -225,7 +264,7 @@ class RuleOptimizer(torch.optim.Optimizer):
                     "Build the embedding with sparse=False.",
                 )
         live = [id(p) for p in ps]
-        programs = self._wanted(group, ps)
+        programs = self._wanted(index, group, ps)
         if live != self._live[index] or any(c.program not in programs for c in self._cohorts[index]):
             self._regroup(index, group, ps)
             self._live[index] = live
@@ -234,10 +273,10 @@ class RuleOptimizer(torch.optim.Optimizer):
             cohort.hold([found[i] for i in cohort.ids] if cohort.ids and cohort.ids[0] in found else [])
         return gs
 
-    def _wanted(self, group: dict[str, Any], ps: list[Tensor]) -> set[Program]:
+    def _wanted(self, index: int, group: dict[str, Any], ps: list[Tensor]) -> set[Program]:
         """The programs that the group's parameters should run: options may have been changed since the last step."""
         kinds = {(p.ndim >= self.rule.least_ndim, p.dtype, p.device): p for p in ps}
-        return {self._program(group, self._rule_for(p), p) for p in kinds.values()}
+        return {self._program(index, group, p) for p in kinds.values()}
 
     def _regroup(self, index: int, group: dict[str, Any], ps: list[Tensor]) -> None:
         """Parameters that were together and both have a gradient now stay together; others part ways; new ones begin."""
@@ -252,11 +291,13 @@ class RuleOptimizer(torch.optim.Optimizer):
         fresh: dict[Program, list[Tensor]] = {}
         for p in ps:
             if id(p) not in known:
-                fresh.setdefault(self._program(group, self._rule_for(p), p), []).append(p)
+                fresh.setdefault(self._program(index, group, p), []).append(p)
         for program, members in fresh.items():
             folds = [group["fold"] or fold_of(p.shape) for p in members]
             cohorts.append(Cohort(program, members, folds, way=self._way(program)))
-        self._cohorts[index] = [self._current(group, cohort) for cohort in cohorts]
+        self._cohorts[index] = [self._current(index, group, cohort) for cohort in cohorts]
+        used = {cohort.program for mine in self._cohorts for cohort in mine}
+        self._programs = {key: program for key, program in self._programs.items() if program in used}
         for cohort in self._cohorts[index]:
             for i, p in enumerate(cohort.ps):
                 self.state[p].update(cohort.state(i))
@@ -265,18 +306,15 @@ class RuleOptimizer(torch.optim.Optimizer):
         """A way that was asked for holds for the rule; what is left to AdamW chooses."""
         return self.how["way"] if program.rule is self.rule else None
 
-    def _current(self, group: dict[str, Any], cohort: Cohort) -> Cohort:
+    def _current(self, index: int, group: dict[str, Any], cohort: Cohort) -> Cohort:
         """The cohort with the program that its group's options ask for now; slots of the same name go on."""
-        p = cohort.ps[0]
-        program = self._program(group, self._rule_for(p), p)
+        program = self._program(index, group, cohort.ps[0])
         if program is cohort.program:
             return cohort
-        fresh = Cohort(program, cohort.ps, cohort.folds, way=self._way(program), t=cohort.t, tries=cohort.tries)
-        kept = {part.name: mine for part, mine in zip(cohort.program.parts, cohort.slots)}
-        for k, part in enumerate(program.parts):
-            if part.name in kept and part in cohort.program.parts:
-                fresh.slots[k][:] = kept[part.name]
-        return fresh
+        kept = dict(zip(cohort.program.parts, cohort.slots))
+        slots = [kept.get(part) for part in program.parts]
+        way = self._way(program)
+        return Cohort(program, cohort.ps, cohort.folds, way=way, slots=slots, t=cohort.t, tries=cohort.tries)
 
     def _divisor(self, gradients: list[list[Tensor]]) -> tuple[Tensor | None, Tensor | None]:
         """What gradients are divided by (loss scale and clipping), and whether the update is skipped."""
@@ -390,7 +428,8 @@ class RuleOptimizer(torch.optim.Optimizer):
 
     def state_dict(self) -> dict[str, Any]:
         """As torch's, with what each parameter needs to go on: slots, counts, and the numbers shared by all."""
-        for mine in self._cohorts:
+        for index, (group, mine) in enumerate(zip(self.param_groups, self._cohorts)):
+            self._follow(index, group, begin=False)
             for cohort in mine:
                 for i, p in enumerate(cohort.ps):
                     self.state[p].update(cohort.state(i))
@@ -408,11 +447,18 @@ class RuleOptimizer(torch.optim.Optimizer):
             RecipeError: for the state of another rule, or of a newer version.
         """
         for group in state_dict["param_groups"]:
-            if group.get("rule", self.rule_name) != self.rule_name or group.get("schema", SCHEMA) > SCHEMA:
+            rule, version = group.get("rule"), group.get("schema", 0)
+            if rule != self.rule_name:
                 raise RecipeError(
                     f"This state is not {self.rule_name}'s.",
-                    f"It is of {group.get('rule')}, version {group.get('schema')}; here {self.rule_name}, {SCHEMA}.",
+                    f"It is of {rule or 'no rule of ours'}, and this optimizer runs {self.rule_name}.",
                     "Build the optimizer that it was saved from, or convert it with thalweg.optim.from_torch.",
+                )
+            if version > SCHEMA:
+                raise RecipeError(
+                    f"This state of {rule} was written by a newer thalweg.",
+                    f"It has version {version}, and here {SCHEMA} is the newest known.",
+                    "Upgrade thalweg to load it.",
                 )
         given = copy.copy(state_dict)
         given["param_groups"] = [
@@ -426,19 +472,25 @@ class RuleOptimizer(torch.optim.Optimizer):
                 if isinstance(value, Tensor):  # torch casts them to the parameter's dtype
                     device = p.device if value.device.type != "meta" else value.device
                     self.state[p][name] = value.detach().to(device, copy=True)
+        for group in self.param_groups:  # a state that says less, such as one converted from torch
+            for name, default in {**self.defaults, "peak_lr": group["lr"], "moving": ()}.items():
+                group.setdefault(name, default)
         self._restore()
 
     def _restore(self) -> None:
         """Cohorts from the state: parameters with equal counts and equal uniform numbers belong together."""
         self._cohorts = [[] for _ in self.param_groups]
         self._live = [[] for _ in self.param_groups]
+        self._rates = [{} for _ in self.param_groups]
+        self._moved = [{} for _ in self.param_groups]
         self._shared, self._programs = {}, {}
         for index, group in enumerate(self.param_groups):
+            self._follow(index, group, begin=any(p in self.state for p in group["params"]))
             together: dict[tuple[Any, ...], list[Tensor]] = {}
             for p in group["params"]:
                 if not self.state.get(p):
                     continue
-                program = self._program(group, self._rule_for(p), p)
+                program = self._program(index, group, p)
                 state = self.state[p]
                 uniform = [part.name for part in program.parts if part.shape == "uniform"]
                 key = (id(program), float(state["step"]), *(float(state[name]) for name in uniform))
@@ -448,13 +500,13 @@ class RuleOptimizer(torch.optim.Optimizer):
                         self._shared.setdefault(name.removeprefix("shared."), state[name])
                         del state[name]
             for members in together.values():
-                self._cohorts[index].append(self._cohort_from_state(group, members))
+                self._cohorts[index].append(self._cohort_from_state(index, group, members))
 
-    def _cohort_from_state(self, group: dict[str, Any], members: list[Tensor]) -> Cohort:
+    def _cohort_from_state(self, index: int, group: dict[str, Any], members: list[Tensor]) -> Cohort:
         first = self.state[members[0]]
-        program = self._program(group, self._rule_for(members[0]), members[0])
+        program = self._program(index, group, members[0])
         folds = [group["fold"] or fold_of(p.shape) for p in members]
-        slots: list[list[Tensor]] = []
+        slots: list[list[Tensor] | None] = []
         for part in program.parts:
             wanted = program.dtype_of(part)
             held = members[:1] if part.shape == "uniform" else members
@@ -484,7 +536,6 @@ class RuleOptimizer(torch.optim.Optimizer):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
-        self.rule = RULES[self.rule_name]
         if not hasattr(self, "_cohorts"):  # from a pickle or a copy, not from load_state_dict
             self._begin()
             self._restore()
@@ -504,6 +555,15 @@ def _number(name: str, value: float, below: float = float("inf")) -> float:
     return value
 
 
+def _named(betas: Iterable[Any]) -> dict[str, Any]:
+    return dict(zip(("b1", "b2", "b3"), betas))
+
+
+def _betas(group: Mapping[str, Any]) -> tuple[Any, ...]:
+    """The decay rates of moments as torch's classes name them."""
+    return tuple(group[name] for name in ("b1", "b2", "b3") if group.get(name) is not None)
+
+
 def _decay_form(form: str | None, rule: Rule) -> str:
     return rule.decay_form if form is None else _one_of("decay_form", form, DECAYS)
 
@@ -516,9 +576,21 @@ def _stages(given: str | Iterable[str] | Mapping[str, Mapping[str, Any]]) -> dic
     return {name: STAGES[name].options(options) and dict(options) or dict(options) for name, options in listed.items()}
 
 
-def face_of(rule: str) -> type[RuleOptimizer]:
-    """The optimizer class of a rule, such as ``AdamW`` of "adamw"."""
+def face_of(rule: str | Rule) -> type[RuleOptimizer]:
+    """The optimizer class of a rule, such as ``AdamW`` of "adamw"; of a rule that is not registered, a class made now."""
+    if isinstance(rule, Rule):
+        return face_of(rule.name) if rule.name in RULES and RULES[rule.name] is rule else _make(rule)
+    if rule not in _FACES:  # registered by a user, after this module was imported
+        _FACES[rule] = _make(RULES[rule])
     return _FACES[rule]
+
+
+def __getattr__(name: str) -> Any:
+    """The class of a rule that was registered after this module was imported: a pickle asks for it by name."""
+    for rule in RULES:
+        if class_name(rule) == name:
+            return face_of(rule)
+    raise AttributeError(f"module 'thalweg.optim.face' has no attribute '{name}'")
 
 
 def class_name(rule: str) -> str:
@@ -554,18 +626,18 @@ _WORDS = {
 }
 
 
-def _make(rule: str) -> type[RuleOptimizer]:
-    about = RULES[rule]
-    doc = (about.update.__doc__ or "").strip().splitlines()[0]
-    text = f"{doc}\n\n    ``thalweg rules {rule}`` prints its card. Options: ``RuleOptimizer``, and "
-    text += ", ".join(f"{name}={value!r}" for name, value in about.defaults.items()) + "."
-    name = class_name(rule)
-    made = type(name, (RuleOptimizer,), {"rule_name": rule, "__doc__": text, "__module__": __name__, "__qualname__": name})
+def _make(rule: Rule) -> type[RuleOptimizer]:
+    doc = (rule.update.__doc__ or rule.name).strip().splitlines()[0]
+    text = f"{doc}\n\n    ``thalweg rules {rule.name}`` prints its card. Options: ``RuleOptimizer``, and "
+    text += ", ".join(f"{name}={value!r}" for name, value in rule.defaults.items()) + "."
+    name = class_name(rule.name)
+    about = {"rule_name": rule.name, "rule": rule, "__doc__": text, "__module__": __name__, "__qualname__": name}
+    made = type(name, (RuleOptimizer,), about)
     globals()[name] = made
     return made
 
 
-_FACES: dict[str, type[RuleOptimizer]] = {name: _make(name) for name in RULES}
+_FACES: dict[str, type[RuleOptimizer]] = {name: _make(RULES[name]) for name in RULES}
 
 
 def scheduler(optimizer: torch.optim.Optimizer, schedule: str | Schedule, steps: int) -> Any:

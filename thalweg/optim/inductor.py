@@ -54,7 +54,7 @@ def inductor(program: Program) -> Kernel:
     by_hand = eager(program)
 
     def kernel(
-        batch: Batch, scalars: Mapping[str, Any], *, due: bool = False, extra: Extra = None
+        batch: Batch, scalars: Mapping[str, Any], *, due: int = 0, extra: Extra = None
     ) -> None:
         if not batch.ps:
             return

@@ -69,7 +69,7 @@ def fused(program: Program, *, device: str) -> Kernel | None:
     call = _MAKERS[rule](program, program.decay_form == "decoupled" or (rule == "adamw" and not program.decay_form))
 
     def kernel(
-        batch: Batch, scalars: Mapping[str, Any], *, due: bool = False, extra: Extra = None
+        batch: Batch, scalars: Mapping[str, Any], *, due: int = 0, extra: Extra = None
     ) -> None:
         divisor, skipped = _single(scalars.get("divisor")), _single(scalars.get("skipped"))
         call(batch, scalars["lr"], _single(scalars["t"]), scalars.get("wd", 0.0), divisor, skipped)

@@ -128,7 +128,7 @@ def _loads(library: Path) -> bool:
     return True
 
 
-def native(program: Program, *, grad_dtype: torch.dtype | None = None, due: bool = False, ndim: int = 2) -> Kernel:
+def native(program: Program, *, grad_dtype: torch.dtype | None = None, due: int = 0, ndim: int = 2) -> Kernel:
     """A kernel of compiled C for parameters on the CPU.
 
     Raises:
@@ -173,7 +173,7 @@ def native(program: Program, *, grad_dtype: torch.dtype | None = None, due: bool
     stored = [i for i, part in enumerate(program.parts) if part.shape != "uniform"]
 
     def kernel(
-        batch: Batch, scalars: Mapping[str, Any], *, due: bool = False, extra: Extra = None
+        batch: Batch, scalars: Mapping[str, Any], *, due: int = 0, extra: Extra = None
     ) -> None:
         numbers = {**scalars, **{name: batch.slots[i][0] for name, i in uniform.items()}}
         columns = [batch.ps, _laid_like(batch.gs, batch.ps), *(batch.slots[i] for i in stored)]
@@ -193,8 +193,8 @@ def native_by_ndim(program: Program) -> Kernel:
     built: dict[tuple[Any, ...], Kernel] = {}
     by_ndim = any("ndim" in piece.component.needs for piece in program.pieces)
 
-    def kernel_for(dtype: torch.dtype, ndim: int, due: bool) -> Kernel:
-        key = (dtype, ndim if by_ndim else 2, due and program.needs_due)
+    def kernel_for(dtype: torch.dtype, ndim: int, due: int) -> Kernel:
+        key = (dtype, ndim if by_ndim else 2, due if program.needs_due else 0)
         if key not in built:
             built[key] = native(program, grad_dtype=key[0], ndim=key[1], due=key[2])
         return built[key]
@@ -205,11 +205,11 @@ def native_by_ndim(program: Program) -> Kernel:
         lies = p.is_contiguous() if program.folds else is_dense(p) or not p.numel()
         return lies and (not program.folds or program.stacks or len(matrix_shape(p.shape, batch.fold(i))) == 2)
 
-    kernel_for(program.dtype, 2, False)
+    kernel_for(program.dtype, 2, 0)
     by_hand = eager(program)
 
     def kernel(
-        batch: Batch, scalars: Mapping[str, Any], *, due: bool = False, extra: Extra = None
+        batch: Batch, scalars: Mapping[str, Any], *, due: int = 0, extra: Extra = None
     ) -> None:
         kinds = [(g.dtype, p.ndim if by_ndim else 2, fits(batch, i)) for i, (p, g) in enumerate(zip(batch.ps, batch.gs))]
         for kind in dict.fromkeys(kinds):

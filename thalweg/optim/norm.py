@@ -27,6 +27,8 @@ def _squares(dtype: torch.dtype) -> Any:
 
 def global_norm(gs: Sequence[Tensor]) -> Tensor:
     """The 2-norm over all elements of all tensors, 0-dim, in at least float32; infinite or NaN if any element is."""
+    if any(hasattr(g, "device_mesh") for g in gs):
+        return _sharded_norm(gs)
     groups: dict[tuple[torch.dtype, torch.device], list[Tensor]] = {}
     for g in gs:
         groups.setdefault((g.dtype, g.device), []).append(g)
@@ -35,6 +37,17 @@ def global_norm(gs: Sequence[Tensor]) -> Tensor:
         return norms[0]
     wide = max((n.dtype for n in norms), key=lambda d: torch.finfo(d).bits)
     return torch.linalg.vector_norm(torch.stack([n.to(norms[0].device, wide) for n in norms]))
+
+
+def _sharded_norm(gs: Sequence[Tensor]) -> Tensor:
+    """Each rank's own part, added up once for each way of sharding."""
+    from thalweg.optim.sharded import added_up, layout, local
+
+    groups: dict[Any, list[Tensor]] = {}
+    for g in gs:
+        groups.setdefault(layout(g), []).append(g)
+    squares = [added_up(global_norm([local(g) for g in group]).square(), group[0]) for group in groups.values()]
+    return torch.stack(squares).sum().sqrt()
 
 
 def _norm(gs: list[Tensor]) -> Tensor:

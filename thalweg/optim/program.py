@@ -17,8 +17,11 @@ from thalweg.core import RecipeError
 from thalweg.optim.codecs import BF16_ERROR, FULL, Codec, Part, hashed, round_to_bf16
 from thalweg.rules import DECAYS, REACHES, STAGES, Component, Rule, Slot, Stage
 
+#: What ``due`` may be: not, yes, and yes for the first time.
+NOT_DUE, DUE, FIRST = 0, 1, 2
+
 TENSORS = ("noise", "curvature")  # what a component may need shaped like the gradient
-_GIVEN = ("due", "ndim", *TENSORS)  # what it gets as it is, not as a scalar
+_GIVEN = ("due", "fresh", "ndim", *TENSORS)  # what it gets as it is, not as a scalar
 _ORDER = ("gradient", "update", "decay", "total", "weights")
 
 
@@ -141,7 +144,7 @@ class Program:
         scalars: Mapping[str, Tensor],
         *,
         index: Tensor | None = None,
-        due: bool = False,
+        due: int = 0,
         extra: Mapping[str, Tensor] | None = None,
         ndim: int = 2,
     ) -> tuple[Tensor, ...]:
@@ -151,10 +154,11 @@ class Program:
             p, g, stored: as they lie in memory, in the shapes that ``reads`` asks for.
             scalars: 0-dim tensors for ``self.scalars``.
             index: number of each element, int32, shaped like p; where ``random``.
-            due, ndim: as for ``Rule.needs``.
+            due: ``NOT_DUE``, ``DUE`` or ``FIRST``.
+            ndim: as for ``Rule.needs``.
             extra: what else it needs, of ``TENSORS``, shaped like g.
         """
-        known = self._known(scalars, due=due, ndim=ndim, extra=extra)
+        known = self.known(scalars, due=due > 0, fresh=due == FIRST, ndim=ndim, extra=extra)
         start, g, slots = self.prepare(p, g, stored, known)
         change = q = start
         for piece in self.pieces:
@@ -195,7 +199,7 @@ class Program:
                 slots[piece.first : piece.first + piece.num] = new
         return start, g, slots
 
-    def _known(self, scalars: Mapping[str, Tensor], **given: Any) -> dict[str, Any]:
+    def known(self, scalars: Mapping[str, Tensor], **given: Any) -> dict[str, Any]:
         """Every number by name, in the exact dtype, and what is given as it is."""
         known: dict[str, Any] = {name: scalars[name].to(self.exact) for name in self.scalars}
         extra = given.pop("extra", None)
@@ -246,3 +250,10 @@ def _split(q: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     return near, (q - near.to(q.dtype)).to(dtype)
 
 
+
+
+def due_now(rule: Rule, options: Mapping[str, Any], tries: int) -> int:
+    """Whether periodic work is due, by the number of updates attempted before."""
+    if rule.clock is None or tries % int(options[rule.clock]):
+        return NOT_DUE
+    return DUE if tries else FIRST

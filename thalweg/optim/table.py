@@ -11,6 +11,7 @@ from typing import Any
 from torch import nn
 
 from thalweg.core import ModelError, ParameterRow, RecipeError, did_you_mean
+from thalweg.core.plan import RECIPES_RULE
 from thalweg.core.recipe import Optimizer
 from thalweg.optim.batch import FOLDS, fold_of
 from thalweg.rules import RULES
@@ -127,7 +128,7 @@ def _with_rule(row: ParameterRow, one: _Parameter, optimizer: Optimizer, last: n
         elif rule.least_ndim == 2 and last is not None and last in one.owners:
             reason = f"{rule.name} takes hidden matrices, and this is the output layer"
     if reason is None:
-        return replace(row, rule=rule.name, rule_reason="the recipe's rule", options=dict(optimizer.options))
+        return replace(row, rule=rule.name, rule_reason=RECIPES_RULE, options=dict(optimizer.options))
     other = RULES[optimizer.otherwise]
     rate = other.lr if optimizer.otherwise_lr is None else optimizer.otherwise_lr
     return replace(row, rule=other.name, rule_reason=reason, lr=_scale(rate, optimizer), options={})

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from typing import Any
 
-from thalweg.core import human_bytes, human_count
+from thalweg.core import human_bytes, human_count, treatments
 from thalweg.report.axes import plain
 from thalweg.report.folder import Run
 from thalweg.report.markup import details, section, shown, table, tag, wrap
@@ -46,21 +46,21 @@ def _recipe_table(rows: list[tuple[str, Any, str]]) -> str:
 
 
 def parameters(run: Run) -> str:
-    """What decided decay, in sum, and the full table folded away."""
-    groups: dict[tuple[bool, str], tuple[int, int]] = {}
+    """How they are treated, in sum, and the full table folded away."""
+    if not run.plan.parameters:
+        return ""
+    peak = run.plan.recipe.optimizer.lr
+    summary = [
+        (f"{one.tensors:,}", human_count(one.elements), *one.told(peak)) for one in treatments(run.plan.parameters)
+    ]
+    brief = table(("tensors", "elements", "rule", "peak rate", "decay", "because"), summary, numbers=[0, 1], names=[2])
     rows = []
     for row in run.plan.parameters:
-        size = math.prod(row.shape)
-        tensors, elements = groups.get((row.decays, row.decay_reason), (0, 0))
-        groups[row.decays, row.decay_reason] = (tensors + 1, elements + size)
         shape = " \u00d7 ".join(map(str, row.shape)) or "scalar"
-        rows.append((row.name, shape, f"{size:,}", _decay(row.decays), row.decay_reason))
-    if not rows:
-        return ""
-    ordered = sorted(groups.items(), key=lambda item: (not item[0][0], -item[1][1]))
-    summary = [(_decay(d), why, f"{tensors:,}", human_count(n)) for (d, why), (tensors, n) in ordered]
-    full = table(("name", "shape", "elements", "weight decay", "because"), rows, numbers=[2], names=[0])
-    brief = table(("weight decay", "because", "tensors", "elements"), summary, numbers=[2, 3])
+        (one,) = treatments([row])
+        rows.append((row.name, shape, f"{math.prod(row.shape):,}", *one.told(peak)))
+    headings = ("name", "shape", "elements", "rule", "peak rate", "decay", "because")
+    full = table(headings, rows, numbers=[2], names=[0, 3])
     return section("Parameters", brief, details(f"All {len(rows):,} parameters", full))
 
 
@@ -84,10 +84,6 @@ def data(run: Run) -> str:
     if run.plan.samples:
         told["samples in an epoch"] = f"{run.plan.samples:,}"
     return section("Data", _facts(told))
-
-
-def _decay(decays: bool) -> str:
-    return "yes" if decays else "no"
 
 
 def _facts(facts: dict[str, Any]) -> str:

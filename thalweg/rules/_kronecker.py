@@ -62,28 +62,41 @@ def inverse_root(gram: Tensor, scale: Tensor | float, eps: float, power: float) 
     return (vectors * values.pow(-power).unsqueeze(-2)) @ vectors.mT
 
 
-def refresh(gram: Tensor, basis: Tensor, *, sort: bool) -> tuple[Tensor, Tensor]:
+def refresh(gram: Tensor, basis: Tensor, *, fresh: bool, sort: bool) -> tuple[Tensor, Tensor]:
     """(a newer eigenbasis of ``gram``, the columns of ``basis`` that its columns follow).
 
-    One power iteration, made orthogonal by QR; a basis that is still the identity becomes the exact one. To see whether one
-    is reads one flag back from the device at each refresh, the only place where a rule does that; else each refresh would pay
-    for both ways.
+    One power iteration from the old basis, made orthogonal by QR.
 
     Args:
+        fresh: there is no old basis yet: take the exact one.
         sort: by falling eigenvalues, as estimated in the old basis.
     """
     gram = _finite(gram)
-    first = (basis.diagonal(dim1=-2, dim2=-1) == 1).all(-1)[..., None]
     same = torch.arange(gram.shape[-1], device=gram.device).expand(gram.shape[:-1])
-    if bool(first.all()):
-        return torch.linalg.eigh(gram)[1].flip(-1), same
+    if fresh:
+        return _exact_basis(gram), same
     product = gram @ basis
     order = (basis * product).sum(-2).argsort(dim=-1, descending=True) if sort else same
-    new = torch.linalg.qr(product.take_along_dim(order.unsqueeze(-2), -1))[0]
-    if bool(first.any()):
-        exact = torch.linalg.eigh(gram)[1].flip(-1)
-        new, order = torch.where(first[..., None], exact, new), torch.where(first, same, order)
-    return new, order
+    return torch.linalg.qr(product.take_along_dim(order.unsqueeze(-2), -1))[0], order
+
+
+def _exact_basis(gram: Tensor) -> Tensor:
+    """Eigenvectors, largest eigenvalue first.
+
+    The basis of a null space is whatever rounding makes of it, on each machine, rank and layout another, and Adam in that basis
+    is another. So it is fixed: eigenvectors of diag(1, ..., n) within the null space. A matrix of full rank is left as it is.
+    """
+    values: Tensor
+    vectors: Tensor
+    values, vectors = torch.linalg.eigh(gram)
+    size = gram.shape[-1]
+    floor = values[..., -1:] * (10 * size * torch.finfo(gram.dtype).eps)
+    null = (values <= floor).to(gram.dtype)
+    ramp = torch.arange(1, size + 1, dtype=gram.dtype, device=gram.device) / size
+    inside = (vectors.mT * ramp) @ vectors * null.unsqueeze(-1) * null.unsqueeze(-2)
+    kept_apart = torch.diag_embed(torch.where(null > 0, 0.0, 2 + values / values[..., -1:].clamp(min=1e-30)))
+    turned = torch.linalg.eigh(inside + kept_apart)[1]
+    return (vectors @ turned).flip(-1)
 
 
 def _finite(gram: Tensor) -> Tensor:

@@ -109,6 +109,7 @@ class Rule(Component):
             together. "row" and "matrix" see every parameter as (..., R, C), a vector as (1, n).
         defaults: its options and their defaults.
         needs: keyword arguments beyond lr and t that the engine gives: "due" (a Python bool, true each ``clock`` updates),
+            "fresh" (a Python bool: due for the first time),
             "noise" (standard normal, shaped like g), "curvature" (of the diagonal, shaped like g, valid when
             due), "ndim" (of the parameter as the model has it), and the names of ``shared``.
         decay_form: the form of weight decay that its paper uses.

@@ -69,6 +69,7 @@ def shampoo(
         b1, b2: decay of m, and of v, L and R, in [0, 1).
         eps: added to the eigenvalues of L and R.
         graft: whose length the change has: a = m^/(sqrt(v^) + graft_eps) "adam", m^ "sgd", or s itself "none".
+        graft_eps: added to the root of v.
         exponent: of the roots; 0: 1/(2*sides), so 1/4, and 1/2 where one side is larger than ``max_dim``.
         frequency: updates from one computation of the roots to the next; until the second one the change is a (m^ for "none"),
             since the roots of a single gradient blow up what that gradient lacks.
@@ -144,6 +145,7 @@ def kl_shampoo(
     lr: Tensor,
     t: Tensor,
     due: bool,
+    fresh: bool,
     b1: float = 0.9,
     b2: float = 0.98,
     eps: float = 1e-8,
@@ -164,6 +166,7 @@ def kl_shampoo(
         lr: learning rate, 0-dim.
         t: number of this update, from 1, 0-dim.
         due: whether the bases are refreshed after this update.
+        fresh: whether this is the first time.
         b1, b2: decay of m, and of L, R, l and r, in [0, 1).
         eps: added to the root of l r^T.
         start: of l and r.
@@ -203,10 +206,10 @@ def kl_shampoo(
         values_right = _floored(values_right + new * (seen - values_right), columns, limit)
     if due:
         if sides[0]:
-            old, (basis_left, _) = basis_left, refresh(gram_left, basis_left, sort=False)
+            old, (basis_left, _) = basis_left, refresh(gram_left, basis_left, fresh=fresh, sort=False)
             m = basis_left.mT @ (old @ m)
         if sides[1]:
-            old, (basis_right, _) = basis_right, refresh(gram_right, basis_right, sort=False)
+            old, (basis_right, _) = basis_right, refresh(gram_right, basis_right, fresh=fresh, sort=False)
             m = (m @ old.mT) @ basis_right
     return change, m, gram_left, gram_right, basis_left, basis_right, values_left, values_right
 

@@ -42,6 +42,7 @@ def soap(
     lr: Tensor,
     t: Tensor,
     due: bool,
+    fresh: bool,
     b1: float = 0.95,
     b2: float = 0.95,
     eps: float = 1e-8,
@@ -58,6 +59,7 @@ def soap(
         lr: learning rate, 0-dim.
         t: number of this update, from 1, 0-dim.
         due: whether the bases are refreshed after this update.
+        fresh: whether this is the first time.
         b1, b2: decay of the moments, in [0, 1); b2 is that of the Gram matrices too.
         eps: added to the root, before the bias correction (in adam after it).
         frequency: updates from one refresh to the next.
@@ -81,9 +83,9 @@ def soap(
     gram_left, gram_right = grow(gram_left, gram_right, g, b2, 1 - b2, sides)
     if due:
         if sides[0]:
-            old, (basis_left, order) = basis_left, refresh(gram_left, basis_left, sort=True)
+            old, (basis_left, order) = basis_left, refresh(gram_left, basis_left, fresh=fresh, sort=True)
             m, v = basis_left.mT @ (old @ m), v.take_along_dim(order.unsqueeze(-1), -2)
         if sides[1]:
-            old, (basis_right, order) = basis_right, refresh(gram_right, basis_right, sort=True)
+            old, (basis_right, order) = basis_right, refresh(gram_right, basis_right, fresh=fresh, sort=True)
             m, v = (m @ old.mT) @ basis_right, v.take_along_dim(order.unsqueeze(-2), -1)
     return change, m, v, gram_left, gram_right, basis_left, basis_right

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import math
 import os
 import sys
 import time
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import BarColumn, Progress, ProgressColumn, Task, TextColumn
 from rich.table import Table
 from rich.text import Text
@@ -22,9 +23,12 @@ from thalweg.core import (
     human_bytes,
     human_count,
     human_seconds,
+    treatments,
 )
 
 _LINE_SECONDS = 10.0
+#: Lines on the treatment of parameters; with more, those that differ by their rate alone are one.
+_MOST_TREATMENTS = 12
 
 
 class _Steady(Console):
@@ -35,6 +39,18 @@ class _Steady(Console):
         nowhere = os.open(os.devnull, os.O_WRONLY)
         os.dup2(nowhere, sys.stdout.fileno())
         os.close(nowhere)
+
+
+def print_table(
+    headings: Sequence[str], rows: Iterable[Sequence[str]], *, title: str = "", console: Console | None = None
+) -> None:
+    """A table without lines; what is too wide for the terminal is folded."""
+    table = Table(title=title or None, title_justify="left", box=None, pad_edge=False)
+    for i, heading in enumerate(headings):
+        table.add_column(heading, overflow="fold", no_wrap=i == 0, min_width=len(heading))
+    for row in rows:
+        table.add_row(*map(escape, row))
+    (console or _Steady(highlight=False)).print(table)
 
 
 class _Figures(ProgressColumn):
@@ -127,23 +143,14 @@ class Terminal:
         )
         for name, value in machine.get("data", {}).items():
             self.console.print(f"  data: {name} {value}", soft_wrap=True)
-        table = Table(title="decided before step 1", title_justify="left", box=None, pad_edge=False)
-        table.add_column("value")
-        table.add_column("is")
-        table.add_column("because")
-        for decision in plan.decisions:
-            table.add_row(decision.path, str(decision.value), decision.reason)
-        self.console.print(table)
-        groups: dict[tuple[str, str], tuple[int, int]] = {}
-        for row in sorted(plan.parameters, key=lambda r: not r.decays):
-            key = ("decays" if row.decays else "does not", row.decay_reason)
-            count, total = groups.get(key, (0, 0))
-            groups[key] = (count + 1, total + math.prod(row.shape))
-        table = Table(title="weight decay", title_justify="left", box=None, pad_edge=False)
-        for column in ("parameters", "tensors", "decay", "because"):
-            table.add_column(column)
-        for (decays, reason), (count, total) in groups.items():
-            table.add_row(human_count(total), str(count), decays, reason)
-        self.console.print(table)
+        decided = [(d.path, str(d.value), d.reason) for d in plan.decisions]
+        print_table(("value", "is", "because"), decided, title="decided before step 1", console=self.console)
+        peak = plan.recipe.optimizer.lr
+        rows = [
+            (human_count(one.elements), str(one.tensors), *one.told(peak))
+            for one in treatments(plan.parameters, most=_MOST_TREATMENTS)
+        ]
+        headings = ("parameters", "tensors", "rule", "peak rate", "decay", "because")
+        print_table(headings, rows, title="what becomes of the parameters", console=self.console)
         sizes = ", ".join(f"{name} {human_bytes(size)}" for name, size in plan.sizes.items() if size)
         self.console.print(f"  memory: {sizes}", soft_wrap=True)
