@@ -241,7 +241,7 @@ def _kron(
     noise: Arrays,
     b1: float = 0.9,
     precond_lr: float = 0.1,
-    clip: float = 1.1,
+    most_rms: float = 1.1,
     frequency: int = 1,
     max_dim: int = 8192,
 ) -> np.ndarray:
@@ -264,7 +264,7 @@ def _kron(
                     size = _spectral_bound(one + two)
                 q[axis] = q[axis] - precond_lr * np.triu(one - two) / size @ q[axis]
         s = q[0].T @ q[0] @ mean @ q[1].T @ q[1]
-        w = w - lr * s * min(1, clip / (np.sqrt((s**2).mean()) + 1e-8))
+        w = w - lr * s * min(1, most_rms / (np.sqrt((s**2).mean()) + 1e-8))
     return w
 
 
@@ -303,7 +303,7 @@ CASES: list[tuple[str, dict[str, Any]]] = [
     ("kl_shampoo", {"frequency": 3, "max_dim": 5}),
     ("kl_shampoo", {"limit": 11.0, "b2": 0.5}),
     ("kron", {"frequency": 3, "precond_lr": 0.5}),
-    ("kron", {"b1": 0.0, "clip": 0.3}),
+    ("kron", {"b1": 0.0, "most_rms": 0.3}),
     ("kron", {"max_dim": 5}),
     ("kron", {"max_dim": 3}),
 ]

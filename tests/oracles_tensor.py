@@ -35,7 +35,7 @@ def adafactor(
     beta2_decay=-0.8,
     eps1=None,
     eps2=1e-3,
-    clip=1.0,
+    most_rms=1.0,
     relative_step=True,
     scale_parameter=True,
     variant="torch",
@@ -57,14 +57,14 @@ def adafactor(
                 cols = b2 * cols + (1 - b2) * g2.mean(axis=0)
                 v = np.outer(rows, cols) / max(rows.mean(), e) if p0.ndim > 1 else cols[None]
                 u = g / np.sqrt(np.maximum(v, e * e))
-                u = u / max(1, rms(u) / clip)
+                u = u / max(1, rms(u) / most_rms)
                 rho = min(lr, 1 / math.sqrt(t)) if relative_step else lr
                 p -= rho * (max(eps2, rms(p)) if scale_parameter else 1) * u
         done.append(whole)
     return done
 
 
-def came(ps, gs, *, lr, b1=0.9, b2=0.999, b3=0.9999, eps1=1e-30, eps2=1e-16, clip=1.0):
+def came(ps, gs, *, lr, b1=0.9, b2=0.999, b3=0.9999, eps1=1e-30, eps2=1e-16, most_rms=1.0):
     """Luo et al. 2023, algorithm 2; vectors are not factored and have no confidence."""
     done = []
     for i, p0 in enumerate(ps):
@@ -77,7 +77,7 @@ def came(ps, gs, *, lr, b1=0.9, b2=0.999, b3=0.9999, eps1=1e-30, eps2=1e-16, cli
                 square = g**2 + eps1
                 r, c = b2 * r + (1 - b2) * square.mean(1), b2 * c + (1 - b2) * square.mean(0)
                 u = g / np.sqrt(np.outer(r, c) / r.mean() if p0.ndim > 1 else c[None])
-                u = u / max(1, rms(u) / clip)
+                u = u / max(1, rms(u) / most_rms)
                 m = b1 * m + (1 - b1) * u
                 if p0.ndim < 2:
                     p -= lr * m
@@ -321,10 +321,10 @@ NOISY = ("apollo", "apollo_mini")
 RATES = {"prodigy": 1.0, "d_adapt_adam": 1.0, "d_adapt_sgd": 1.0, "lars": 1.0}
 
 CASES: list[tuple[str, dict[str, object]]] = [
-    ("adafactor", {"variant": "shazeer", "clip": 0.5}),
+    ("adafactor", {"variant": "shazeer", "most_rms": 0.5}),
     ("adafactor", {"relative_step": False, "scale_parameter": False, "eps1": 1e-2}),
     ("adafactor", {"beta2_decay": -0.5, "eps2": 0.7}),
-    ("came", {"b1": 0.5, "clip": 0.3, "eps2": 1e-2}),
+    ("came", {"b1": 0.5, "most_rms": 0.3, "eps2": 1e-2}),
     ("lamb", {"inner_decay": 0.1, "b1": 0.8}),
     ("lamb", {"most": 1.0, "eps": 1e-2}),
     ("lars", {"inner_decay": 0.1, "nesterov": True}),

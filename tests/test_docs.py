@@ -34,7 +34,9 @@ import torch
 
 from thalweg import Recipe, schedules
 from thalweg.cli.main import main
-from thalweg.optim import table
+from thalweg.engine.resolve import Decisions, settle_optimizer
+from thalweg.optim import card, table
+from thalweg.rules import DECAYS, RULES, STAGES
 from thalweg.schedules.shapes import options_of
 
 ROOT = Path(__file__).parent.parent
@@ -187,7 +189,12 @@ def check_links(text: str, file: Path) -> None:
 
 @pytest.fixture
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    """A fresh current folder, on the module path; a terminal of 120 columns; one thread, which suits models this small best."""
+    """A fresh current folder, on the module path; a terminal of 120 columns; one thread, which suits models this small best.
+
+    What a document registers is forgotten after it.
+    """
+    for registry in (RULES, STAGES):
+        monkeypatch.setattr(registry, "_things", dict(registry._things))
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     monkeypatch.chdir(tmp_path)
@@ -245,6 +252,33 @@ def test_tables_name_every_shape_option_and_word() -> None:
         assert all(f"{option}=" in row.group() for option in options_of(name))
     text = (ROOT / "docs" / "weight-decay.md").read_text(encoding="utf-8")
     assert set(table._WORDS) <= set(re.findall(r'^\| `"(\w+)"` \|', text, flags=re.MULTILINE))
+
+
+def test_the_page_of_rules_is_the_one_that_is_made() -> None:
+    """``python -m thalweg.optim.card > docs/rules.md`` makes it."""
+    assert (ROOT / "docs" / "rules.md").read_text(encoding="utf-8") == card.page()
+
+
+def test_every_form_of_decay_and_every_key_of_a_group_has_a_row() -> None:
+    text = (ROOT / "docs" / "weight-decay.md").read_text(encoding="utf-8")
+    assert set(DECAYS) == set(re.findall(r'^\| `"(\w+)"` \| (?!param|the tables)', text, flags=re.MULTILINE))
+    text = (ROOT / "docs" / "optimizer-groups.md").read_text(encoding="utf-8")
+    assert set(table._GROUP_KEYS) == set(re.findall(r"^\| `(\w+)` \|", text, flags=re.MULTILINE))
+
+
+def test_the_advice_on_optimizers_can_be_followed() -> None:
+    """Every recipe of the page settles, its options are those of its rule, and every rule and stage that it names is there."""
+    text = (ROOT / "docs" / "choose-an-optimizer.md").read_text(encoding="utf-8")
+    recipes = [Recipe.from_toml(block.text) for block in blocks_of(text) if block.language == "toml"]
+    settled = [settle_optimizer(recipe, Decisions()).optimizer for recipe in recipes]
+    assert {one.rule for one in settled} >= {"adamw", "muon", "ademamix", "soap", "schedule_free_adamw", "sgd", "adafactor"}
+    for one in settled:
+        for group in one.groups.values():
+            RULES[group["rule"]]
+    assert all(schedules.parse(recipe.schedule.lr) for recipe in recipes)
+    rows = re.findall(r"^\| ((?:`\w+`(?:, )?)+)", text[text.index("## Which stages") :], flags=re.MULTILINE)
+    named = re.findall(r"`(\w+)`", " ".join(rows))
+    assert len(named) >= 8 and set(named) <= {*STAGES}
 
 
 def test_the_index_links_every_page() -> None:

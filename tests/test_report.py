@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import math
 import re
@@ -14,12 +15,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from rich.console import Console
 
-from thalweg.core import Decision, Evaluation, Event, ParameterRow, Plan, Recipe, Record, RunFolderError
+from thalweg.core import Decision, Evaluation, Event, ParameterRow, Plan, Recipe, Record, RunFolderError, treatments
+from thalweg.core.plan import RECIPES_RULE
 from thalweg.report import write_report
 from thalweg.report.axes import Axis, fit
 from thalweg.report.charts import HEIGHT, WIDTH, Chart, Series, draw, path_of
 from thalweg.report.series import attempts, downsample, smooth, throughput
+from thalweg.watch import Terminal
 
 HOSTILE = "<script>alert(1)</script>\"'><img src=x onerror=alert(2)>&amp;"
 REASON = "by the name 'accuracy'"
@@ -326,10 +330,10 @@ def test_the_page_tells_of_the_run(tmp_path):
         f"evaluate.goal max {REASON}",
         "device cpu no accelerator here",
         "optimizer.lr 0.004",
-        "optimizer.no_decay bias, norm, 1d",
+        "optimizer.no_decay bias, norm, 1d, token",
         'schedule.lr = "constant"',
-        "yes 2 dimensions 1 32",
-        "0.bias 16 16 no a bias",
+        "1 32 adamw 0.004 (x1) 0 decay: 2 dimensions 1 16 adamw 0.004 (x1) no decay: a bias",
+        "0.bias 16 16 adamw 0.004 (x1) no decay: a bias",
         "parameters 3.00 KiB slots 6.00 KiB in all 9.00 KiB",
         "memory 8.00 GiB",
         "source two moons samples in an epoch 640",
@@ -339,6 +343,57 @@ def test_the_page_tells_of_the_run(tmp_path):
     assert "def f(x):\n    return x" in reader.words
     titles = re.findall(r"<h3>(.*?)</h3>", (folder / "report.html").read_text(encoding="utf-8"))
     assert titles == ["Loss", "Evaluation: accuracy", "Learning rate", "Gradient norm", "Throughput"]
+
+
+def treated() -> tuple[ParameterRow, ...]:
+    """Two rules, two rates, decay and none, and options that differ."""
+    muon, rest = (
+        {"rule": "muon", "rule_reason": RECIPES_RULE, "weight_decay": 0.1},
+        "muon takes hidden matrices, and this is",
+    )
+    return (
+        ParameterRow("table", (50, 8), False, "matches", rule="adamw", rule_reason=f"{rest} a table", lr=0.05),
+        ParameterRow("0.weight", (8, 8), True, "2 dimensions", options={"steps": 5, "b2": 0.9}, **muon),
+        ParameterRow("1.weight", (8, 4), True, "3 dimensions", options={"steps": 5, "b2": 0.9}, **muon),
+        ParameterRow("2.weight", (4, 4), True, "2 dimensions", options={"steps": 9, "b2": 0.9}, **muon),
+        ParameterRow("0.bias", (8,), False, "a bias", rule="adamw", rule_reason=f"{rest} a vector", lr=0.05),
+    )
+
+
+def test_parameters_are_told_of_by_their_treatment():
+    found = {one.told(0.02): (one.tensors, one.elements) for one in treatments(treated())}
+    because = "rule: muon takes hidden matrices, and this is a table, muon takes hidden matrices, and this is a vector;"
+    assert found == {
+        ("adamw", "0.001 (x0.05)", "no", f"{because} decay: matches, a bias"): (2, 408),
+        ("muon steps=5", "0.02 (x1)", "0.1", "decay: 2 dimensions, 3 dimensions"): (2, 96),
+        ("muon steps=9", "0.02 (x1)", "0.1", "decay: 2 dimensions"): (1, 16),
+    }
+
+
+def test_many_treatments_are_told_of_together():
+    rows = [ParameterRow(f"{k}", (2,), k > 0, "why", lr=0.5**k, weight_decay=0.1) for k in range(4)]
+    assert len(treatments(rows)) == len(treatments(rows, most=4)) == 4
+    decayed, exempt = treatments(rows, most=3)
+    assert decayed.told(1.0) == ("adamw", "x0.125 to x0.5", "0.1", "decay: why") and decayed.tensors == 3
+    assert exempt.told(None) == ("adamw", "x1", "no", "decay: why")
+    assert [one.rates[1] for one in treatments(rows)] == [0.5, 0.25, 0.125, 1.0], "decayed first, then by rate"
+
+
+def test_the_plan_on_a_terminal(tmp_path):
+    written = io.StringIO()
+    rows = [*treated(), *(ParameterRow(f"{k}", (2,), False, "[red]", lr=0.5**k) for k in range(1, 14))]
+    machine = {"device": "cpu", "name": "a processor", "threads": 1, "data": {}}
+    decided = (Decision("train.last", ["a", "[b]"], "[bold]so it is[/bold]"),)
+    Terminal(Console(file=written, width=160)).start(
+        plan(parameters=tuple(rows), machine=machine, decisions=decided), 0
+    )
+    lines = [" ".join(line.split()) for line in written.getvalue().splitlines()]
+    assert "train.last ['a', '[b]'] [bold]so it is[/bold]" in lines
+    place = lines.index("what becomes of the parameters")
+    assert lines[place + 1] == "parameters tensors rule peak rate decay because"
+    assert any(line.startswith("434 15 adamw x0.0001221 to x0.5 no rule: muon takes") for line in lines[place:])
+    assert "96 2 muon steps=5 0.004 (x1) 0.1 decay: 2 dimensions, 3 dimensions" in lines[place:]
+    assert "memory: parameters 3.00 KiB, slots 6.00 KiB" in lines[place:]
 
 
 def test_the_key_figures(tmp_path):

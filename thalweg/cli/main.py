@@ -153,7 +153,9 @@ def _rules(asked: argparse.Namespace) -> int:
     if sys.stdout.isatty():
         from thalweg.watch.console import print_table
 
-        print_table(headings, rows)
+        narrow = shutil.get_terminal_size().columns < 110
+        shown = [i for i, heading in enumerate(headings) if not narrow or heading not in card.WIDE]
+        print_table([headings[i] for i in shown], [[row[i] for i in shown] for row in rows])
     else:
         print(card.columns(headings, rows))
     print("", *([] if asked.stages else card.NOTES), "thalweg rules NAME prints the card of one.", sep="\n")

@@ -48,6 +48,7 @@ class Train:
         batch: samples in one step's window.
         micro_batch: samples in one forward pass; divides ``batch``. None: the whole batch at once.
         clip: the largest global gradient norm; 0 switches clipping off.
+        clip_history: deviations above its running mean that a norm may have, such as 2.5 (ZClip); 0 switches it off.
         last: what becomes of an epoch's last, short window: "keep" trains on it, exactly weighted; "drop" leaves it out.
     """
 
@@ -56,6 +57,7 @@ class Train:
     batch: int = 64
     micro_batch: int | None = None
     clip: float = 1.0
+    clip_history: float = 0.0
     last: str = "keep"
 
     def __post_init__(self) -> None:
@@ -95,6 +97,12 @@ class Train:
             f"train.clip={self.clip} is negative.",
             "A gradient norm is 0 or more.",
             "Give a norm such as 1.0, or 0 to switch clipping off.",
+        )
+        _check(
+            self.clip_history >= 0,
+            f"train.clip_history={self.clip_history} is negative.",
+            "It counts deviations above the mean.",
+            "Give one such as 2.5, or 0 to switch it off.",
         )
         _check(
             self.last in ("keep", "drop"),
@@ -198,9 +206,13 @@ class Regularize:
 
     Args:
         average: decay of the exponential moving average of the weights, at most; 0 switches it off. Evaluation uses the average.
+        sharpness: distance (rho) of the neighbour at which gradients are taken: SAM, at twice the passes; 0 switches it off.
+        sharpness_scaled: measure that distance in units of each weight (ASAM).
     """
 
     average: float = 0.0
+    sharpness: float = 0.0
+    sharpness_scaled: bool = False
 
     def __post_init__(self) -> None:
         _check(
@@ -208,6 +220,18 @@ class Regularize:
             f"regularize.average={self.average} is no decay.",
             "The average is average*old + (1 - average)*new.",
             "Give a value in [0, 1), such as 0.999.",
+        )
+        _check(
+            self.sharpness >= 0,
+            f"regularize.sharpness={self.sharpness} is negative.",
+            "It is a distance.",
+            "Give one such as 0.05, or 0 to switch it off.",
+        )
+        _check(
+            not self.sharpness_scaled or self.sharpness > 0,
+            "regularize.sharpness_scaled=true has no distance to scale.",
+            "regularize.sharpness=0.",
+            "Give regularize.sharpness too, such as 0.5.",
         )
 
 

@@ -34,7 +34,7 @@ def build(plan: Plan, model: nn.Module, loss: ModelLoss, device: Device, policy:
         way=optimizer.way,
     )
     arenas = make_arenas(named_trainable(model), plan.parameters, optimizer, how)
-    state = State(model, arenas, device, scaled=policy.scaled, average=average)
+    state = State(model, arenas, device, scaled=policy.scaled, average=average, clip_history=recipe.train.clip_history)
     factors = parse(recipe.schedule.lr).values(plan.steps)
     options = StepOptions(
         seed=recipe.seed,
@@ -42,6 +42,8 @@ def build(plan: Plan, model: nn.Module, loss: ModelLoss, device: Device, policy:
         loss_divisor=plan.loss_divisor,
         lrs=torch.tensor([peak * factor for factor in factors], dtype=device.exact, device=device.torch_device),
         shares=average_shares(recipe.regularize.average, plan.steps, device) if average else None,
+        sharpness=recipe.regularize.sharpness,
+        sharpness_scaled=recipe.regularize.sharpness_scaled,
     )
     return Step(state, loss, policy, options)
 

@@ -13,6 +13,7 @@ from thalweg.checkpoint import Snapshot
 from thalweg.core import CheckpointError
 from thalweg.device import Device
 from thalweg.optim import Arena, plain_name
+from thalweg.optim.history import NormHistory
 from thalweg.precision import LossScale
 from thalweg.regularize import PooledStatistics
 
@@ -26,9 +27,19 @@ class State:
         t: the number of the next update, from 1, 0-dim float32.
     """
 
-    def __init__(self, model: nn.Module, arenas: list[Arena], device: Device, *, scaled: bool, average: bool) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        arenas: list[Arena],
+        device: Device,
+        *,
+        scaled: bool,
+        average: bool,
+        clip_history: float = 0.0,
+    ) -> None:
         self.model, self.arenas, self.device = model, arenas, device
         self.statistics = PooledStatistics(model, device.exact)
+        self.history = NormHistory(clip_history, device.torch_device, device.exact) if clip_history else None
         self.scale = LossScale.start(device) if scaled else None
         self.applied = torch.zeros(1, dtype=torch.int64, device=device.torch_device)
         self.t = torch.ones((), dtype=torch.float32, device=device.torch_device)
@@ -120,6 +131,8 @@ class State:
         for rule, numbers in self.arenas[0].shared.items():
             yield from ((f"shared.{rule}/{name}", number) for name, number in numbers.items())
         yield "applied", self.applied
+        if self.history is not None:
+            yield "norm_history", self.history.values
         if self.scale is not None:
             yield "loss_scale", self.scale.scale
             yield "loss_scale_streak", self.scale.streak

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from thalweg.core import seed_for
 from thalweg.engine.losses import sum_and_weight
+from thalweg.engine.sharpness import Sharpness
 from thalweg.engine.state import State
 from thalweg.optim.arena import update
 from thalweg.precision import Policy
@@ -30,6 +31,7 @@ class StepOptions:
         loss_divisor: a power of two near the weight of a window, divided out of sums before the backward pass.
         lrs: the learning rate for each number of applied updates, (updates,), on the device.
         shares: how far the average moves towards the weights, likewise; None: no average.
+        sharpness, sharpness_scaled: as in ``thalweg.engine.sharpness``; 0: gradients are taken where the weights are.
     """
 
     seed: int
@@ -37,6 +39,8 @@ class StepOptions:
     loss_divisor: float
     lrs: Tensor
     shares: Tensor | None
+    sharpness: float = 0.0
+    sharpness_scaled: bool = False
 
 
 class Step:
@@ -52,6 +56,9 @@ class Step:
     ) -> None:
         self.state, self.loss, self.policy, self.options = state, loss, policy, options
         self.generators = state.device.generators()
+        self.sharpness: Sharpness | None = None
+        if options.sharpness:
+            self.sharpness = Sharpness(state.arenas, options.sharpness, options.sharpness_scaled)
         device, exact = state.device.torch_device, state.device.exact
         self.sums = torch.zeros(2, dtype=exact, device=device)  # of losses and of weights
         self.sum_of_losses, self.sum_of_weights = self.sums[0], self.sums[1]
@@ -74,19 +81,16 @@ class Step:
         """
         state, options = self.state, self.options
         self._begin()
-        for index, batch in enumerate(window):
-            self._seed(state.step, index)
-            with self.policy.context(state.device):
-                total, weight = sum_and_weight(self.loss(state.model, batch), batch)
-            torch.autograd.backward(total, self._backward_seed(total))
-            self._collect(total, weight, last=index == len(window) - 1)
+        self._accumulate(window)
+        if self.sharpness is not None:
+            self._look_around(window)
         with torch.no_grad():
             scale = self.one if state.scale is None else state.scale.scale
             mass = self.sum_of_weights * (scale * self.unit)  # what the gradients are a sum over
             norm = self._gradient_norm() / mass
             ok = torch.isfinite(norm + self.sum_of_losses)
             skipped = (~ok).to(torch.float32)
-            divisor = mass * (norm / options.clip).clamp(min=1) if options.clip else mass
+            divisor = mass * self._excess(norm, ok)
             lr = self._now(options.lrs)
             share = None if options.shares is None else self._now(options.shares)
             update(state.arenas, lr=lr, t=state.t, divisor=divisor, skipped=skipped, share=share, due=state.step)
@@ -97,10 +101,33 @@ class Step:
             self._finish(ok, skipped)
         return row
 
+    def _accumulate(self, window: Sequence[Any], *, counted: bool = True) -> None:
+        """The summed gradients of all micro-batches; ``counted``: their losses, weights and statistics too."""
+        for index, batch in enumerate(window):
+            self._seed(self.state.step, index)
+            with self.policy.context(self.state.device):
+                total, weight = sum_and_weight(self.loss(self.state.model, batch), batch)
+            torch.autograd.backward(total, self._backward_seed(total))
+            if counted:
+                self._collect(total, weight, last=index == len(window) - 1)
+
+    def _look_around(self, window: Sequence[Any]) -> None:
+        """The gradients of the same window, dropout and all, at a neighbour; what was counted stays counted once."""
+        assert self.sharpness is not None
+        with torch.no_grad():
+            self.sharpness.climb(self._gradient_norm())
+            for arena in self.state.arenas:
+                arena.grads.zero_()
+        if self.state.statistics.layers:
+            self.state.statistics.pause()
+        self._accumulate(window, counted=False)
+        with torch.no_grad():
+            self.sharpness.come_back()
+
     def _begin(self) -> None:
         self.sums.zero_()
         for arena in self.state.arenas:
-            arena.grads.zero_()
+            arena.clear_gradients()
         if self.state.statistics.layers:
             self.state.statistics.begin()
 
@@ -132,6 +159,16 @@ class Step:
             norms.append(torch.linalg.vector_norm(arena.grads, dtype=wide))
         total: Tensor = norms[0] if len(norms) == 1 else torch.linalg.vector_norm(torch.stack(norms))
         return total
+
+    def _excess(self, norm: Tensor, ok: Tensor) -> Tensor:
+        """How many times too long the gradient is."""
+        clip, history = self.options.clip, self.state.history
+        if history is None:
+            return (norm / clip).clamp(min=1) if clip else self.one
+        most = history.limited(norm, ok)
+        if clip:
+            most = most.clamp(max=clip)
+        return torch.where(most < norm, norm / most, 1.0)
 
     def _now(self, table: Tensor) -> Tensor:
         """The scheduled value for the updates applied so far; looked up on the device, so that a skip needs no read."""

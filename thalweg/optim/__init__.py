@@ -9,6 +9,7 @@ from thalweg.optim.program import Program
 from thalweg.optim.table import named_trainable, parameter_table, plain_name
 
 if TYPE_CHECKING:
+    from thalweg.optim.convert import from_torch, to_torch
     from thalweg.optim.face import RuleOptimizer, face_of, scheduler
 
 __all__ = [
@@ -18,17 +19,21 @@ __all__ = [
     "RuleOptimizer",
     "Update",
     "face_of",
+    "from_torch",
     "lower",
     "make_arenas",
     "named_trainable",
     "parameter_table",
     "plain_name",
     "scheduler",
+    "to_torch",
 ]
 
 
 def __getattr__(name: str) -> Any:
     """torch.optim costs a second at start-up, and training here does not need it: the face is imported when named."""
+    if name in ("from_torch", "to_torch"):
+        return getattr(importlib.import_module("thalweg.optim.convert"), name)
     if not name.startswith("_") and name != "face":
         face = importlib.import_module("thalweg.optim.face")
         if hasattr(face, name):

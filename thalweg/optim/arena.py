@@ -101,6 +101,7 @@ class Arena:
             p.grad = self.view(self.grads, name)
             self._views.append((p, p.grad))
         self.shared: dict[str, dict[str, Tensor]] = {}
+        self._cleared = -1  # version of the gradients when they were last known to be zero
         self.segments = [
             self._segment(treatment, names, border) for (treatment, names), border in zip(groups.items(), borders)
         ]
@@ -120,6 +121,7 @@ class Arena:
             codec=CODECS[how.slots],
             average=how.average,
             unscale=True,
+            clear=True,
             seed=how.seed,
             exact=self.scalar_dtype,
         )
@@ -151,6 +153,11 @@ class Arena:
         dense = p.numel() and is_dense(p)
         return part.as_strided(p.shape, p.stride(), part.storage_offset()) if dense else part.view(p.shape)
 
+    def clear_gradients(self) -> None:
+        """Zeros, for the backward passes to add to; the last update left them, unless someone has written since."""
+        if self._cleared != self.grads._version:
+            self.grads.zero_()
+
     def hold_gradients(self) -> None:
         """Gradients that someone replaced or set to None go back into the arena."""
         for p, view in self._views:
@@ -177,6 +184,7 @@ class Arena:
             now = due_now(program.rule, program.options, due)
             extra = {"noise": self._noise(segment, due)} if "noise" in program.tensors else None
             segment.update.run(segment.batch, self.scalars(segment, given), due=now, extra=extra)
+        self._cleared = self.grads._version
 
     def _noise(self, segment: Segment, step: int) -> list[Tensor]:
         """Standard normal numbers, named by (seed, place, step)."""

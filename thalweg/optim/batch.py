@@ -150,6 +150,11 @@ def is_dense(x: Tensor) -> bool:
     return True
 
 
+def laid_like(xs: Sequence[Tensor], ps: Sequence[Tensor]) -> list[Tensor]:
+    """``xs`` with the strides of the parameters, copied where they differ."""
+    return [x if x.stride() == p.stride() else torch.empty_like(p, dtype=x.dtype).copy_(x) for x, p in zip(xs, ps)]
+
+
 def offsets(ps: Sequence[Tensor]) -> Iterator[int]:
     """Number of the first element of each parameter: what the random bits are drawn by."""
     place = 0

@@ -19,7 +19,7 @@ from torch import Tensor
 from thalweg.core import RecipeError, did_you_mean
 from thalweg.optim.batch import new_part
 from thalweg.optim.codecs import Part
-from thalweg.optim.program import Program
+from thalweg.optim.program import DUE, FIRST, Program
 from thalweg.rules import DECAYS, RULES, STAGES, Component, Rule, Slot, Stage
 
 #: The matrix that costs are given for: rows, columns and factors have a size of their own.
@@ -40,6 +40,8 @@ _WHERE = {
 }
 HEADINGS = ("rule", "status", "reads", "slots", "B/param", "B moved", "rate", "paper")
 STAGE_HEADINGS = ("stage", "acts on", "reads", "slots", "options", "paper")
+#: Columns that a narrow terminal does without: they stand on the card.
+WIDE = ("reads", "slots", "options")
 STATUS = f"status: {inspect.getdoc(Rule.status)}"
 #: What stands below the table of rules.
 NOTES = (
@@ -140,7 +142,7 @@ def _written(program: Program) -> list[bool]:
     for t in (1, 2, 3):
         numbers = {**scalars, "t": torch.tensor(float(t), dtype=torch.float64)}
         extra = {name: draw() for name in program.tensors}
-        p, *new = program.run(p, draw(), stored, numbers, due=True, extra=extra)
+        p, *new = program.run(p, draw(), stored, numbers, due=FIRST if t == 1 else DUE, extra=extra)
         written = [was or not torch.equal(old, now) for was, old, now in zip(written, stored, new)]
         stored = new
     return written

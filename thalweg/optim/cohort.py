@@ -51,7 +51,7 @@ class Cohort:
             for part, mine in zip(program.parts, slots or [None] * len(program.parts))
         ]
         elements = sum(p.numel() for p in ps)
-        self.update: Update = lower(program, device=device.type, elements=elements, way=way)
+        self.update: Update = lower(program, device=device.type, elements=elements, way=way, keep=True)
         if any(hasattr(p, "device_mesh") for p in ps):
             from thalweg.optim.sharded import sharded  # it imports torch.distributed
 
@@ -76,6 +76,8 @@ class Cohort:
         due = due_now(self.program.rule, self.program.options, self.tries)
         if "curvature" in self.program.tensors:
             due = DUE if "curvature" in extra else NOT_DUE
+        if self.update.how == "fused" and scalars.get("divisor") is not None:  # it would write the quotient back
+            self.batch.gs = [g.clone() for g in self.batch.gs]
         self.update.run(self.batch, {**scalars, "t": self.t}, due=due, extra=extra)
         self.tries += 1
 

@@ -32,7 +32,8 @@ class Counterpart:
         our_fixed: ours likewise.
         values: by our name, values that are called otherwise: torch's and ours.
         forms: the forms of weight decay that torch's class has.
-        num_dims: least and most dimensions of a parameter whose state both keep alike.
+        num_dims: least and most dimensions of a parameter whose slots both keep alike.
+        by_shape: whether slots are read by the shape of their parameter, which a state dict does not hold.
     """
 
     torch_class: str
@@ -42,6 +43,7 @@ class Counterpart:
     values: Mapping[str, tuple[tuple[Any, Any], ...]] = field(default_factory=dict)
     forms: tuple[str, ...] = ("coupled",)
     num_dims: tuple[int, int] = (0, 99)
+    by_shape: bool = False
 
 
 _COMMON: dict[str, str] = {"lr": "lr", "weight_decay": "weight_decay", "maximize": "maximize"}
@@ -71,10 +73,11 @@ COUNTERPARTS: dict[str, Counterpart] = {
     "radam": Counterpart("RAdam", _ADAM, our_fixed={"least": 5.0}, forms=_EITHER),
     "adafactor": Counterpart(
         "Adafactor",
-        {**_COMMON, "beta2_decay": "beta2_decay", "eps": ("eps1", "eps2"), "d": "clip"},
+        {**_COMMON, "beta2_decay": "beta2_decay", "eps": ("eps1", "eps2"), "d": "most_rms"},
         our_fixed={"variant": "torch", "relative_step": True, "scale_parameter": True},
         forms=("decoupled",),
         num_dims=(1, 2),
+        by_shape=True,
     ),
     "muon": Counterpart(
         "Muon",
@@ -115,13 +118,13 @@ def options_from_torch(rule: str, options: Mapping[str, Any]) -> dict[str, Any]:
     """Options of a class of torch.optim as those of our rule; torch's ways of running (foreach and the like) are left out.
 
     >>> options_from_torch("rmsprop", {"alpha": 0.9, "centered": True})
-    {'b2': 0.9, 'centered': True}
+    {'decay_form': 'coupled', 'variant': 'torch', 'b2': 0.9, 'centered': True}
 
     Raises:
         RecipeError: for an option that the rule does not have, at a value that matters.
     """
     about = counterpart(rule)
-    found: dict[str, Any] = {}
+    found: dict[str, Any] = {"decay_form": about.forms[0], **about.our_fixed}
     for name, value in options.items():
         if name in _WAYS:
             continue
@@ -182,18 +185,18 @@ def from_torch(state: torch.optim.Optimizer | Mapping[str, Any], rule: str | Non
     for group in tree["param_groups"]:
         marks = {name: value for name, value in group.items() if name in _MARKS}
         options = {name: value for name, value in group.items() if name not in _MARKS}
-        mine = {"decay_form": about.forms[0], **about.our_fixed, **options_from_torch(rule, options)}
+        mine = options_from_torch(rule, options)
         RULES[rule].options({name: value for name, value in mine.items() if name in RULES[rule].defaults})
         groups.append({**_cloned(mine), **marks, "rule": rule, "schema": SCHEMA})
         for number in group["params"]:
             if kept := {name: value for name, value in tree["state"].get(number, {}).items() if value is not None}:
-                entries[number] = _slots_from_torch(rule, kept)
+                entries[number] = _slots_from_torch(rule, about, kept)
             elif number in tree["state"]:
                 entries[number] = {"step": torch.ones(()), "tries": 1}  # plain SGD keeps an entry with nothing in it
     return {"state": entries, "param_groups": groups}
 
 
-def _slots_from_torch(rule: str, kept: Mapping[str, Any]) -> dict[str, Any]:
+def _slots_from_torch(rule: str, about: Counterpart, kept: Mapping[str, Any]) -> dict[str, Any]:
     step = torch.as_tensor(kept.get("step", 1.0)).detach().to("cpu", torch.float32, copy=True)
     found: dict[str, Any] = {"step": step, "tries": int(step)}
     names = {theirs: ours for ours, theirs in RULES[rule].torch_names.items()}
@@ -205,8 +208,11 @@ def _slots_from_torch(rule: str, kept: Mapping[str, Any]) -> dict[str, Any]:
             wide = _wide(value).reshape(1, -1)
             found |= {"r": wide.mean(dim=-1, keepdim=True), "c": wide}
         elif name in names:
-            uniform = names[name] == "mu_product"
-            found[names[name]] = value.to(_exact(value.device), copy=True) if uniform else _wide(value)
+            if names[name] == "mu_product":
+                found["mu_product"] = value.to(_exact(value.device), copy=True)
+            else:
+                _check_num_dims(about, value.ndim)
+                found[names[name]] = _wide(value)
         else:
             raise RecipeError(
                 f"{rule} here has no slot for torch's '{name}'.",
@@ -231,80 +237,92 @@ def to_torch(state: RuleOptimizer | Mapping[str, Any]) -> dict[str, Any]:
         RecipeError: for a rule, an option or a slot that torch.optim does not have.
     """
     tree: Mapping[str, Any] = state.state_dict() if isinstance(state, RuleOptimizer) else state
+    numbers = [number for group in tree["param_groups"] for number in group["params"]]
+    num_dims: dict[Any, int] = {}
+    if isinstance(state, RuleOptimizer):
+        num_dims = dict(zip(numbers, (p.ndim for group in state.param_groups for p in group["params"])))
     groups, entries = [], {}
     for group in tree["param_groups"]:
-        rule = group.get("rule", "a state dict of torch")
+        rule = group.get("rule", "what a state dict of torch holds")
         about = counterpart(rule)
+        _refuse(
+            about.by_shape and not num_dims,
+            f"Slots of {rule} are converted by the shapes of the parameters.",
+            "A state dict does not hold them.",
+            "Give the optimizer itself, after load_state_dict.",
+        )
         made: torch.optim.Optimizer = getattr(torch.optim, about.torch_class)([torch.zeros(1, 1)])
-        theirs = {**made.defaults, **_options_to_torch(rule, about, group)}
+        theirs = {**made.defaults, **_options_to_torch(about, group, made)}
         groups.append({**_cloned(theirs), **{name: value for name, value in group.items() if name in _MARKS}})
         for number in group["params"]:
             if number in tree["state"]:
-                entries[number] = _slots_to_torch(rule, about, tree["state"][number])
+                entries[number] = _slots_to_torch(rule, about, tree["state"][number], num_dims.get(number))
     return {"state": entries, "param_groups": groups}
 
 
-def _options_to_torch(rule: str, about: Counterpart, group: Mapping[str, Any]) -> dict[str, Any]:
-    where = f"torch.optim.{about.torch_class}"
-    fixed = {**about.our_fixed, "stages": {}}
-    for name, value in fixed.items():
+def _options_to_torch(about: Counterpart, group: Mapping[str, Any], made: torch.optim.Optimizer) -> dict[str, Any]:
+    where, form = f"torch.optim.{about.torch_class}", group["decay_form"]
+    for name, value in {**about.our_fixed, "stages": {}}.items():
         _refuse(group[name] != value, f"{where} has no {name}={group[name]!r}.", f"It is always {value!r} there.")
-    form = group["decay_form"]
     decays = bool(group["weight_decay"])
     _refuse(
-        decays and form not in about.forms, f"{where} does not decay in the form '{form}'.", f"It has {_list(about.forms)}."
+        decays and form not in about.forms, f"{where} has no weight decay in the form '{form}'.", f"It has {_list(about.forms)}."
     )
     found: dict[str, Any] = {}
     for theirs, mine in about.names.items():
         if isinstance(mine, tuple):
             found[theirs] = tuple(group[name] for name in mine)
         else:
-            value = next((there for there, here in about.values.get(mine, ()) if here == group[mine]), group[mine])
-            found[theirs] = value
-    if rule == "muon":
-        _refuse(
-            found["adjust_lr_fn"] not in (None, "match_rms_adamw"),
-            f"{where} has no scale={group['scale']!r}.",
-            "It has 'original' and 'match_rms_adamw'.",
-        )
-    if len(about.forms) > 1 or about.torch_class == "AdamW":
-        found["decoupled_weight_decay"] = form == "decoupled"
-    if about.torch_class == "AdamW":
-        found["decoupled_weight_decay"] = True  # without decay the form does not matter, and torch insists
+            found[theirs] = next((there for there, here in about.values.get(mine, ()) if here == group[mine]), group[mine])
+    scale = found.get("adjust_lr_fn")
+    _refuse(
+        scale not in (None, "match_rms_adamw"), f"{where} has no scale={scale!r}.", "It has 'original' and 'match_rms_adamw'."
+    )
+    if "decoupled_weight_decay" in made.defaults:
+        found["decoupled_weight_decay"] = form == "decoupled" or about.forms == ("decoupled",)
     return found
 
 
-def _slots_to_torch(rule: str, about: Counterpart, kept: Mapping[str, Any]) -> dict[str, Any]:
-    names = RULES[rule].torch_names
+def _slots_to_torch(rule: str, about: Counterpart, kept: Mapping[str, Any], num_dims: int | None) -> dict[str, Any]:
+    names, where = RULES[rule].torch_names, f"torch.optim.{about.torch_class}"
     found: dict[str, Any] = {}
-    if about.torch_class not in ("SGD", "Muon"):
+    if num_dims is not None:
+        _check_num_dims(about, num_dims)
+    if about.torch_class not in ("SGD", "Muon"):  # they count nothing
         found["step"] = kept["step"].detach().to("cpu", torch.float32, copy=True)
     for name, value in kept.items():
-        if name in ("step", "tries"):
+        if name in ("step", "tries", "cohort"):
             continue
-        _refuse(
-            name not in names,
-            f"torch.optim.{about.torch_class} has no place for the slot '{name}'.",
-            f"It keeps {_list(tuple(names))}.",
-        )
-        low, most = about.num_dims
-        _refuse(
-            isinstance(value, Tensor) and not low <= value.ndim <= most,
-            f"torch.optim.{about.torch_class} keeps other slots for a parameter of {value.ndim} dimensions.",
-            f"Both are the same for {low} to {most}.",
-        )
-        uniform = name == "mu_product"
-        found[names[name]] = value.detach().to("cpu", torch.float32, copy=True) if uniform else value.detach().clone()
+        _refuse(name not in names, f"{where} has no place for the slot '{name}'.", f"It keeps {_list(tuple(names))}.")
+        if name == "mu_product":
+            found[name] = value.detach().to("cpu", torch.float32, copy=True)
+        else:
+            _check_num_dims(about, value.ndim)
+            found[names[name]] = value.detach().clone()
+    if about.by_shape and num_dims == 1:
+        found = {"step": found["step"], "variance": found["col_var"].flatten()}
     return found
 
 
-def _refuse(wrong: bool, asked: str, numbers: str) -> None:
+def _check_num_dims(about: Counterpart, num: int) -> None:
+    low, most = about.num_dims
+    _refuse(
+        not low <= num <= most,
+        f"torch.optim.{about.torch_class} and ours keep different slots for a parameter of {num} dimensions.",
+        f"They are alike for {low} to {most} dimensions.",
+        "Give such parameters to another optimizer, or begin with a new one.",
+    )
+
+
+def _refuse(
+    wrong: bool, asked: str, numbers: str, remedy: str = "Keep this optimizer, or begin with a new one of torch."
+) -> None:
     if wrong:
-        raise RecipeError(asked, numbers, "Keep this optimizer, or begin with a new one of torch.")
+        raise RecipeError(asked, numbers, remedy)
 
 
 def _list(names: tuple[str, ...]) -> str:
-    return " and ".join(f"'{name}'" for name in names)
+    return " and ".join(f"'{name}'" for name in names) or "none"
 
 
 def _wide(value: Tensor) -> Tensor:

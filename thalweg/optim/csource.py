@@ -78,7 +78,13 @@ class Source:
 
 
 def write_source(
-    trace: Trace, ports: Sequence[Port], outputs: Sequence[str | None], *, width: int | None, sums: int = 0
+    trace: Trace,
+    ports: Sequence[Port],
+    outputs: Sequence[str | None],
+    *,
+    width: int | None,
+    sums: int = 0,
+    clears: str | None = None,
 ) -> Source:
     """C source of ``run(num, rows, cols, sizes, pointers, scalars, skipped, sums, scratch, threads)``.
 
@@ -88,16 +94,24 @@ def write_source(
         outputs: for each output of the trace, the port or scalar it is written to, or None for one of the ``sums``.
         width: elements of a row for programs that see parameters as flat; None: matrices of (rows, cols).
         sums: how many outputs are numbers to be added up over all parameters.
+        clears: a port that holds zeros afterwards, whether the update is skipped or not.
     """
-    writer = _Writer(trace, ports, outputs, width, sums)
+    writer = _Writer(trace, ports, outputs, width, sums, clears)
     per_row = sums if writer.flat else len(writer.tensor_sums)
     return Source(writer.text(), tuple(writer.scalars), per_row, len(writer.column_sums), writer.flat)
 
 
 class _Writer:
     def __init__(
-        self, trace: Trace, ports: Sequence[Port], outputs: Sequence[str | None], width: int | None, sums: int
+        self,
+        trace: Trace,
+        ports: Sequence[Port],
+        outputs: Sequence[str | None],
+        width: int | None,
+        sums: int,
+        clears: str | None,
     ) -> None:
+        self.clears = next((i for i, port in enumerate(ports) if port.name == clears), None)
         self.trace, self.ports, self.outputs, self.width, self.num_sums = trace, ports, outputs, width, sums
         self.made = {node.out: node for node in trace.nodes}
         self.named = {value: name for name, value in trace.inputs.items()}
@@ -153,8 +167,14 @@ class _Writer:
         return _HEAD + (
             "void run(int64_t num, const int64_t *rows, const int64_t *cols, const int64_t *sizes, void *const *pointers,\n"
             "         void *const *scalars, const double *skipped, double *sums, double *scratch, int threads) {\n"
-            "    if (skipped && *skipped > 0) return;\n" + body + "}\n"
+            f"    if (skipped && *skipped > 0) {{ {self._clear_all()}return; }}\n" + body + "}\n"
         )
+
+    def _clear_all(self) -> str:
+        if self.clears is None:
+            return ""
+        place, size = f"pointers[i * {len(self.ports)} + {self.clears}]", _STORED[self.ports[self.clears].dtype]
+        return f"for (int64_t i = 0; i < num; i++) memset({place}, 0, sizes[i] * sizeof({size})); "
 
     def _scalar_lines(self) -> list[str]:
         lines = []
@@ -393,6 +413,8 @@ class _Writer:
             body.append(_accumulate(node.op, f"q{node.out.number}[j]", f"v{value.number}"))
         body += [f"k{value.number}[j] = v{value.number};" for value in keep]
         body += [self._store(place, value, "base + j") for value, place in stores]
+        if stores and self.clears is not None:
+            body.append(f"a{self.clears}[base + j] = 0;")
         if body:
             lines += [f"#pragma omp simd{clauses}", "for (int64_t j = 0; j < n; j++) {", *body, "}"]
         for node, _ in single:

@@ -39,7 +39,9 @@ def eager(program: Program, *, tile: int = TILE, stack: bool = False) -> Kernel:
         groups = _by_shape(program, batch) if stack else [[i] for i in range(len(batch.ps))]
         places = list(offsets(batch.ps))
         for group in groups:
-            if len(group) > 1:
+            if program.reads != "element" and not batch.ps[group[0]].numel():
+                continue  # a matrix without rows has no mean and no largest element
+            if program.stacks:
                 last = _stacked(program, batch, group, scalars, due, extra, skipped)
                 continue
             i = group[0]
@@ -137,13 +139,15 @@ def _tiled(
                 _write(target, value.reshape(-1)[: target.numel()], skipped)
     for flattened, part in ((flat_p, p), *((s, m[i]) for s, m, like in zip(stored, batch.slots, per_element) if like)):
         if flattened.data_ptr() != part.data_ptr():  # a copy, because the tensor has gaps
-            part.copy_(flattened.view(part.shape))
+            part.copy_(flattened.view(p.shape) if flat(p) is None else flattened.as_strided(p.shape, p.stride()))
     return parts
 
 
 def _as_lain(x: Tensor, p: Tensor) -> Tensor:
     """The elements of ``x`` in the order in which those of ``p`` lie; a copy where memory cannot be seen that way."""
-    if x.stride() != p.stride() and flat(p) is not None and not p.is_contiguous():
+    if x.stride() != p.stride() and x.numel():
+        if flat(p) is None:  # it has gaps: both are taken in the order of their indices
+            return x.reshape(-1)
         x = torch.empty_like(p, dtype=x.dtype).copy_(x)
     lain = flat(x)
     return x.reshape(-1) if lain is None else lain
@@ -160,12 +164,10 @@ def _stacked(
 ) -> list[Tensor]:
     seen = [views(program, batch, i) for i in group]
     uniform = [part.shape == "uniform" for part in program.parts]
-    stored = [
-        seen[0][2][k] if alone else torch.stack([parts[k] for _, _, parts in seen]) for k, alone in enumerate(uniform)
-    ]
-    p, g = torch.stack([s[0] for s in seen]), torch.stack([s[1] for s in seen])
+    stored = [seen[0][2][k] if alone else _join([parts[k] for _, _, parts in seen]) for k, alone in enumerate(uniform)]
+    p, g = _join([s[0] for s in seen]), _join([s[1] for s in seen])
     shape = seen[0][0].shape
-    drawn = {name: torch.stack([tensors[i].reshape(shape) for i in group]) for name, tensors in (extra or {}).items()}
+    drawn = {name: _join([tensors[i].reshape(shape) for i in group]) for name, tensors in (extra or {}).items()}
     ndim = batch.ps[group[0]].ndim
     new, *parts = program.run(p, g, stored, scalars, due=due, extra=drawn, ndim=ndim)
     for k, i in enumerate(group):
@@ -174,6 +176,11 @@ def _stacked(
             if not alone:
                 _write(mine[i], value[k], skipped)
     return parts
+
+
+def _join(xs: Sequence[Tensor]) -> Tensor:
+    """Tensors of one shape as a batch; one alone is a batch too, so that it meets the same operators, and the same bits."""
+    return torch.stack(list(xs)) if len(xs) > 1 else xs[0][None]
 
 
 def _by_shape(program: Program, batch: Batch) -> list[list[int]]:

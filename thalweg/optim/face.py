@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -13,7 +14,7 @@ from torch import Tensor
 
 from thalweg.core import ModelError, RecipeError, did_you_mean, seed_for
 from thalweg.device import CAPABILITIES
-from thalweg.optim.batch import FOLDS, fold_of
+from thalweg.optim.batch import FOLDS, evaluation_weights, fold_of, laid_like
 from thalweg.optim.codecs import CODECS, ROUNDINGS
 from thalweg.optim.cohort import Cohort
 from thalweg.optim.lower import WAYS
@@ -29,7 +30,7 @@ SCHEMA = 1
 #: What every group has beside the options of its rule.
 _COMMON = ("lr", "weight_decay", "decay_form", "maximize", "stages", "fold", "aux_lr", "aux_options")
 #: What else a group may hold: marks of schedulers and wrappers, and what is kept here with the state.
-_MARKS = ("params", "initial_lr", "peak_lr", "name", "param_names", "moving")
+_MARKS = ("params", "initial_lr", "peak_lr", "name", "param_names", "moving", "rule", "schema")
 #: Options that schedules of others move: torch's OneCycleLR and CyclicLR, a warm-up of momentum.
 _RATES = ("b1", "b2", "b3", "momentum")
 
@@ -88,7 +89,7 @@ class RuleOptimizer(torch.optim.Optimizer):
     ) -> None:
         if "betas" in options:
             options.update(_named(options.pop("betas")))
-        self.how = {
+        self.how: dict[str, Any] = {
             "slots": _one_of("slots", slots, CODECS),
             "rounding": _one_of("rounding", rounding, ("auto", *ROUNDINGS)),
             "average": _number("average", average, below=1.0),
@@ -118,6 +119,7 @@ class RuleOptimizer(torch.optim.Optimizer):
         self._live: list[list[int]] = []
         self._shared: dict[str, Tensor] = {}
         self._programs: dict[Any, Program] = {}
+        self._clears = False
         self._curvature: dict[Tensor, Tensor] = {}
         self._rates: list[dict[str, Any]] = []
         self._moved: list[dict[tuple[str, torch.device], Tensor]] = []
@@ -144,12 +146,13 @@ class RuleOptimizer(torch.optim.Optimizer):
         if group["fold"] is not None:
             _one_of("fold", group["fold"], FOLDS)
         for name in ("lr", "weight_decay", "aux_lr"):
-            if group[name] is not None and not isinstance(group[name], Tensor):
+            if group[name] is not None:
                 _number(name, group[name])
         super().add_param_group(param_group)
         added = self.param_groups[-1]
         added.setdefault("peak_lr", added.get("initial_lr", added["lr"]))
         added.setdefault("moving", ())
+        added["rule"], added["schema"] = self.rule_name, SCHEMA
         if isinstance(added["peak_lr"], Tensor):
             added["peak_lr"] = added["peak_lr"].clone()
         for p in added["params"]:
@@ -204,7 +207,7 @@ class RuleOptimizer(torch.optim.Optimizer):
         stages = group["stages"] if mine else {}
         listed = tuple((name, tuple(given.items())) for name, given in stages.items())
         fixed = tuple(id(v) if isinstance(v, Tensor) else v for v in options.values())
-        key = (rule.name, fixed, form, listed, group["maximize"], p.dtype, p.device, self._unscales())
+        key = (rule.name, fixed, form, listed, group["maximize"], p.dtype, p.device, self._unscales(), self._clears)
         if key not in self._programs:
             rounding = self.how["rounding"]
             if rounding == "auto":
@@ -220,6 +223,7 @@ class RuleOptimizer(torch.optim.Optimizer):
                 average=self.how["average"] > 0,
                 unscale=self._unscales(),
                 maximize=group["maximize"],
+                clear=self._clears,
                 seed=seed_for(self.how["seed"], "rounding"),
                 exact=exact,
             )
@@ -231,8 +235,14 @@ class RuleOptimizer(torch.optim.Optimizer):
     # ------------------------------------------------------------------ the step
 
     @torch.no_grad()
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        """One update of every parameter that has a gradient; each counts its own updates."""
+    def step(self, closure: Callable[[], Any] | None = None, *, zero: bool = False) -> Any:
+        """One update of every parameter that has a gradient; each counts its own updates.
+
+        Args:
+            closure: computes the loss and its gradients again, as for every torch optimizer.
+            zero: leave zeros in the gradients, in the same pass; ``zero_grad`` has no more to do then.
+        """
+        self._clears = zero
         loss = None
         if closure is not None:
             with torch.enable_grad():
@@ -403,16 +413,20 @@ class RuleOptimizer(torch.optim.Optimizer):
 
     @contextmanager
     def averaged(self) -> Iterator[None]:
-        """The parameters hold their averages; afterwards the live values, to the bit.
+        """The parameters hold what to evaluate and ship: the kept average, or a schedule-free rule's own; afterwards the live
+        values, to the bit.
 
         Raises:
-            RecipeError: if no average is kept.
+            RecipeError: if there is none.
         """
-        if not self.how["average"]:
+        stages = [self.rule.then, *(name for group in self.param_groups for name in group["stages"])]
+        if not self.how["average"] and not any(name is not None and STAGES[name].evaluate for name in stages):
             raise RecipeError(
                 "This optimizer keeps no weight average.", "It was built with average=0.", "Build it with average=0.999."
             )
-        pairs = [(p, self.state[p]["average"]) for group in self.param_groups for p in group["params"] if self.state[p]]
+        cohorts = [cohort for mine in self._cohorts for cohort in mine]
+        with torch.no_grad():
+            pairs = [pair for c in cohorts for pair in zip(c.ps, evaluation_weights(c.program, c.batch) or ())]
         kept = [p.detach().clone() for p, _ in pairs]
         with torch.no_grad():
             for p, average in pairs:
@@ -430,14 +444,12 @@ class RuleOptimizer(torch.optim.Optimizer):
         """As torch's, with what each parameter needs to go on: slots, counts, and the numbers shared by all."""
         for index, (group, mine) in enumerate(zip(self.param_groups, self._cohorts)):
             self._follow(index, group, begin=False)
-            for cohort in mine:
+            for number, cohort in enumerate(mine):
                 for i, p in enumerate(cohort.ps):
                     self.state[p].update(cohort.state(i))
-                    self.state[p]["tries"] = cohort.tries
+                    self.state[p].update(tries=cohort.tries, cohort=number)
                     self.state[p].update({f"shared.{name}": value for name, value in self._shared.items()})
         tree = super().state_dict()
-        for group in tree["param_groups"]:
-            group["schema"], group["rule"] = SCHEMA, self.rule_name
         return tree
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -473,12 +485,13 @@ class RuleOptimizer(torch.optim.Optimizer):
                     device = p.device if value.device.type != "meta" else value.device
                     self.state[p][name] = value.detach().to(device, copy=True)
         for group in self.param_groups:  # a state that says less, such as one converted from torch
+            group["schema"] = SCHEMA
             for name, default in {**self.defaults, "peak_lr": group["lr"], "moving": ()}.items():
                 group.setdefault(name, default)
         self._restore()
 
     def _restore(self) -> None:
-        """Cohorts from the state: parameters with equal counts and equal uniform numbers belong together."""
+        """Cohorts from the state, as they were: who is updated together decides random bits and the order of sums."""
         self._cohorts = [[] for _ in self.param_groups]
         self._live = [[] for _ in self.param_groups]
         self._rates = [{} for _ in self.param_groups]
@@ -493,13 +506,14 @@ class RuleOptimizer(torch.optim.Optimizer):
                 program = self._program(index, group, p)
                 state = self.state[p]
                 uniform = [part.name for part in program.parts if part.shape == "uniform"]
-                key = (id(program), float(state["step"]), *(float(state[name]) for name in uniform))
+                counts = (state.get("cohort", 0), float(state["step"]), *(float(state[name]) for name in uniform))
+                key = (*counts, id(program))
                 together.setdefault(key, []).append(p)
                 for name in list(state):
                     if name.startswith("shared."):
                         self._shared.setdefault(name.removeprefix("shared."), state[name])
                         del state[name]
-            for members in together.values():
+            for _, members in sorted(together.items(), key=lambda item: item[0][0]):
                 self._cohorts[index].append(self._cohort_from_state(index, group, members))
 
     def _cohort_from_state(self, index: int, group: dict[str, Any], members: list[Tensor]) -> Cohort:
@@ -522,7 +536,8 @@ class RuleOptimizer(torch.optim.Optimizer):
                         f"slot '{part.name}' is converted from {self.state[p][part.name].dtype} to {wanted}", stacklevel=4
                     )
                     self.state[p][part.name] = self.state[p][part.name].to(wanted)
-            slots.append([self.state[p][part.name] for p in held])
+            mine = [self.state[p][part.name] for p in held]
+            slots.append(laid_like(mine, held) if part.shape == "like" else mine)
         t = first["step"].to(members[0].device, torch.float32)
         tries = int(first.get("tries", float(first["step"])))
         cohort = Cohort(program, members, folds, way=self._way(program), slots=slots, t=t, tries=tries)
@@ -547,7 +562,10 @@ def _one_of(name: str, value: str, known: Iterable[str]) -> str:
     return value
 
 
-def _number(name: str, value: float, below: float = float("inf")) -> float:
+def _number(name: str, value: float | Tensor, below: float = float("inf")) -> float | Tensor:
+    """The value, checked; a tensor holds one number, which is not read."""
+    if isinstance(value, Tensor) and value.numel() == 1:
+        return value
     if not isinstance(value, (int, float)) or not 0 <= value < below:
         raise RecipeError(
             f"{name}={value!r} is not possible.", f"It is a number from 0 to below {below:g}.", f"Give such a {name}."
@@ -560,7 +578,9 @@ def _named(betas: Iterable[Any]) -> dict[str, Any]:
 
 
 def _betas(group: Mapping[str, Any]) -> tuple[Any, ...]:
-    """The decay rates of moments as torch's classes name them."""
+    """The decay rates of moments as torch's classes name them; none where the first has another name."""
+    if "b1" not in group:
+        return ()
     return tuple(group[name] for name in ("b1", "b2", "b3") if group.get(name) is not None)
 
 
@@ -579,7 +599,8 @@ def _stages(given: str | Iterable[str] | Mapping[str, Mapping[str, Any]]) -> dic
 def face_of(rule: str | Rule) -> type[RuleOptimizer]:
     """The optimizer class of a rule, such as ``AdamW`` of "adamw"; of a rule that is not registered, a class made now."""
     if isinstance(rule, Rule):
-        return face_of(rule.name) if rule.name in RULES and RULES[rule.name] is rule else _make(rule)
+        made: type[RuleOptimizer] | None = _FACES.get(rule.name) or globals().get(class_name(rule.name))
+        return _make(rule) if made is None or made.rule is not rule else made
     if rule not in _FACES:  # registered by a user, after this module was imported
         _FACES[rule] = _make(RULES[rule])
     return _FACES[rule]
@@ -627,6 +648,12 @@ _WORDS = {
 
 
 def _make(rule: Rule) -> type[RuleOptimizer]:
+    if hidden := sorted({*rule.defaults} & {*inspect.signature(RuleOptimizer.__init__).parameters}):
+        raise RecipeError(
+            f"The rule {rule.name} has an option '{hidden[0]}', and so has every optimizer.",
+            "It would be taken for the optimizer's.",
+            "Give the rule's option another name.",
+        )
     doc = (rule.update.__doc__ or rule.name).strip().splitlines()[0]
     text = f"{doc}\n\n    ``thalweg rules {rule.name}`` prints its card. Options: ``RuleOptimizer``, and "
     text += ", ".join(f"{name}={value!r}" for name, value in rule.defaults.items()) + "."

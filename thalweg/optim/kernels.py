@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from thalweg.optim.batch import Batch
-from thalweg.optim.eager import Extra, Kernel
+from thalweg.optim.batch import Batch, is_dense, laid_like
+from thalweg.optim.eager import Extra, Kernel, eager
 from thalweg.optim.program import Program
 
 _DEVICES = ("cpu", "cuda", "xpu", "mps")
@@ -67,10 +68,15 @@ def fused(program: Program, *, device: str) -> Kernel | None:
     if rule == "sgd" and program.options["nesterov"] and not program.options["momentum"]:
         return None
     call = _MAKERS[rule](program, program.decay_form == "decoupled" or (rule == "adamw" and not program.decay_form))
+    by_hand = eager(program)
 
     def kernel(
         batch: Batch, scalars: Mapping[str, Any], *, due: int = 0, extra: Extra = None
     ) -> None:
+        if not all(p.is_contiguous() or is_dense(p) for p in batch.ps):  # the operator walks memory, gaps and all
+            return by_hand(batch, scalars, due=due, extra=extra)
+        if any(g.stride() != p.stride() for g, p in zip(batch.gs, batch.ps)):
+            batch = replace(batch, gs=laid_like(batch.gs, batch.ps))
         divisor, skipped = _single(scalars.get("divisor")), _single(scalars.get("skipped"))
         call(batch, scalars["lr"], _single(scalars["t"]), scalars.get("wd", 0.0), divisor, skipped)
         if program.average:

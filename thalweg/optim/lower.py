@@ -6,11 +6,15 @@ clipping in one number) and the flag of a skipped step as tensors: nothing is re
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any
 
+import torch
 
 from thalweg.core import RecipeError
-from thalweg.optim.eager import Kernel, eager
+from thalweg.optim.batch import Batch
+from thalweg.optim.eager import Extra, Kernel, eager
 from thalweg.optim.kernels import fused
 from thalweg.optim.program import Program
 
@@ -31,7 +35,9 @@ class Update:
     why: str
 
 
-def lower(program: Program, *, device: str, elements: int, way: str | None = None) -> Update:
+def lower(
+    program: Program, *, device: str, elements: int, way: str | None = None, keep: bool = False
+) -> Update:
     """Choose how a program runs.
 
     The choice depends on the model alone, never on the clock: a run that is resumed makes it again, and gets the same bits.
@@ -40,10 +46,28 @@ def lower(program: Program, *, device: str, elements: int, way: str | None = Non
         device: kind of device.
         elements: how many it will update at once.
         way: one of ``WAYS`` to force; None chooses.
+        keep: whether gradients must be left as they are: torch's operators write back what they divide.
 
     Raises:
         RecipeError: if ``way`` is not possible here.
     """
+    update = _choose(program, device=device, elements=elements, way=way, keep=keep)
+    if program.clear and (update.how != "compiled" or device != "cpu"):
+        return replace(update, run=_clearing(update.run))
+    return update
+
+
+def _clearing(kernel: Kernel) -> Kernel:
+    """A kernel, and zeros in the gradients after it."""
+
+    def run(batch: Batch, scalars: Mapping[str, Any], *, due: int = 0, extra: Extra = None) -> None:
+        kernel(batch, scalars, due=due, extra=extra)
+        torch._foreach_zero_(batch.gs)
+
+    return run
+
+
+def _choose(program: Program, *, device: str, elements: int, way: str | None, keep: bool) -> Update:
     if way is not None and way not in WAYS:
         raise RecipeError(f"way={way!r} is not known.", "It says how an update runs.", f"Use one of {', '.join(WAYS)}.")
     if way in ("eager", "stacked"):
@@ -56,7 +80,7 @@ def lower(program: Program, *, device: str, elements: int, way: str | None = Non
             "Leave way out, or use way='compiled'.",
         )
     large = elements >= WORTH_COMPILING
-    if operator is not None and (way == "fused" or not (program.average and large)):
+    if operator is not None and (way == "fused" or not ((program.average or keep and program.unscale) and large)):
         return Update(operator, "fused", f"torch has a fused operator with the maths of {program.rule.name} on {device}")
     if program.reads == "matrix" and way is None and program.rule.least_ndim == 2:
         return Update(eager(program, stack=True), "stacked", "matrix products: equal shapes in one batched call")

@@ -23,7 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from thalweg.optim.batch import Batch, is_dense, matrix_shape
+from thalweg.optim.batch import Batch, is_dense, laid_like, matrix_shape
 from thalweg.optim.codecs import BLOCK
 from thalweg.optim.csource import TILE, Port, Source, write_source
 from thalweg.optim.eager import Extra, Kernel, eager
@@ -168,7 +168,7 @@ def native(program: Program, *, grad_dtype: torch.dtype | None = None, due: int 
     outputs: list[str | None] = ["p", *(part.name for part in program.parts)]
     matrices = program.folds
     width = BLOCK if program.blocked else None if matrices else TILE
-    caller = Caller(trace, ports, write_source(trace, ports, outputs, width=width))
+    caller = Caller(trace, ports, write_source(trace, ports, outputs, width=width, clears="g" if program.clear else None))
     uniform = {part.name: i for i, part in enumerate(program.parts) if part.shape == "uniform"}
     stored = [i for i, part in enumerate(program.parts) if part.shape != "uniform"]
 
@@ -176,11 +176,16 @@ def native(program: Program, *, grad_dtype: torch.dtype | None = None, due: int 
         batch: Batch, scalars: Mapping[str, Any], *, due: int = 0, extra: Extra = None
     ) -> None:
         numbers = {**scalars, **{name: batch.slots[i][0] for name, i in uniform.items()}}
-        columns = [batch.ps, _laid_like(batch.gs, batch.ps), *(batch.slots[i] for i in stored)]
+        gs = laid_like(batch.gs, batch.ps)
+        columns = [batch.ps, gs, *(batch.slots[i] for i in stored)]
         given = extra or {}
-        columns += [_laid_like(given[name], batch.ps) if name in given else batch.gs for name in program.tensors]
+        columns += [laid_like(given[name], batch.ps) if name in given else batch.gs for name in program.tensors]
         shapes = [matrix_shape(p.shape, batch.fold(i)) for i, p in enumerate(batch.ps)] if matrices else None
         caller(columns, numbers, shapes=shapes)
+        if program.clear:
+            for g, laid in zip(batch.gs, gs):
+                if g is not laid:
+                    g.zero_()
 
     return kernel
 
@@ -314,8 +319,3 @@ class Caller:
         if source.per_row + source.per_column and self._scratch.numel() < need:
             self._scratch = torch.empty(need, dtype=torch.float64)
         return self._scratch.data_ptr()
-
-
-def _laid_like(xs: Sequence[Tensor], ps: Sequence[Tensor]) -> list[Tensor]:
-    """``xs`` with the strides of the parameters, copied where they differ."""
-    return [x if x.stride() == p.stride() else torch.empty_like(p, dtype=x.dtype).copy_(x) for x, p in zip(xs, ps)]

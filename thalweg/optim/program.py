@@ -47,6 +47,7 @@ class Program:
         rounding: of parameters of fewer than 32 bits: "nearest", "stochastic" or "kahan".
         codec: of slots that can be compressed.
         average: whether a weight average is kept.
+        clear: whether the gradients are zero afterwards, skipped update or not; a kernel does it while they are in the cache.
         maximize: climb instead of descending.
         unscale: whether gradients are divided by the scalar "divisor".
         seed: of the random bits of stochastic rounding.
@@ -66,6 +67,7 @@ class Program:
         average: bool = False,
         unscale: bool = False,
         maximize: bool = False,
+        clear: bool = False,
         seed: int = 0,
         exact: torch.dtype = torch.float64,
     ) -> None:
@@ -73,7 +75,7 @@ class Program:
         self.wide = torch.promote_types(dtype, torch.float32)
         self.rounding = rounding if dtype != self.wide else "nearest"
         self.unscale, self.maximize, self.seed = unscale, maximize, seed & 0x7FFFFFFF
-        self.decay_form = decay_form
+        self.decay_form, self.clear = decay_form, clear
         found = [(s.kind, s, o) for s, o in stages]
         ruled: tuple[str, Component, Mapping[str, Any]] = ("rule", rule, options)
         if rule.then is not None:  # last of its kind: it must see the whole change

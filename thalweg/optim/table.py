@@ -127,6 +127,8 @@ def _with_rule(row: ParameterRow, one: _Parameter, optimizer: Optimizer, last: n
             reason = f"{rule.name} takes hidden matrices, and this is an embedding table"
         elif rule.least_ndim == 2 and last is not None and last in one.owners:
             reason = f"{rule.name} takes hidden matrices, and this is the output layer"
+        elif rule.least_ndim == 2 and _exempt("token", one):
+            reason = f"{rule.name} takes hidden matrices, and this is {_WORDS['token']}"
     if reason is None:
         return replace(row, rule=rule.name, rule_reason=RECIPES_RULE, options=dict(optimizer.options))
     other = RULES[optimizer.otherwise]

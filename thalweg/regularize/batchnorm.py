@@ -36,6 +36,7 @@ class PooledStatistics:
         self._active: list[int] = []  # layers whose buffers are scratch just now
         self._pending: list[int] = [0] * len(layers)  # values a channel of the batch that lies in scratch
         self._counts: list[int] = [0] * len(layers)  # values a channel seen in this step
+        self._paused = False
         if not layers:
             return
         bounds = [0]
@@ -96,6 +97,15 @@ class PooledStatistics:
             self.layers[i].__dict__["momentum"] = 1.0  # past nn.Module's slow setter: this runs every step
             self._counts[i] = 0
         self._passes = 0
+        self._paused = False
+
+    def pause(self) -> None:
+        """Further forward passes of this step are not counted: they go over the same samples again."""
+        if any(self._pending):
+            self._open_sums()
+            self._add(slice(None), self.fill(tuple(self._pending)))
+            self._settle()
+        self._paused = True
 
     def collect(self, *, last: bool) -> None:
         """A micro-batch is done. One that is alone in its step needs no sums: its statistics are the pooled ones."""
@@ -179,7 +189,7 @@ class PooledStatistics:
 
     def _before(self, i: int) -> Any:
         def hook(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-            if not self._active or not module.training:
+            if not self._active or self._paused or not module.training:
                 return
             if self._pending[i]:  # a layer used twice in one forward pass: its first batch is still in scratch
                 span = self.spans[i]

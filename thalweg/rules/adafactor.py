@@ -49,13 +49,13 @@ def adafactor(
     beta2_decay: float = -0.8,
     eps1: float | None = None,
     eps2: float = 1e-3,
-    clip: float = 1.0,
+    most_rms: float = 1.0,
     relative_step: bool = True,
     scale_parameter: bool = True,
     variant: str = "torch",
 ) -> tuple[Tensor, ...]:
     """r, c <- means of g^2 over columns and rows, averaged with weight t^beta2_decay;  v = r*c/mean(r);  u = g/sqrt(v);
-    p <- p - max(eps2, RMS(p)) * min(lr, 1/sqrt(t)) * u/max(1, RMS(u)/clip).
+    p <- p - max(eps2, RMS(p)) * min(lr, 1/sqrt(t)) * u/max(1, RMS(u)/most_rms).
 
     Args:
         p, g: parameter and gradient, (..., R, C); a vector is (1, n).
@@ -66,7 +66,7 @@ def adafactor(
         beta2_decay: the new g^2 weighs t^beta2_decay, at most 0; -1 is the plain mean of all steps.
         eps1: least root of v ("torch"; None: the dtype's machine epsilon), or added to g^2 ("shazeer"; None: 1e-30).
         eps2: least size of a parameter.
-        clip: the update's largest RMS, above 0.
+        most_rms: the update's largest RMS; 0: any.
         relative_step: use min(lr, 1/sqrt(t)), not lr.
         scale_parameter: multiply by max(eps2, RMS(p)).
         variant: "torch": v is kept above eps1^2 and mean(r) above eps1; "shazeer": eps1 is added to g^2, as in the paper.
@@ -88,7 +88,7 @@ def adafactor(
         v = c if ndim < 2 else factored(r, c)
     u = g * v.rsqrt()
     rate = torch.minimum(lr, t**-0.5) if relative_step else lr
-    size = rate / (rms(u) / clip).clamp(min=1.0)
+    size = rate / (rms(u) / most_rms).clamp(min=1.0) if most_rms else rate
     if scale_parameter:
         size = size * rms(p).clamp(min=eps2)
     return -size * u, r, c

@@ -60,4 +60,4 @@ def adan(
     u = torch.lerp(u, change, 1 - b2)
     v = b3 * v + (1 - b3) * ahead * ahead
     root = v.sqrt() / (1 - b3**t).sqrt() + eps
-    return -((lr / (1 - b1**t)) * m + (lr * b2 / (1 - b2**t)) * u) / root, m, u, v, g
+    return -((lr / (1 - b1**t)) * m + (lr * b2 / (1 - b2**t)) * u) / root, m, u, v, g.clone()

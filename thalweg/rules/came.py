@@ -44,9 +44,9 @@ def came(
     b3: float = 0.9999,
     eps1: float = 1e-30,
     eps2: float = 1e-16,
-    clip: float = 1.0,
+    most_rms: float = 1.0,
 ) -> tuple[Tensor, ...]:
-    """v from rows and columns of g^2 + eps1;  u = g/sqrt(v), u <- u/max(1, RMS(u)/clip);  m <- b1*m + (1-b1)*u;
+    """v from rows and columns of g^2 + eps1;  u = g/sqrt(v), u <- u/max(1, RMS(u)/most_rms);  m <- b1*m + (1-b1)*u;
     s from rows and columns of (u - m)^2 + eps2;  p <- p - lr*m/sqrt(s).
 
     Args:
@@ -58,7 +58,7 @@ def came(
         ndim: dimensions of the parameter; below 2, v is not factored and p <- p - lr*m.
         b1, b2, b3: decay of m, v and s, in [0, 1).
         eps1, eps2: added to the squares, above 0.
-        clip: the largest RMS of u, above 0.
+        most_rms: the largest RMS of u; 0: any.
 
     Cost: 1 slot a parameter and 2*(R + C) numbers a matrix; 2 slots for a vector; reads 3 and writes 2 tensors a step.
     Departures: the paper gives matrices alone; vectors are as in its authors' code (Adafactor with momentum). Of a batch of
@@ -68,7 +68,7 @@ def came(
     r = b2 * r + (1 - b2) * square.mean(dim=-1, keepdim=True)
     c = b2 * c + (1 - b2) * square.mean(dim=-2, keepdim=True)
     u = g * (c if ndim < 2 else factored(r, c)).rsqrt()
-    u = u / (rms(u) / clip).clamp(min=1.0)
+    u = u / (rms(u) / most_rms).clamp(min=1.0) if most_rms else u
     m = b1 * m + (1 - b1) * u
     if ndim < 2:
         return -lr * m, m, r, c, res_r, res_c

@@ -117,8 +117,8 @@ def d_adapt_adam(
 
     Cost: 3 slots a parameter (12 B at fp32); reads 5 and writes 4 tensors a step, and a pass to measure that reads 3.
     Departures: its third version (the authors' code), as in pytorch_optimizer; the paper's algorithm 4 is an earlier one.
-        Decoupled decay of the engine takes lr alone for the rate, far too much: use ``inner_decay``. The rate is inside m,
-        so a rate that falls to 0 late still moves by what m holds.
+        Decay by the engine has the estimated rate too, lr*d, which is ``inner_decay`` but for a step's delay and the bias
+        correction. The rate is inside m, so a rate that falls to 0 late still moves by what m holds.
     """
     b3 = b2**0.5
     m = b1 * m + (rate * (1 - b1)) * g
@@ -174,6 +174,7 @@ def _settle_sgd(
     shared={"d": "d0", "rate": 0.0, "first_norm": 0.0, "way_sum": 0.0},
     measure=_measure_sgd,
     settle=_settle_sgd,
+    anchored=True,
 )
 def d_adapt_sgd(
     p: Tensor,

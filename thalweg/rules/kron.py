@@ -52,11 +52,11 @@ def kron(
     noise: Tensor,
     b1: float = 0.9,
     precond_lr: float = 0.1,
-    clip: float = 1.1,
+    most_rms: float = 1.1,
     frequency: int = 1,
     max_dim: int = 8192,
 ) -> tuple[Tensor, ...]:
-    """s = (Ql^T Ql) m^ (Qr^T Qr);  p <- p - lr*s*min(1, clip/rms(s));  Q <- Q - precond_lr*triu(T1 - T2)/|T1 + T2| Q,
+    """s = (Ql^T Ql) m^ (Qr^T Qr);  p <- p - lr*s*min(1, most_rms/rms(s));  Q <- Q - precond_lr*triu(T1 - T2)/|T1 + T2| Q,
     with A = Ql m^ Qr^T, B = Ql^-T noise Qr^-1, and T1 = A A^T, T2 = B B^T on the left, A^T A and B^T B on the right.
 
     Args:
@@ -68,7 +68,7 @@ def kron(
         noise: standard normal, of g's shape.
         b1: decay of m, in [0, 1); m^ = m/(1 - b1^t).
         precond_lr: step size of the factors.
-        clip: largest root mean square of s.
+        most_rms: largest root mean square of s.
         frequency: updates from one update of the factors to the next. They learn for hundreds of them: keep 1 at first.
         max_dim: a larger side has a diagonal factor.
 
@@ -85,7 +85,7 @@ def kron(
         q_left, q_right = _balanced(*_learnt(mean, noise, q_left, q_right, precond_lr))
     s = _twice(q_right, _twice(q_left, mean).mT).mT
     rms = s.square().mean((-2, -1), keepdim=True).sqrt()
-    return -(lr * (clip / (rms + 1e-8)).clamp(max=1.0)) * s, m, q_left, q_right
+    return -(lr * (most_rms / (rms + 1e-8)).clamp(max=1.0)) * s, m, q_left, q_right
 
 
 def _learnt(x: Tensor, noise: Tensor, q_left: Tensor, q_right: Tensor, rate: float) -> tuple[Tensor, Tensor]:

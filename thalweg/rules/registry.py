@@ -86,7 +86,7 @@ class Component:
             if isinstance(value, (int, float)) and not self._in_range(key, float(value)):
                 raise RecipeError(
                     f"{self.name}({key}={value!r}) is out of range.",
-                    "Decay rates of moments lie in [0, 1), all else at 0 or above.",
+                    "Decay rates of moments lie in [0, 1), all else on the side of 0 where the default is.",
                     f"The default is {default!r}.",
                 )
         return {**self.defaults, **given}
@@ -95,7 +95,7 @@ class Component:
         if key in _RATES:
             return 0 <= value < 1
         default = self.defaults[key]
-        return value >= 0 or (isinstance(default, (int, float)) and default < 0)
+        return value <= 0 if isinstance(default, (int, float)) and default < 0 else value >= 0
 
 
 @dataclass(frozen=True)
@@ -128,6 +128,7 @@ class Rule(Component):
             see decay and all else in the change.
         torch_names: its slots in torch.optim's state dicts.
         still: whether a gradient of zero (and a rate of zero) moves nothing; false where averaging goes on.
+        anchored: whether weights are drawn to where they began, whatever the gradient: decay is then not geometric.
     """
 
     decay_form: str = "decoupled"
@@ -148,6 +149,7 @@ class Rule(Component):
     then: str | None = None
     torch_names: Mapping[str, str] = field(default_factory=dict)
     still: bool = True
+    anchored: bool = False
 
     @property
     def status(self) -> str:

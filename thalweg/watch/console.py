@@ -47,7 +47,7 @@ def print_table(
     """A table without lines; what is too wide for the terminal is folded."""
     table = Table(title=title or None, title_justify="left", box=None, pad_edge=False)
     for i, heading in enumerate(headings):
-        table.add_column(heading, overflow="fold", no_wrap=i == 0, min_width=len(heading))
+        table.add_column(heading, overflow="fold", no_wrap=i == 0)
     for row in rows:
         table.add_row(*map(escape, row))
     (console or _Steady(highlight=False)).print(table)
