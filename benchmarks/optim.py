@@ -150,7 +150,8 @@ def limit(rounds: int) -> list[dict[str, Any]]:
 
     rows = []
     by_slots: dict[int, list[str]] = {}
-    for name, rule in RULES.items():
+    for name in RULES:
+        rule = RULES[name]
         program_slots = thalweg.optim.Program(rule, rule.options({})).parts
         if rule.reads == "element" and not rule.shared and "curvature" not in rule.needs:
             by_slots.setdefault(sum(part.shape == "like" for part in program_slots), []).append(name)

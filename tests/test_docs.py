@@ -271,7 +271,15 @@ def test_the_advice_on_optimizers_can_be_followed() -> None:
     text = (ROOT / "docs" / "choose-an-optimizer.md").read_text(encoding="utf-8")
     recipes = [Recipe.from_toml(block.text) for block in blocks_of(text) if block.language == "toml"]
     settled = [settle_optimizer(recipe, Decisions()).optimizer for recipe in recipes]
-    assert {one.rule for one in settled} >= {"adamw", "muon", "ademamix", "soap", "schedule_free_adamw", "sgd", "adafactor"}
+    assert {one.rule for one in settled} >= {
+        "adamw",
+        "muon",
+        "ademamix",
+        "soap",
+        "schedule_free_adamw",
+        "sgd",
+        "adafactor",
+    }
     for one in settled:
         for group in one.groups.values():
             RULES[group["rule"]]

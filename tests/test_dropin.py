@@ -1,4 +1,4 @@
-"""Our optimizers in other people's programs: plain PyTorch, Lightning, Accelerate, the Hugging Face Trainer, torch's checkpoints."""
+"""Our optimizers in other people's programs: plain PyTorch, Lightning, Accelerate, the Hugging Face Trainer, checkpoints."""
 
 from __future__ import annotations
 
@@ -16,6 +16,9 @@ from torch import Tensor, nn
 from torch.optim import lr_scheduler
 
 import thalweg.optim
+from tests.conftest import three_parts
+from thalweg.core import RecipeError
+from thalweg.rules import RULES
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 
@@ -152,17 +155,36 @@ def test_cycles_of_momentum_are_those_of_torch(name: str, cycle: str) -> None:
         "cyclic": lambda o: lr_scheduler.CyclicLR(o, base_lr=0.001, max_lr=0.01, step_size_up=4),
     }[cycle]
     models, optimizers = [net(), net()], []
-    for model, face in zip(models, (getattr(thalweg.optim, name), getattr(torch.optim, name))):
+    programs = set()
+    for model, room in zip(models, (torch.optim, thalweg.optim)):
         extra = {"momentum": 0.9} if name == "SGD" else {}
-        optimizer = face(model.parameters(), lr=0.001, weight_decay=0.0, **extra)
+        optimizer = getattr(room, name)(model.parameters(), lr=0.001, weight_decay=0.0, **extra)
         schedule = made(optimizer)
-        train(model, optimizer, 0, 10, after=schedule.step)
+        for number in range(10):
+            train(model, optimizer, number, number + 1)
+            schedule.step()
+            programs |= {cohort.program for mine in getattr(optimizer, "_cohorts", []) for cohort in mine}
         optimizers.append(optimizer)
-    ours, theirs = optimizers
+    theirs, ours = optimizers
     key = "momentum" if name == "SGD" else "betas"
     assert ours.param_groups[0][key] == theirs.param_groups[0][key]
-    torch.testing.assert_close(weights(models[0]), weights(models[1]), rtol=1e-5, atol=1e-6)
-    assert len(ours._programs) == 1
+    torch.testing.assert_close(weights(models[1]), weights(models[0]), rtol=1e-5, atol=1e-6)
+    assert len(programs) == 2, "one before the momentum moved, one from then on"
+
+
+def test_decay_that_follows_the_schedule_knows_the_peak_of_a_cycle() -> None:
+    """Independent decay shrinks weights by wd at the peak rate, whatever rate the optimizer was built with."""
+    p = nn.Parameter(torch.ones(1, dtype=torch.float64))
+    optimizer = thalweg.optim.AdamW([p], lr=1e-4, weight_decay=0.1, decay_form="independent")
+    schedule = lr_scheduler.OneCycleLR(optimizer, max_lr=0.01, total_steps=10)
+    shrunk = []
+    for _ in range(9):
+        before = float(p.detach())
+        p.grad = torch.zeros_like(p)
+        optimizer.step()
+        schedule.step()
+        shrunk.append(1 - float(p.detach()) / before)
+    assert max(shrunk) == pytest.approx(0.1)
 
 
 def test_a_rule_without_momentum_says_so_to_the_scheduler() -> None:
@@ -202,6 +224,26 @@ def test_moving_momentum_resumes_to_the_bit(kind: str) -> None:
     assert not torch.equal(weights(still), weights(straight)), "momentum did move"
 
 
+@pytest.mark.parametrize("rule", [name for name in RULES if {"b1", "b2", "b3", "momentum"} & {*RULES[name].defaults}])
+def test_every_rule_takes_rates_that_move(rule: str) -> None:
+    """A decay rate as a tensor on the device, which is what one that moves becomes, is the same maths as a number."""
+    found = []
+    for moving in (False, True):
+        draw = torch.Generator().manual_seed(1)
+        ps = [nn.Parameter(torch.randn(s, generator=draw, dtype=torch.float64)) for s in ((4, 6), (5,))]
+        optimizer = thalweg.optim.face_of(rule)(ps, lr=0.01, weight_decay=0.1)
+        group = optimizer.param_groups[0]
+        if moving:
+            group["moving"] = tuple(n for n in ("b1", "b2", "b3", "momentum") if isinstance(group.get(n), float))
+        for _ in range(6):
+            for p in ps:
+                p.grad = torch.randn(p.shape, generator=draw, dtype=torch.float64)
+            optimizer.step()
+        found.append(ps)
+    for number, tensor in zip(*found):
+        torch.testing.assert_close(number.detach(), tensor.detach(), rtol=1e-9, atol=1e-11)
+
+
 def test_options_set_by_either_name_count() -> None:
     p = nn.Parameter(torch.ones(2))
     optimizer = thalweg.optim.AdamW([{"params": [p], "betas": (0.5, 0.9)}])
@@ -220,7 +262,9 @@ def test_options_set_by_either_name_count() -> None:
 # ---------------------------------------------------------------------- plain PyTorch: scaling, clipping, hooks
 
 
-def scaled_step(scaler: Any, model: nn.Module, optimizer: Any, number: int, *, poison: bool = False, clip: float = 0) -> None:
+def scaled_step(
+    scaler: Any, model: nn.Module, optimizer: Any, number: int, *, poison: bool = False, clip: float = 0
+) -> None:
     optimizer.zero_grad()
     loss = loss_of(model, number)
     scaler.scale(loss * float("inf") if poison else loss).backward()
@@ -260,6 +304,24 @@ def test_grad_scaler_equals_unscaling_by_hand(kind: str, clip: float) -> None:
             nn.utils.clip_grad_norm_(plain.parameters(), clip)
         without.step()
     torch.testing.assert_close(weights(scaled), weights(plain), rtol=1e-5, atol=1e-6)
+
+
+def test_grad_scaler_and_closures() -> None:
+    model = net()
+    optimizer, scaler = thalweg.optim.AdamW(model.parameters()), torch.amp.GradScaler("cpu")
+
+    def closure() -> Tensor:
+        optimizer.zero_grad()
+        loss = loss_of(model, 0)
+        scaler.scale(loss).backward()
+        return loss
+
+    closure()
+    with pytest.raises(RecipeError, match="closure") as caught:
+        scaler.step(optimizer, closure)
+    three_parts(caught.value)
+    off = torch.amp.GradScaler("cpu", enabled=False)
+    assert off.step(optimizer, closure) is not None
 
 
 def test_grad_scaler_with_half_precision_autocast() -> None:
@@ -347,11 +409,8 @@ def test_compiled_models_and_torchs_weight_average(others_warnings: None) -> Non
 # ---------------------------------------------------------------------- Lightning
 
 
-def test_lightning(others_warnings: None, tmp_path: Path, kind: str = "matrix") -> None:
-    run_lightning(kind, tmp_path)
-
-
-def run_lightning(kind: str, folder: Path) -> None:
+@each_kind
+def test_lightning(others_warnings: None, tmp_path: Path, kind: str) -> None:
     lightning = pytest.importorskip("lightning")
 
     class Module(lightning.LightningModule):  # type: ignore[name-defined, misc]
@@ -367,11 +426,10 @@ def run_lightning(kind: str, folder: Path) -> None:
             optimizer = FACES[kind](self.parameters())
             return [optimizer], [{"scheduler": lr_scheduler.CosineAnnealingLR(optimizer, T_max=20), "interval": "step"}]
 
-    def fit(module: Any, steps: int, where: Path, resume: Path | None = None) -> Any:
+    def fit(module: Any, epochs: int, where: Path, resume: Path | None = None) -> Any:
         trainer = lightning.Trainer(
             accelerator="cpu",
-            max_steps=steps,
-            max_epochs=-1,
+            max_epochs=epochs,
             accumulate_grad_batches=2,
             gradient_clip_val=0.5,
             default_root_dir=where,
@@ -382,16 +440,15 @@ def run_lightning(kind: str, folder: Path) -> None:
         )
         loader = torch.utils.data.DataLoader(samples(), batch_size=2)
         trainer.fit(module, loader, ckpt_path=resume)
-        assert trainer.global_step == steps
+        assert trainer.global_step == 6 * epochs, "12 batches, two to an update"
         return trainer
 
     straight, parted = Module(), Module()
     start = weights(straight)
-    fit(straight, 12, folder)
-    half = fit(parted, 6, folder)
-    half.save_checkpoint(folder / "half.ckpt")
+    fit(straight, 2, tmp_path)
+    fit(parted, 1, tmp_path).save_checkpoint(tmp_path / "half.ckpt")
     resumed = Module()
-    fit(resumed, 12, folder, folder / "half.ckpt")
+    fit(resumed, 2, tmp_path, tmp_path / "half.ckpt")
     same_as(straight, resumed)
     assert not torch.equal(weights(straight), start)
 
@@ -462,6 +519,7 @@ def test_hugging_face_trainer(others_warnings: None, tmp_path: Path, kind: str, 
             per_device_train_batch_size=2,
             gradient_accumulation_steps=2,
             max_grad_norm=0.5,
+            weight_decay=0.1,
             save_steps=3,
             save_strategy="steps",
             logging_strategy="no",
@@ -479,7 +537,7 @@ def test_hugging_face_trainer(others_warnings: None, tmp_path: Path, kind: str, 
             how["optimizers"] = (optimizer, lr_scheduler.LambdaLR(optimizer, lambda k: 1 / (1 + k)))
         else:
             face = type(FACES[kind](net().parameters()))
-            how["optimizer_cls_and_kwargs"] = (face, {"lr": 0.01, "weight_decay": 0.1})
+            how["optimizer_cls_and_kwargs"] = (face, {"lr": 0.01})
         return transformers.Trainer(model=model, args=arguments, train_dataset=data, **how)
 
     straight = build(tmp_path / "straight", 6)
@@ -493,7 +551,9 @@ def test_hugging_face_trainer(others_warnings: None, tmp_path: Path, kind: str, 
     same_as(straight.model, resumed.model)
     assert not torch.equal(weights(straight.model), start)
     if given == "optimizer_cls_and_kwargs":
-        assert [group["weight_decay"] for group in straight.optimizer.param_groups] == [0.1, 0.0], "the Trainer's groups"
+        assert [group["weight_decay"] for group in straight.optimizer.param_groups] == [0.1, 0.0], (
+            "the Trainer's groups"
+        )
 
 
 # ---------------------------------------------------------------------- torch's distributed checkpoints, in one process

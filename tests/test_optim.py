@@ -14,6 +14,7 @@ from tests.conftest import three_parts
 from thalweg.core import ModelError, ParameterRow, Recipe, RecipeError
 from thalweg.optim import Arena, make_arenas, named_trainable, parameter_table, plain_name
 from thalweg.optim.arena import How
+from thalweg.rules.schedule_free import evaluation_weights
 
 
 class RMSNorm1(nn.Module):
@@ -227,3 +228,36 @@ def test_rows_are_plain_values() -> None:
         ParameterRow("weight", (3, 2), True, "2 dimensions", **why),
         ParameterRow("bias", (3,), False, "a bias", **why),
     )
+
+
+@pytest.mark.parametrize("how", [{}, {"average": 0.9}], ids=["its own", "kept average"])
+def test_averaged_holds_what_to_evaluate(how: dict[str, float]) -> None:
+    """Schedule-free rules have weights of their own to ship; a kept average goes before them."""
+    p = nn.Parameter(torch.randn(4, 3, generator=torch.Generator().manual_seed(0)))
+    optimizer = thalweg.optim.ScheduleFreeAdamW([p], lr=0.1, **how)
+    for k in range(3):
+        p.grad = torch.full_like(p, k - 0.5)
+        optimizer.step()
+    live, state = p.detach().clone(), optimizer.state[p]
+    wanted = state["average"] if how else evaluation_weights(live, state["schedule_free.z"], 0.9)
+    again = thalweg.optim.ScheduleFreeAdamW([p], **how)
+    again.load_state_dict(optimizer.state_dict())
+    for one in (optimizer, again):
+        with one.averaged():
+            assert torch.equal(p, wanted) and not torch.equal(p, live)
+        assert torch.equal(p, live)
+
+
+def test_positions_and_tokens_are_no_hidden_matrices() -> None:
+    """Three dimensions make a batch of matrices of an expert layer, not of a positional embedding."""
+
+    class Vision(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.pos_embed = nn.Parameter(torch.zeros(1, 16, 8))
+            self.experts = nn.Parameter(torch.zeros(4, 8, 8))
+
+    optimizer = Recipe.from_toml('optimizer.rule = "muon"').optimizer
+    rows = {row.name: row for row in parameter_table(Vision(), optimizer=optimizer)}
+    assert (rows["pos_embed"].rule, rows["experts"].rule) == ("adamw", "muon")
+    assert rows["pos_embed"].rule_reason.endswith("a positional, class or mask token")

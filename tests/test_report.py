@@ -17,7 +17,17 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from thalweg.core import Decision, Evaluation, Event, ParameterRow, Plan, Recipe, Record, RunFolderError, treatments
+from thalweg.core import (
+    Decision,
+    Evaluation,
+    Event,
+    ParameterRow,
+    Plan,
+    Recipe,
+    Record,
+    RunFolderError,
+    parameter_groups,
+)
 from thalweg.core.plan import RECIPES_RULE
 from thalweg.report import write_report
 from thalweg.report.axes import Axis, fit
@@ -361,7 +371,7 @@ def treated() -> tuple[ParameterRow, ...]:
 
 
 def test_parameters_are_told_of_by_their_treatment():
-    found = {one.told(0.02): (one.tensors, one.elements) for one in treatments(treated())}
+    found = {one.told(0.02): (one.tensors, one.elements) for one in parameter_groups(treated())}
     because = "rule: muon takes hidden matrices, and this is a table, muon takes hidden matrices, and this is a vector;"
     assert found == {
         ("adamw", "0.001 (x0.05)", "no", f"{because} decay: matches, a bias"): (2, 408),
@@ -372,11 +382,11 @@ def test_parameters_are_told_of_by_their_treatment():
 
 def test_many_treatments_are_told_of_together():
     rows = [ParameterRow(f"{k}", (2,), k > 0, "why", lr=0.5**k, weight_decay=0.1) for k in range(4)]
-    assert len(treatments(rows)) == len(treatments(rows, most=4)) == 4
-    decayed, exempt = treatments(rows, most=3)
+    assert len(parameter_groups(rows)) == len(parameter_groups(rows, most=4)) == 4
+    decayed, exempt = parameter_groups(rows, most=3)
     assert decayed.told(1.0) == ("adamw", "x0.125 to x0.5", "0.1", "decay: why") and decayed.tensors == 3
     assert exempt.told(None) == ("adamw", "x1", "no", "decay: why")
-    assert [one.rates[1] for one in treatments(rows)] == [0.5, 0.25, 0.125, 1.0], "decayed first, then by rate"
+    assert [one.rates[1] for one in parameter_groups(rows)] == [0.5, 0.25, 0.125, 1.0], "decayed first, then by rate"
 
 
 def test_the_plan_on_a_terminal(tmp_path):

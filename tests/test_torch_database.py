@@ -122,7 +122,7 @@ def test_state_goes_on_in_the_other_library(rule: str, given: dict[str, Any]) ->
     """k steps there, converted, k steps here, equals 2k steps there; and the other way round."""
     if refused(rule, given):
         return
-    ours, theirs, ours_ps, theirs_ps = pair(rule, given)
+    _, theirs, ours_ps, theirs_ps = pair(rule, given)
     steps(theirs, theirs_ps, 0, 5)
     state = from_torch(theirs.state_dict(), rule)
     with torch.no_grad():
@@ -187,7 +187,7 @@ def test_what_torch_refuses_is_refused(rule: str, one: Any) -> None:
 
 def rule_takes(rule: str, params: Any) -> bool:
     """Whether the error is a real tensor of a number of dimensions that torch's class does not take."""
-    low, most = COUNTERPARTS[rule].num_dims
+    most = COUNTERPARTS[rule].num_dims[1]
     return isinstance(params, list) and any(
         isinstance(p, Tensor) and not p.is_complex() and p.is_leaf and p.ndim > most for p in params
     )
@@ -258,6 +258,23 @@ def test_state_of_torch_or_of_a_newer_version_is_not_loaded_unseen() -> None:
     with pytest.raises(RecipeError, match="newer thalweg") as caught:
         ours.load_state_dict(newer)
     assert "Upgrade" in three_parts(caught.value)[2]
+
+
+def test_what_schedulers_wrote_into_the_groups_travels_along() -> None:
+    """A run under OneCycleLR goes over in the middle, and comes back."""
+    p, q = nn.Parameter(torch.ones(3)), nn.Parameter(torch.ones(3))
+    theirs, ours = torch.optim.AdamW([p], lr=0.01), thalweg.optim.AdamW([q])
+    schedule = torch.optim.lr_scheduler.OneCycleLR(theirs, max_lr=0.1, total_steps=20)
+    for number in range(5):
+        steps(theirs, [p], number, number + 1)
+        schedule.step()
+    ours.load_state_dict(from_torch(theirs))
+    with torch.no_grad():
+        q.copy_(p)
+    group = ours.param_groups[0]
+    assert (group["max_lr"], group["betas"]) == (0.1, theirs.param_groups[0]["betas"]) and group["b1"] != 0.9
+    back = to_torch(ours)["param_groups"][0]
+    assert back == {**theirs.state_dict()["param_groups"][0], "params": [0]}
 
 
 def test_bf16_slots_of_torch_go_on_in_float32() -> None:

@@ -202,6 +202,8 @@ class _Run:
         resolved = resolve(self.task, self.recipe, saved=saved)
         step = build(resolved.plan, resolved.model, resolved.loss, resolved.device, resolved.policy)
         plan = replace(resolved.plan, sizes=step.state.nbytes())
+        if saved is None:
+            plan = replace(plan, decisions=(*plan.decisions, *step.state.ways()))
         if self.folder and resume is False:
             write_file(self.folder.plan_file, plan.to_json().encode())
             write_file(self.folder.recipe_file, self.recipe.to_toml().encode())

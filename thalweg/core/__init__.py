@@ -13,13 +13,13 @@ from thalweg.core.errors import (
     ThalwegError,
     did_you_mean,
 )
+from thalweg.core.groups import ParameterGroup, parameter_groups
 from thalweg.core.plan import Decision, ParameterRow, Plan
 from thalweg.core.protocols import Feed, Gather, Loss, Sink, Split, Task
 from thalweg.core.recipe import Recipe, divisors
 from thalweg.core.record import Evaluation, Event, Record, StopReason, read_lines
 from thalweg.core.registry import Registry
 from thalweg.core.streams import seed_for
-from thalweg.core.treatment import Treatment, treatments
 from thalweg.core.units import human_bytes, human_count, human_seconds
 
 __all__ = [
@@ -48,7 +48,7 @@ __all__ = [
     "Task",
     "TaskError",
     "ThalwegError",
-    "Treatment",
+    "ParameterGroup",
     "did_you_mean",
     "divisors",
     "human_bytes",
@@ -56,5 +56,5 @@ __all__ = [
     "human_seconds",
     "read_lines",
     "seed_for",
-    "treatments",
+    "parameter_groups",
 ]

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from thalweg.checkpoint import Snapshot
-from thalweg.core import CheckpointError
+from thalweg.core import CheckpointError, Decision
 from thalweg.device import Device
 from thalweg.optim import Arena, plain_name
 from thalweg.optim.history import NormHistory
@@ -136,6 +136,17 @@ class State:
         if self.scale is not None:
             yield "loss_scale", self.scale.scale
             yield "loss_scale_streak", self.scale.streak
+
+    def ways(self) -> list[Decision]:
+        """How the updates run, and why."""
+        found: dict[tuple[str, str, str], int] = {}
+        for arena in self.arenas:
+            for segment in arena.segments:
+                key = (segment.treatment.rule, segment.update.how, segment.update.why)
+                found[key] = found.get(key, 0) + len(segment.names)
+        return [
+            Decision(f"update by {rule}", how, f"{why}; {num} tensors") for (rule, how, why), num in found.items()
+        ]
 
     def nbytes(self) -> dict[str, int]:
         """Bytes by purpose."""

@@ -125,10 +125,11 @@ def evaluation_weights(program: Program, batch: Batch) -> list[Tensor] | None:
     return None
 
 
-def blocks(x: Tensor) -> Tensor:
-    """A flat tensor as rows of ``BLOCK``, the last filled up with zeros."""
+def blocks(x: Tensor, part: Part | None = None) -> Tensor:
+    """A flat tensor as rows of ``BLOCK``, the last filled up with zeros, or with the code of zero of a stored ``part``."""
     missing = -x.numel() % BLOCK
-    return torch.nn.functional.pad(x, (0, missing)).view(-1, BLOCK)
+    zero = float(part.start) if part is not None and x.dtype == torch.uint8 else 0.0
+    return torch.nn.functional.pad(x, (0, missing), value=zero).view(-1, BLOCK)
 
 
 def flat(x: Tensor) -> Tensor | None:

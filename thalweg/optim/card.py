@@ -383,7 +383,7 @@ def _one_line(text: str) -> str:
 
 def _as_markdown(shown: Card) -> str:
     parts = [f"### {shown.name}", "```text\n" + "\n".join(shown.maths) + "\n```"]
-    parts.append("\n".join(f"- {_prose(f'{name}: {text}' if name else text)}" for name, text in shown.facts))
+    parts.append("\n".join(f"- {f'**{name}**: ' if name else ''}{_prose(text)}" for name, text in shown.facts))
     if shown.options:
         rows = [(f"`{names}`", f"`{defaults}`", meaning) for names, defaults, meaning in shown.options]
         parts.append(_markdown_table(("option", "default", "meaning"), rows))

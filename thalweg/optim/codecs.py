@@ -9,7 +9,7 @@ element): the same in every way of running, and after a resume.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -44,9 +44,9 @@ class Codec:
     """
 
     name: str
-    parts: Callable[[Slot], tuple[Part, ...]]
-    decode: Callable[[Sequence[Tensor], torch.dtype, bool], Tensor]
-    encode: Callable[[Tensor, Tensor | None, bool], tuple[Tensor, ...]]
+    parts: Callable[[Slot], tuple[Part, ...]] = field(repr=False)
+    decode: Callable[[Sequence[Tensor], torch.dtype, bool], Tensor] = field(repr=False)
+    encode: Callable[[Tensor, Tensor | None, bool], tuple[Tensor, ...]] = field(repr=False)
     random: bool = False
     blocked: bool = False
 

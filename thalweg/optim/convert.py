@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -11,14 +11,14 @@ from torch import Tensor
 
 from thalweg.core import RecipeError, did_you_mean
 from thalweg.device import CAPABILITIES
-from thalweg.optim.face import SCHEMA, RuleOptimizer
+from thalweg.optim.face import SCHEMA, RuleOptimizer, face_of
 from thalweg.rules import RULES
 
 _NEWTON_SCHULZ = (3.4445, -4.775, 2.0315)
 #: How torch runs an update, which changes nothing of what it is.
 _WAYS = ("foreach", "fused", "capturable", "differentiable")
-#: What a group of either has beside options.
-_MARKS = ("params", "param_names", "name", "initial_lr")
+#: What a group of ours has beside options, and torch's has not.
+_OURS = ("peak_lr", "moving", "rule", "schema")
 
 
 @dataclass(frozen=True)
@@ -60,9 +60,7 @@ COUNTERPARTS: dict[str, Counterpart] = {
         {**_COMMON, "alpha": "b2", "eps": "eps", "momentum": "momentum", "centered": "centered"},
         our_fixed={"variant": "torch"},
     ),
-    "adagrad": Counterpart(
-        "Adagrad", {**_COMMON, "eps": "eps", "initial_accumulator_value": "start"}, {"lr_decay": 0}
-    ),
+    "adagrad": Counterpart("Adagrad", {**_COMMON, "eps": "eps", "initial_accumulator_value": "start"}, {"lr_decay": 0}),
     "adadelta": Counterpart("Adadelta", {**_COMMON, "rho": "b2", "eps": "eps"}),
     "nadam": Counterpart(
         "NAdam", {**_ADAM, "momentum_decay": "momentum_decay"}, our_fixed={"variant": "torch"}, forms=_EITHER
@@ -183,8 +181,9 @@ def from_torch(state: torch.optim.Optimizer | Mapping[str, Any], rule: str | Non
     tree: Mapping[str, Any] = state.state_dict() if isinstance(state, torch.optim.Optimizer) else state
     groups, entries = [], {}
     for group in tree["param_groups"]:
-        marks = {name: value for name, value in group.items() if name in _MARKS}
-        options = {name: value for name, value in group.items() if name not in _MARKS}
+        known = _made(about).defaults
+        marks = {name: value for name, value in group.items() if name not in known}  # of schedulers, say
+        options = {name: value for name, value in group.items() if name in known}
         mine = options_from_torch(rule, options)
         RULES[rule].options({name: value for name, value in mine.items() if name in RULES[rule].defaults})
         groups.append({**_cloned(mine), **marks, "rule": rule, "schema": SCHEMA})
@@ -251,34 +250,47 @@ def to_torch(state: RuleOptimizer | Mapping[str, Any]) -> dict[str, Any]:
             "A state dict does not hold them.",
             "Give the optimizer itself, after load_state_dict.",
         )
-        made: torch.optim.Optimizer = getattr(torch.optim, about.torch_class)([torch.zeros(1, 1)])
-        theirs = {**made.defaults, **_options_to_torch(about, group, made)}
-        groups.append({**_cloned(theirs), **{name: value for name, value in group.items() if name in _MARKS}})
+        known = (*face_of(rule)([torch.zeros(1, 1)]).defaults, *_OURS)
+        marks = {name: value for name, value in group.items() if name not in known}
+        theirs = {**_made(about).defaults, **_options_to_torch(about, group)}
+        groups.append({**_cloned(theirs), **marks})
         for number in group["params"]:
             if number in tree["state"]:
                 entries[number] = _slots_to_torch(rule, about, tree["state"][number], num_dims.get(number))
     return {"state": entries, "param_groups": groups}
 
 
-def _options_to_torch(about: Counterpart, group: Mapping[str, Any], made: torch.optim.Optimizer) -> dict[str, Any]:
+def _made(about: Counterpart) -> torch.optim.Optimizer:
+    """One of torch's, for its defaults."""
+    made: torch.optim.Optimizer = getattr(torch.optim, about.torch_class)([torch.zeros(1, 1)])
+    return made
+
+
+def _options_to_torch(about: Counterpart, group: Mapping[str, Any]) -> dict[str, Any]:
     where, form = f"torch.optim.{about.torch_class}", group["decay_form"]
     for name, value in {**about.our_fixed, "stages": {}}.items():
         _refuse(group[name] != value, f"{where} has no {name}={group[name]!r}.", f"It is always {value!r} there.")
     decays = bool(group["weight_decay"])
     _refuse(
-        decays and form not in about.forms, f"{where} has no weight decay in the form '{form}'.", f"It has {_list(about.forms)}."
+        decays and form not in about.forms,
+        f"{where} has no weight decay in the form '{form}'.",
+        f"It has {_list(about.forms)}.",
     )
     found: dict[str, Any] = {}
     for theirs, mine in about.names.items():
         if isinstance(mine, tuple):
             found[theirs] = tuple(group[name] for name in mine)
         else:
-            found[theirs] = next((there for there, here in about.values.get(mine, ()) if here == group[mine]), group[mine])
+            found[theirs] = next(
+                (there for there, here in about.values.get(mine, ()) if here == group[mine]), group[mine]
+            )
     scale = found.get("adjust_lr_fn")
     _refuse(
-        scale not in (None, "match_rms_adamw"), f"{where} has no scale={scale!r}.", "It has 'original' and 'match_rms_adamw'."
+        scale not in (None, "match_rms_adamw"),
+        f"{where} has no scale={scale!r}.",
+        "It has 'original' and 'match_rms_adamw'.",
     )
-    if "decoupled_weight_decay" in made.defaults:
+    if "decoupled_weight_decay" in _made(about).defaults:
         found["decoupled_weight_decay"] = form == "decoupled" or about.forms == ("decoupled",)
     return found
 

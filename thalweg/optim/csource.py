@@ -554,7 +554,7 @@ class _Writer:
             "sgn": lambda: f"({kind})(({args[0]} > 0) - ({args[0]} < 0))",
             "square": lambda: f"{args[0]} * {args[0]}",
             "pow": lambda: _power(node, args, kind),
-            "lerp": lambda: f"{args[0]} + {args[2]} * ({args[1]} - {args[0]})",
+            "lerp": lambda: _lerp(*args),
             "addcmul": lambda: f"{args[0]} + {self._operand(words.get('value', 1), kind)} * {args[1]} * {args[2]}",
             "addcdiv": lambda: f"{args[0]} + {self._operand(words.get('value', 1), kind)} * {args[1]} / {args[2]}",
             "maximum": lambda: f"{args[0]} > {args[1]} ? {args[0]} : {args[1]}",
@@ -579,6 +579,7 @@ class _Writer:
             "__rshift__": lambda: f"{args[0]} >> {args[1]}",
             "bitwise_right_shift": lambda: f"{args[0]} >> {args[1]}",
             "exp": lambda: f"exp{suffix}({args[0]})",
+            "expm1": lambda: f"expm1{suffix}({args[0]})",
             "log": lambda: f"log{suffix}({args[0]})",
             "tanh": lambda: f"tanh{suffix}({args[0]})",
             "sin": lambda: f"sin{suffix}({args[0]})",
@@ -616,6 +617,11 @@ class _Writer:
 
 def _values(node: Node) -> list[Value]:
     return [a for a in (*node.args, *node.words.values()) if isinstance(a, Value)]
+
+
+def _lerp(a: str, b: str, weight: str) -> str:
+    """From the nearer end, as torch does: a + weight*(b - a) loses b's low bits where the weight is near 1."""
+    return f"({weight} < 0.5f && {weight} > -0.5f ? {a} + {weight} * ({b} - {a}) : {b} - ({b} - {a}) * (1 - {weight}))"
 
 
 def _literal(number: float, kind: str) -> str:

@@ -105,11 +105,11 @@ def _tiled(
     skipped: Tensor | None,
 ) -> list[Tensor]:
     p, size = batch.ps[i], batch.ps[i].numel()
-    flat_p, flat_g = _as_lain(p, p), _as_lain(batch.gs[i], p)
-    drawn = {name: _as_lain(tensor, p) for name, tensor in extra.items()}
+    flat_p, flat_g = as_lain(p, p), as_lain(batch.gs[i], p)
+    drawn = {name: as_lain(tensor, p) for name, tensor in extra.items()}
     per_element = [part.shape == "like" for part in program.parts]
     stored = [
-        _as_lain(mine[i], p) if like else (mine[0] if part.shape == "uniform" else mine[i])
+        as_lain(mine[i], p) if like else (mine[0] if part.shape == "uniform" else mine[i])
         for part, mine, like in zip(program.parts, batch.slots, per_element)
     ]
     tile = max(tile // BLOCK, 1) * BLOCK
@@ -125,7 +125,7 @@ def _tiled(
         if program.blocked:
             seen, index = [blocks(x) for x in seen], None if index is None else blocks(index)
             given = [
-                blocks(s) if like else (s[:, None] if part.shape == "block" else s)
+                blocks(s, part) if like else (s[:, None] if part.shape == "block" else s)
                 for s, like, part in zip(old, per_element, program.parts)
             ]
         else:
@@ -143,7 +143,7 @@ def _tiled(
     return parts
 
 
-def _as_lain(x: Tensor, p: Tensor) -> Tensor:
+def as_lain(x: Tensor, p: Tensor) -> Tensor:
     """The elements of ``x`` in the order in which those of ``p`` lie; a copy where memory cannot be seen that way."""
     if x.stride() != p.stride() and x.numel():
         if flat(p) is None:  # it has gaps: both are taken in the order of their indices
@@ -151,6 +151,15 @@ def _as_lain(x: Tensor, p: Tensor) -> Tensor:
         x = torch.empty_like(p, dtype=x.dtype).copy_(x)
     lain = flat(x)
     return x.reshape(-1) if lain is None else lain
+
+
+def in_blocks(program: Program, p: Tensor, g: Tensor, parts: Sequence[Tensor]) -> tuple[Tensor, Tensor, list[Tensor]]:
+    """A parameter, its gradient and its stored parts as rows of ``BLOCK``, for codecs with a scale for each."""
+    stored = [
+        blocks(as_lain(s, p), part) if part.shape == "like" else s[:, None] if part.shape == "block" else s
+        for part, s in zip(program.parts, parts)
+    ]
+    return blocks(as_lain(p, p)), blocks(as_lain(g, p)), stored
 
 
 def _stacked(
@@ -180,7 +189,7 @@ def _stacked(
 
 def _join(xs: Sequence[Tensor]) -> Tensor:
     """Tensors of one shape as a batch; one alone is a batch too, so that it meets the same operators, and the same bits."""
-    return torch.stack(list(xs)) if len(xs) > 1 else xs[0][None]
+    return torch.stack(list(xs)) if len(xs) > 1 else xs[0].contiguous()[None]
 
 
 def _by_shape(program: Program, batch: Batch) -> list[list[int]]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import inspect
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -64,6 +63,8 @@ class RuleOptimizer(torch.optim.Optimizer):
 
     rule_name: ClassVar[str] = "adamw"
     rule: ClassVar[Rule] = RULES["adamw"]
+    grad_scale: Tensor | None
+    found_inf: Tensor | None
     _step_supports_amp_scaling = True  # GradScaler hands over its scale and its finding, and reads nothing back
 
     def __init__(
@@ -121,6 +122,9 @@ class RuleOptimizer(torch.optim.Optimizer):
         self._programs: dict[Any, Program] = {}
         self._clears = False
         self._curvature: dict[Tensor, Tensor] = {}
+        self._decisive = ("decay_form", "maximize", *self.rule.defaults)
+        self._asked: list[list[Any] | None] = []
+        self._answers: list[set[Program]] = []
         self._rates: list[dict[str, Any]] = []
         self._moved: list[dict[tuple[str, torch.device], Tensor]] = []
 
@@ -166,10 +170,14 @@ class RuleOptimizer(torch.optim.Optimizer):
         self._live.append([])
         self._rates.append({})
         self._moved.append({})
+        self._asked.append(None)
+        self._answers.append(set())
 
     def _follow(self, index: int, group: dict[str, Any], *, begin: bool = True) -> None:
         """Take note of decay rates that were changed from outside; one that moves becomes a tensor, and its kernel stays."""
         known = self._rates[index]
+        if known and all(group[name] is value for name, value in known.items()):
+            return
         if "betas" in group:
             mine = _betas(group)
             if known and group["betas"] == known["betas"]:
@@ -178,7 +186,12 @@ class RuleOptimizer(torch.optim.Optimizer):
                 group.update(_named(group["betas"]))
         found = {name: group[name] for name in (*_RATES, "betas") if name in group}
         for name in known:
-            if name != "betas" and type(found[name]) is float and found[name] != known[name] and name not in group["moving"]:
+            if (
+                name != "betas"
+                and type(found[name]) is float
+                and found[name] != known[name]
+                and name not in group["moving"]
+            ):
                 group["moving"] = (*group["moving"], name)
         if known or begin:
             self._rates[index] = found
@@ -245,6 +258,13 @@ class RuleOptimizer(torch.optim.Optimizer):
         self._clears = zero
         loss = None
         if closure is not None:
+            if getattr(self, "found_inf", None) is not None:
+                del self.grad_scale, self.found_inf  # the scaler will not come back to do it
+                raise RecipeError(
+                    "A loss scaler cannot step with a closure.",
+                    "It has looked for infinities, and the closure would make other gradients.",
+                    "Call the closure yourself, then scaler.step(optimizer).",
+                )
             with torch.enable_grad():
                 loss = closure()
         gradients = [self._gather(index, group) for index, group in enumerate(self.param_groups)]
@@ -285,8 +305,14 @@ class RuleOptimizer(torch.optim.Optimizer):
 
     def _wanted(self, index: int, group: dict[str, Any], ps: list[Tensor]) -> set[Program]:
         """The programs that the group's parameters should run: options may have been changed since the last step."""
-        kinds = {(p.ndim >= self.rule.least_ndim, p.dtype, p.device): p for p in ps}
-        return {self._program(index, group, p) for p in kinds.values()}
+        least = self.rule.least_ndim
+        kinds = {(p.ndim >= least, p.dtype, p.device): p for p in ps}
+        asked = [self._unscales(), bool(group["weight_decay"]), *kinds, *map(group.__getitem__, self._decisive)]
+        plain = not (group["moving"] or group["stages"] or group["aux_options"])  # else there is more to look at
+        if not plain or asked != self._asked[index]:
+            self._asked[index] = asked if plain else None
+            self._answers[index] = {self._program(index, group, p) for p in kinds.values()}
+        return self._answers[index]
 
     def _regroup(self, index: int, group: dict[str, Any], ps: list[Tensor]) -> None:
         """Parameters that were together and both have a gradient now stay together; others part ways; new ones begin."""
@@ -347,7 +373,7 @@ class RuleOptimizer(torch.optim.Optimizer):
     ) -> dict[str, Any]:
         mine = cohort.program.rule is self.rule
         lr = group["lr"] if mine or group["aux_lr"] is None else group["aux_lr"]
-        found = {"lr": lr, "wd": group["weight_decay"], "peak": group["peak_lr"]}
+        found = {"lr": lr, "wd": group["weight_decay"], "peak": group.get("max_lr", group["peak_lr"])}
         if not isinstance(found["peak"], Tensor) and not found["peak"]:
             found["peak"] = 1.0  # a rate of 0 throughout: there is nothing to scale by
         found |= {n: v for n, v in cohort.program.options.items() if isinstance(v, Tensor)}
@@ -368,8 +394,10 @@ class RuleOptimizer(torch.optim.Optimizer):
         device, exact = first.t.device, first.program.exact
         if not self._shared:
             self._shared = first_values(self.rule, first.program.options, device, exact)
-        tensors = lambda n: {k: torch.as_tensor(v, device=device) for k, v in n.items()}
-        found = [c.sums({**tensors(n), **self._shared}) for c, n in mine]
+        found = []
+        for cohort, given in mine:
+            tensors = {name: torch.as_tensor(value, device=device) for name, value in given.items()}
+            found.append(cohort.sums({**tensors, **self._shared}))
         sums = [torch.stack([f[k] for f in found]).sum() for k in range(len(found[0]))]
         rates = torch.stack([torch.as_tensor(n["lr"], dtype=exact, device=device) for _, n in mine])
         new = settle(first.program, sums, self._shared, {"lr": rates.max(), "t": first.t})
@@ -422,7 +450,9 @@ class RuleOptimizer(torch.optim.Optimizer):
         stages = [self.rule.then, *(name for group in self.param_groups for name in group["stages"])]
         if not self.how["average"] and not any(name is not None and STAGES[name].evaluate for name in stages):
             raise RecipeError(
-                "This optimizer keeps no weight average.", "It was built with average=0.", "Build it with average=0.999."
+                "This optimizer keeps no weight average.",
+                "It was built with average=0.",
+                "Build it with average=0.999.",
             )
         cohorts = [cohort for mine in self._cohorts for cohort in mine]
         with torch.no_grad():
@@ -449,8 +479,7 @@ class RuleOptimizer(torch.optim.Optimizer):
                     self.state[p].update(cohort.state(i))
                     self.state[p].update(tries=cohort.tries, cohort=number)
                     self.state[p].update({f"shared.{name}": value for name, value in self._shared.items()})
-        tree = super().state_dict()
-        return tree
+        return super().state_dict()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Take over a state dict; slots keep the dtype that they were saved in.
@@ -472,28 +501,28 @@ class RuleOptimizer(torch.optim.Optimizer):
                     f"It has version {version}, and here {SCHEMA} is the newest known.",
                     "Upgrade thalweg to load it.",
                 )
-        given = copy.copy(state_dict)
-        given["param_groups"] = [
-            {k: v for k, v in group.items() if k not in ("schema", "rule")} for group in state_dict["param_groups"]
-        ]
-        super().load_state_dict(given)
-        numbers = [i for group in given["param_groups"] for i in group["params"]]
+        super().load_state_dict(state_dict)
+        numbers = [i for group in state_dict["param_groups"] for i in group["params"]]
         mine = [p for group in self.param_groups for p in group["params"]]
         for number, p in zip(numbers, mine):
-            for name, value in given["state"].get(number, {}).items():
+            for name, value in state_dict["state"].get(number, {}).items():
                 if isinstance(value, Tensor):  # torch casts them to the parameter's dtype
                     device = p.device if value.device.type != "meta" else value.device
                     self.state[p][name] = value.detach().to(device, copy=True)
         for group in self.param_groups:  # a state that says less, such as one converted from torch
             group["schema"] = SCHEMA
-            for name, default in {**self.defaults, "peak_lr": group["lr"], "moving": ()}.items():
-                group.setdefault(name, default)
+            betas = group.get("betas", _betas({**self.defaults, **group}))
+            given = {**self.defaults, "betas": betas, "peak_lr": group["lr"], "moving": ()}
+            for name in (*_COMMON, *self.rule.defaults, *(["betas"] if betas else []), "peak_lr", "moving"):
+                group.setdefault(name, given[name])
         self._restore()
 
     def _restore(self) -> None:
         """Cohorts from the state, as they were: who is updated together decides random bits and the order of sums."""
         self._cohorts = [[] for _ in self.param_groups]
         self._live = [[] for _ in self.param_groups]
+        self._asked = [None for _ in self.param_groups]
+        self._answers = [set() for _ in self.param_groups]
         self._rates = [{} for _ in self.param_groups]
         self._moved = [{} for _ in self.param_groups]
         self._shared, self._programs = {}, {}
@@ -533,7 +562,8 @@ class RuleOptimizer(torch.optim.Optimizer):
                     )
                 if self.state[p][part.name].dtype != wanted:
                     warnings.warn(
-                        f"slot '{part.name}' is converted from {self.state[p][part.name].dtype} to {wanted}", stacklevel=4
+                        f"slot '{part.name}' is converted from {self.state[p][part.name].dtype} to {wanted}",
+                        stacklevel=4,
                     )
                     self.state[p][part.name] = self.state[p][part.name].to(wanted)
             mine = [self.state[p][part.name] for p in held]
@@ -593,7 +623,9 @@ def _stages(given: str | Iterable[str] | Mapping[str, Mapping[str, Any]]) -> dic
     if isinstance(given, str):
         given = [given]
     listed = given if isinstance(given, Mapping) else {name: {} for name in given}
-    return {name: STAGES[name].options(options) and dict(options) or dict(options) for name, options in listed.items()}
+    for name, options in listed.items():
+        STAGES[name].options(options)
+    return {name: dict(options) for name, options in listed.items()}
 
 
 def face_of(rule: str | Rule) -> type[RuleOptimizer]:

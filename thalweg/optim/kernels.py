@@ -78,7 +78,7 @@ def fused(program: Program, *, device: str) -> Kernel | None:
         if any(g.stride() != p.stride() for g, p in zip(batch.gs, batch.ps)):
             batch = replace(batch, gs=laid_like(batch.gs, batch.ps))
         divisor, skipped = _single(scalars.get("divisor")), _single(scalars.get("skipped"))
-        call(batch, scalars["lr"], _single(scalars["t"]), scalars.get("wd", 0.0), divisor, skipped)
+        call(batch, scalars["lr"], _single(scalars["t"]), scalars["wd"] if program.decay_form else 0.0, divisor, skipped)
         if program.average:
             share = torch.as_tensor(scalars["share"])
             share = share if skipped is None else share * (1 - skipped)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from thalweg.optim.batch import Batch, flat, views
-from thalweg.optim.eager import as_tensors
+from thalweg.optim.eager import as_tensors, in_blocks
 from thalweg.optim.lower import WORTH_COMPILING
 from thalweg.optim.program import Program
 from thalweg.rules import Rule
@@ -35,6 +35,8 @@ def measure(program: Program, batch: Batch, scalars: Mapping[str, Any]) -> list[
     sums: list[Tensor] = []
     for i in range(len(batch.ps)):
         p, g, stored = views(program, batch, i)
+        if program.blocked:
+            p, g, stored = in_blocks(program, p, g, stored)
         found = [value.to(program.exact) for value in _measured(program, p, g, stored, given)]
         sums = found if not sums else [a + b for a, b in zip(sums, found)]
     return sums

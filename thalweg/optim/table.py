@@ -26,7 +26,7 @@ _WORDS = {
 #: Names of learned positions and tokens, as whole words between dots and underscores.
 _TOKEN = re.compile(
     r"(^|[._])(pos|position|positions|positional|pos_?embed\w*|position_embed\w*|positional_embed\w*|abs_pos\w*"
-    r"|relative_position\w*|rel_pos\w*|(cls|class|reg|register|dist|mask|distillation)_?(tokens?|embed\w*))($|[._])"
+    r"|relative_position\w*|rel_pos\w*|relative_attention_bias|wpe|(cls|class|reg|register|dist|mask|distillation)_?(tokens?|embed\w*))($|[._])"
 )
 _GROUP_KEYS = ("rule", "lr", "lr_scale", "weight_decay", "options", "fold")
 
@@ -98,7 +98,7 @@ def parameter_table(
     _check_patterns(found, "optimizer.groups", list(optimizer.groups))
     groups = {pattern: _group(pattern, given) for pattern, given in optimizer.groups.items()}
     depths, top = _depths(model, found)
-    last = _output_layer(model)
+    last = _output_layer(model, found)
     rows = []
     for one in found:
         reason = next((r for word in exempt if (r := _exempt(word, one))), None)
@@ -123,7 +123,7 @@ def _with_rule(row: ParameterRow, one: _Parameter, optimizer: Optimizer, last: n
     if rule.least_ndim:
         if one.p.ndim < rule.least_ndim:
             reason = f"{rule.name} takes matrices, and this has {one.p.ndim} dimensions"
-        elif rule.least_ndim == 2 and any(isinstance(o, (nn.Embedding, nn.EmbeddingBag)) for o in one.owners):
+        elif rule.least_ndim == 2 and _is_table(one):
             reason = f"{rule.name} takes hidden matrices, and this is an embedding table"
         elif rule.least_ndim == 2 and last is not None and last in one.owners:
             reason = f"{rule.name} takes hidden matrices, and this is the output layer"
@@ -247,10 +247,15 @@ def _fold(one: _Parameter) -> str:
     return fold_of(one.p.shape)
 
 
-def _output_layer(model: nn.Module) -> nn.Module | None:
-    """The last linear layer in the order of definition, where there is more than one."""
+def _is_table(one: _Parameter) -> bool:
+    return any(isinstance(owner, (nn.Embedding, nn.EmbeddingBag)) for owner in one.owners)
+
+
+def _output_layer(model: nn.Module, found: list[_Parameter]) -> nn.Module | None:
+    """The last linear layer in the order of definition, where there are hidden matrices beside it."""
     layers = [module for module in model.modules() if isinstance(module, nn.Linear)]
-    return layers[-1] if len(layers) > 1 else None
+    hidden = [one for one in found if one.p.ndim > 1 and not _is_table(one) and layers[-1:] != [*one.owners]]
+    return layers[-1] if layers and hidden else None
 
 
 def _depths(model: nn.Module, found: list[_Parameter]) -> tuple[dict[str, int], int]:
@@ -288,10 +293,15 @@ def _exempt(word: str, one: _Parameter) -> str | None:
         "bias": one.name.rsplit(".", 1)[-1].endswith("bias"),
         "norm": any(_normalizes(owner) for owner in one.owners),
         "1d": one.p.ndim < 2,
-        "embedding": any(isinstance(owner, (nn.Embedding, nn.EmbeddingBag)) for owner in one.owners),
-        "token": _TOKEN.search(one.name.lower()) is not None,
+        "embedding": _is_table(one),
+        "token": _TOKEN.search(one.name.lower()) is not None and not any(_multiplies(owner) for owner in one.owners),
     }
     return _WORDS[word] if hit[word] else None
+
+
+def _multiplies(owner: nn.Module) -> bool:
+    """Whether a module's weight is a layer's: DETR's "class_embed" is a classifier, and no class token."""
+    return isinstance(owner, (nn.Linear, nn.Bilinear, nn.modules.conv._ConvNd))
 
 
 def _normalizes(owner: nn.Module) -> bool:

@@ -15,6 +15,8 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from thalweg.core import ThalwegError
+
 ROWS, COLUMNS = 3, 5  # stand-ins for the extents of any matrix
 
 KINDS = {(ROWS, COLUMNS): "full", (ROWS, 1): "row", (1, COLUMNS): "column", (1, 1): "tensor", (): "tensor"}
@@ -77,7 +79,7 @@ def record(function: Callable[..., Sequence[Tensor]], inputs: Mapping[str, tuple
             outputs = function(**tensors)
     except Untraceable:
         raise
-    except (RuntimeError, NotImplementedError, TypeError) as err:
+    except (RuntimeError, NotImplementedError, TypeError, ThalwegError) as err:  # the last: of the stand-in's extents
         raise Untraceable(str(err)) from err
     recorder.trace.outputs = [recorder.value_of(out) for out in outputs]
     return recorder.trace

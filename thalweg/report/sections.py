@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from typing import Any
 
-from thalweg.core import human_bytes, human_count, treatments
+from thalweg.core import human_bytes, human_count, parameter_groups
 from thalweg.report.axes import plain
 from thalweg.report.folder import Run
 from thalweg.report.markup import details, section, shown, table, tag, wrap
@@ -51,13 +51,14 @@ def parameters(run: Run) -> str:
         return ""
     peak = run.plan.recipe.optimizer.lr
     summary = [
-        (f"{one.tensors:,}", human_count(one.elements), *one.told(peak)) for one in treatments(run.plan.parameters)
+        (f"{one.tensors:,}", human_count(one.elements), *one.told(peak))
+        for one in parameter_groups(run.plan.parameters)
     ]
     brief = table(("tensors", "elements", "rule", "peak rate", "decay", "because"), summary, numbers=[0, 1], names=[2])
     rows = []
     for row in run.plan.parameters:
         shape = " \u00d7 ".join(map(str, row.shape)) or "scalar"
-        (one,) = treatments([row])
+        (one,) = parameter_groups([row])
         rows.append((row.name, shape, f"{math.prod(row.shape):,}", *one.told(peak)))
     headings = ("name", "shape", "elements", "rule", "peak rate", "decay", "because")
     full = table(headings, rows, numbers=[2], names=[0, 3])

@@ -57,15 +57,15 @@ def ademamix(
     Departures: optax's ademamix has alpha and b3 constant unless given schedules of its own.
     """
     share: Tensor | float = alpha
-    decay: Tensor | float = b3
+    step: Tensor | float = 1 - b3
     if warmup:
         done = (t / warmup).clamp(max=1)
         share = alpha * done
         # 1/log(b) is the half-life but for a constant; b = 0 forgets at once
         first, last = (1 / math.log(b) if b else 0.0 for b in (b1, b3))
-        decay = (1 / (first + (last - first) * done)).exp()
+        step = -(1 / (first + (last - first) * done)).expm1()
     m = torch.lerp(m, g, 1 - b1)
-    slow = slow + (1 - decay) * (g - slow)
+    slow = slow + step * (g - slow)
     v = b2 * v + (1 - b2) * g * g
     root = v.sqrt() / (1 - b2**t).sqrt() + eps
     return -((lr / (1 - b1**t)) * m + (lr * share) * slow) / root, m, slow, v

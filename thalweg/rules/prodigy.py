@@ -133,9 +133,9 @@ def prodigy(
 
     Cost: 4 slots a parameter (16 B at fp32; 12 if b1 is 0); reads 6 and writes 4 tensors a step, and a pass to measure that
         reads 4.
-    Departures: decay by the engine has the estimated rate too, so without bias_correction it is ``inner_decay``. Stages of gradients (coupled decay, clips) act after the measuring, which sees gradients as they
-        come. No slice_p. At lr=0 the moments go on, prodigyopt skips the step; gradients of zero at the start
-        count as updates, there they do not. If b1
+    Departures: decay by the engine has the estimated rate too, so without bias_correction it is ``inner_decay``. Stages of
+        gradients (coupled decay, clips) act after the measuring, which sees gradients as they come. No slice_p. At lr=0 the
+        moments go on, prodigyopt skips the step; gradients of zero at the start count as updates, there they do not. If b1
         is 0, m is d*g with the d before this step, as for any other b1; prodigyopt takes the d after it.
     """
     rate = _rate(d_last, lr, t, b1, b2, bias_correction)

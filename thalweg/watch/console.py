@@ -23,12 +23,12 @@ from thalweg.core import (
     human_bytes,
     human_count,
     human_seconds,
-    treatments,
+    parameter_groups,
 )
 
 _LINE_SECONDS = 10.0
 #: Lines on the treatment of parameters; with more, those that differ by their rate alone are one.
-_MOST_TREATMENTS = 12
+_MOST_GROUPS = 8
 
 
 class _Steady(Console):
@@ -148,7 +148,7 @@ class Terminal:
         peak = plan.recipe.optimizer.lr
         rows = [
             (human_count(one.elements), str(one.tensors), *one.told(peak))
-            for one in treatments(plan.parameters, most=_MOST_TREATMENTS)
+            for one in parameter_groups(plan.parameters, most=_MOST_GROUPS)
         ]
         headings = ("parameters", "tensors", "rule", "peak rate", "decay", "because")
         print_table(headings, rows, title="what becomes of the parameters", console=self.console)

@@ -11,7 +11,7 @@ from thalweg.core.plan import RECIPES_RULE, ParameterRow
 
 
 @dataclass(frozen=True)
-class Treatment:
+class ParameterGroup:
     """What the optimizer does alike to some parameters.
 
     Attributes:
@@ -40,7 +40,7 @@ class Treatment:
         return self.rule, rate, "no" if self.decay is None else f"{self.decay:g}", "; ".join(because)
 
 
-def treatments(rows: Iterable[ParameterRow], most: int | None = None) -> list[Treatment]:
+def parameter_groups(rows: Iterable[ParameterRow], most: int | None = None) -> list[ParameterGroup]:
     """The table of parameters in sum: one for each way in which they are treated; decayed ones first, then by rate.
 
     Args:
@@ -50,16 +50,16 @@ def treatments(rows: Iterable[ParameterRow], most: int | None = None) -> list[Tr
     options = {
         rule: _differing([r.options for r in rows if r.rule == rule]) for rule in dict.fromkeys(r.rule for r in rows)
     }
-    found: dict[tuple[Any, ...], Treatment] = {}
+    found: dict[tuple[Any, ...], ParameterGroup] = {}
     for row in rows:
         own = [f"{name}={row.options[name]}" for name in options[row.rule] if name in row.options]
         named = " ".join([row.rule, *own])
         strength = row.weight_decay if row.decays else None
         why = (row.rule_reason,) if row.rule_reason not in ("", RECIPES_RULE) else ()
-        one = Treatment(named, (row.lr, row.lr), strength, why, (row.decay_reason,), 1, math.prod(row.shape))
+        one = ParameterGroup(named, (row.lr, row.lr), strength, why, (row.decay_reason,), 1, math.prod(row.shape))
         _put(found, (named, row.lr, strength), one)
     if most is not None and len(found) > most:
-        whole: dict[tuple[Any, ...], Treatment] = {}
+        whole: dict[tuple[Any, ...], ParameterGroup] = {}
         for one in found.values():
             _put(whole, (one.rule, one.decay), one)
         found = whole
@@ -69,7 +69,7 @@ def treatments(rows: Iterable[ParameterRow], most: int | None = None) -> list[Tr
     )
 
 
-def _put(found: dict[tuple[Any, ...], Treatment], key: tuple[Any, ...], one: Treatment) -> None:
+def _put(found: dict[tuple[Any, ...], ParameterGroup], key: tuple[Any, ...], one: ParameterGroup) -> None:
     """``one`` joined to what is under ``key``."""
     known = found.get(key)
     if known is None:
