@@ -120,7 +120,9 @@ def small(seeds: int) -> list[dict[str, Any]]:
                 }
             )
             at, top = spread(tried[1.0]), spread(tried[best])
-            print(f"{title:12} {rule:22} published {at['median']:7.2f}   best {top['median']:7.2f} at x{best}", flush=True)
+            print(
+                f"{title:12} {rule:22} published {at['median']:7.2f}   best {top['median']:7.2f} at x{best}", flush=True
+            )
     return rows
 
 
@@ -157,7 +159,9 @@ def on_task(task: str, names: list[str], seeds: int, changes: dict[str, Any]) ->
         tried = {f: _run(task, rule, RULES[rule].lr * f, 0, changes) for f in (0.1, 0.3, 3.0, 10.0)}
         tried[1.0] = published[0]
         best = min(tried, key=lambda f: tried[f])
-        again = published if best == 1.0 else [_run(task, rule, RULES[rule].lr * best, s, changes) for s in range(seeds)]
+        again = (
+            published if best == 1.0 else [_run(task, rule, RULES[rule].lr * best, s, changes) for s in range(seeds)]
+        )
         rows.append(
             {
                 "problem": task,
@@ -190,7 +194,9 @@ def pycode(seeds: int) -> list[dict[str, Any]]:
 
 def main(arguments: list[str]) -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--only", nargs="+", default=["small", "digits", "pycode"], choices=["small", "digits", "pycode"])
+    parser.add_argument(
+        "--only", nargs="+", default=["small", "digits", "pycode"], choices=["small", "digits", "pycode"]
+    )
     parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--keep", default="converge")
     asked = parser.parse_args(arguments)

@@ -123,7 +123,11 @@ def phase(rounds: int) -> list[dict[str, Any]]:
     def by_engine_zeroing() -> None:
         engine.step(zero=True)
 
-    cases = {"torch fused + clip_grad_norm_ + foreach EMA": by_hand, "thalweg": by_engine, "thalweg, zeroed in the update": by_engine_zeroing}
+    cases = {
+        "torch fused + clip_grad_norm_ + foreach EMA": by_hand,
+        "thalweg": by_engine,
+        "thalweg, zeroed in the update": by_engine_zeroing,
+    }
     rows = table("optimizer phase, AdamW", cases, rounds, "thalweg, zeroed in the update")
     del engine, fused, averages
     gc.collect()
@@ -253,7 +257,9 @@ def matrix(rounds: int) -> list[dict[str, Any]]:
         "heavyball (compiled)": of("heavyball", "Muon", lr=0.02, consume_grad=False),
     }
     steps, first = steps_of(muon, hidden)
-    rows = [{**row, "first call, s": first[row["candidate"]]} for row in table("Muon, 48 matrices", steps, few, "thalweg")]
+    rows = [
+        {**row, "first call, s": first[row["candidate"]]} for row in table("Muon, 48 matrices", steps, few, "thalweg")
+    ]
     del steps
     gc.collect()
     soap: dict[str, Make] = {
@@ -345,7 +351,14 @@ print(json.dumps([peak() - before, sum(p.nbytes for p in params)]))
 def memory(rounds: int) -> list[dict[str, Any]]:
     """Peak of resident memory during steps over what was resident between them."""
     rows = []
-    for name, more in (("AdamW", ""), ("Lion", ""), ("LAMB", ""), ("Adafactor", ""), ("AdEMAMix", ""), ("Lion", ", way='eager'")):
+    for name, more in (
+        ("AdamW", ""),
+        ("Lion", ""),
+        ("LAMB", ""),
+        ("Adafactor", ""),
+        ("AdEMAMix", ""),
+        ("Lion", ", way='eager'"),
+    ):
         told = subprocess.run(
             [sys.executable, "-c", _MEMORY.format(name=name, more=more)], capture_output=True, text=True, check=True
         )

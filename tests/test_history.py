@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import copy
 import math
 
 import pytest
 import torch
 
+import thalweg
 from tests.models import assert_same_bits, make_step, mean_loss, mlp, points, run_steps, state_bits
 from thalweg.optim.history import NormHistory
 
@@ -78,3 +80,24 @@ def test_an_outlier_moves_the_weights_no_further_than_the_rest_and_resume_goes_o
     run_steps(again, again_feed, 3)
     assert_same_bits(state_bits(other), state_bits(again))
     assert other.state.history.values[0] == 43
+
+
+def test_a_face_clips_by_history_and_goes_on_after_its_state() -> None:
+    p = torch.nn.Parameter(torch.zeros(4))
+    optimizer = thalweg.optim.SGD([p], lr=1.0, clip_history=2.5)
+    draw = torch.Generator().manual_seed(0)
+
+    def step(optimizer: torch.optim.Optimizer, p: torch.nn.Parameter, size: float) -> float:
+        before = p.detach().clone()
+        p.grad = torch.full((4,), size / 2)
+        optimizer.step()
+        return float((p.detach() - before).norm())
+
+    for _ in range(30):
+        step(optimizer, p, 1 + 0.1 * float(torch.randn((), generator=draw)))
+    q = torch.nn.Parameter(p.detach().clone())
+    twin = thalweg.optim.SGD([q], lr=1.0, clip_history=2.5)
+    twin.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    assert step(optimizer, p, 100.0) < 2
+    assert step(twin, q, 100.0) < 2
+    assert torch.equal(p, q)

@@ -359,7 +359,15 @@ def test_krons_change_is_no_different_for_a_rescaled_gradient_once_it_has_learnt
     sizes = []
     for factor in (0.01, 1.0, 100.0):
         keep: list[list[Tensor]] = []
-        run("kron", [torch.zeros(6, 4, dtype=F64)], [[factor * g] for (g,) in gs], lr=1.0, b1=0.0, most_rms=1e9, keep=keep)
+        run(
+            "kron",
+            [torch.zeros(6, 4, dtype=F64)],
+            [[factor * g] for (g,) in gs],
+            lr=1.0,
+            b1=0.0,
+            most_rms=1e9,
+            keep=keep,
+        )
         sizes.append(float((keep[-1][0] - keep[-51][0]).norm()))
     assert max(sizes) < 2 * min(sizes)
 

@@ -14,7 +14,9 @@ F64 = torch.float64
 SAM = {"regularize.sharpness": 0.3, "optimizer.rule": "sgd", "optimizer.lr": 0.1, "schedule.lr": "constant()"}
 
 
-def by_hand(model: nn.Module, data: dict[str, torch.Tensor], *, rho: float, scaled: bool, lr: float, steps: int) -> None:
+def by_hand(
+    model: nn.Module, data: dict[str, torch.Tensor], *, rho: float, scaled: bool, lr: float, steps: int
+) -> None:
     params = list(model.parameters())
     for _ in range(steps):
         gs = torch.autograd.grad(mean_loss(model, data), params)
@@ -86,3 +88,24 @@ def test_options_are_checked() -> None:
     for changes in ({"regularize.sharpness": -1.0}, {"regularize.sharpness_scaled": True}):
         with pytest.raises(RecipeError):
             thalweg.Recipe().override(changes)
+
+
+@pytest.mark.parametrize("scaled", [False, True])
+def test_a_face_goes_up_and_comes_back_to_the_bit(scaled: bool) -> None:
+    torch.manual_seed(0)
+    model, twin = mlp().to(F64), mlp().to(F64)
+    twin.load_state_dict(model.state_dict())
+    optimizer = thalweg.optim.SGD(model.parameters(), lr=0.1)
+    data = points(64, F64)
+    for _ in range(3):
+        mean_loss(model, data).backward()
+        before = [p.detach().clone() for p in model.parameters()]
+        with optimizer.sharpened(0.3, scaled=scaled):
+            optimizer.zero_grad()
+            mean_loss(model, data).backward()
+        assert all(torch.equal(p, q) for p, q in zip(model.parameters(), before))
+        optimizer.step()
+        optimizer.zero_grad()
+    by_hand(twin, data, rho=0.3, scaled=scaled, lr=0.1, steps=3)
+    for p, q in zip(model.parameters(), twin.parameters()):
+        torch.testing.assert_close(p, q, rtol=1e-12, atol=1e-13)

@@ -41,7 +41,9 @@ class Sharpness:
         if self.scaled:
             scales = [arena.params.abs() + _ETA for arena in self.arenas]
             pushes = [push * scale for push, scale in zip(pushes, scales)]
-            norm = torch.linalg.vector_norm(torch.stack([torch.linalg.vector_norm(push).to(norm.dtype) for push in pushes]))
+            norm = torch.linalg.vector_norm(
+                torch.stack([torch.linalg.vector_norm(push).to(norm.dtype) for push in pushes])
+            )
             pushes = [push * scale for push, scale in zip(pushes, scales)]
         factor = self.rho / norm.clamp(min=torch.finfo(norm.dtype).tiny)
         for arena, push, kept in zip(self.arenas, pushes, self.kept):

@@ -144,9 +144,7 @@ class State:
             for segment in arena.segments:
                 key = (segment.treatment.rule, segment.update.how, segment.update.why)
                 found[key] = found.get(key, 0) + len(segment.names)
-        return [
-            Decision(f"update by {rule}", how, f"{why}; {num} tensors") for (rule, how, why), num in found.items()
-        ]
+        return [Decision(f"update by {rule}", how, f"{why}; {num} tensors") for (rule, how, why), num in found.items()]
 
     def nbytes(self) -> dict[str, int]:
         """Bytes by purpose."""

@@ -133,7 +133,10 @@ class Arena:
             gs = [self.view(self.grads, name) for name in names]
             folds = [treatment.fold] * len(names)
         slots = [
-            [new_part(program, part, p, fold) for p, fold in list(zip(ps, folds))[: 1 if part.shape == "uniform" else None]]
+            [
+                new_part(program, part, p, fold)
+                for p, fold in list(zip(ps, folds))[: 1 if part.shape == "uniform" else None]
+            ]
             for part in program.parts
         ]
         lowered = lower(program, device=self.device.type, elements=border[1] - border[0], way=how.way)
@@ -170,7 +173,13 @@ class Arena:
         """What a segment's update is given: the numbers of the step, at its own rate and decay."""
         treatment = segment.treatment
         rate = given["lr"] if treatment.lr == 1 else given["lr"] * treatment.lr
-        return {**given, "lr": rate, "wd": treatment.weight_decay, "peak": self.how.peak, **self.shared.get(treatment.rule, {})}
+        return {
+            **given,
+            "lr": rate,
+            "wd": treatment.weight_decay,
+            "peak": self.how.peak,
+            **self.shared.get(treatment.rule, {}),
+        }
 
     def run(self, given: Mapping[str, Any], *, due: int) -> None:
         """One update of every segment.
@@ -305,7 +314,9 @@ def make_arenas(
         for segment in arena.segments:
             program = segment.program
             if program.rule.shared and program.rule.name not in arenas[0].shared:
-                arenas[0].shared[program.rule.name] = first_values(program.rule, program.options, arena.device, program.exact)
+                arenas[0].shared[program.rule.name] = first_values(
+                    program.rule, program.options, arena.device, program.exact
+                )
         arena.shared = arenas[0].shared
     return arenas
 
@@ -318,5 +329,3 @@ def treatment_of(row: ParameterRow, optimizer: Any) -> Treatment:
     stages = tuple((name, tuple(sorted(given.items()))) for name, given in optimizer.stages.items())
     decay = row.weight_decay if row.decays else 0.0
     return Treatment(row.rule, tuple(options.items()), stages, row.lr, decay, form, row.fold)
-
-

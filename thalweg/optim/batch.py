@@ -54,7 +54,6 @@ class Batch:
     def fold(self, i: int) -> str:
         return self.folds[i] if self.folds else fold_of(self.ps[i].shape)
 
-
     def take(self, program: Program, which: Sequence[int]) -> Batch:
         """The parameters numbered ``which``, with uniform parts of their own: each part of a batch starts from the same."""
         slots = [
@@ -101,7 +100,11 @@ def views(program: Program, batch: Batch, i: int) -> tuple[Tensor, Tensor, list[
         stored = [s.reshape(shape) if k in like else s for k, s in enumerate(stored)]
         return p.reshape(shape), g.reshape(shape), stored
     if not p.ndim:  # a number is seen as a vector of one: 0-dim tensors promote like scalars
-        return p.reshape(1), g.reshape(1), [s.reshape(1) if part.shape == "like" else s for part, s in zip(program.parts, stored)]
+        return (
+            p.reshape(1),
+            g.reshape(1),
+            [s.reshape(1) if part.shape == "like" else s for part, s in zip(program.parts, stored)],
+        )
     return p, g, stored
 
 

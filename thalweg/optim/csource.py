@@ -8,28 +8,15 @@ own, then a barrier: nothing is written before the last walk, so each walk reads
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 
-from thalweg.optim.trace import Node, Trace, Untraceable, Value
+from thalweg.optim.cops import REDUCTIONS, STORED, TYPES, expression, first_of, load, values
+from thalweg.optim.trace import Node, Trace, Value
 
 TILE = 4096
-
-TYPES = {
-    torch.float32: "float",
-    torch.float64: "double",
-    torch.int32: "int32_t",
-    torch.int64: "int64_t",
-    torch.uint8: "uint8_t",
-    torch.bool: "int32_t",
-    torch.bfloat16: "float",  # in registers; rounded when it is made
-    torch.float16: "float",
-}
-_STORED = {**TYPES, torch.bfloat16: "uint16_t", torch.float16: "_Float16", torch.bool: "uint8_t"}
 
 _HEAD = """\
 #include <math.h>
@@ -38,7 +25,7 @@ _HEAD = """\
 #include <omp.h>
 static inline float f_of_i(int32_t i) { float f; memcpy(&f, &i, 4); return f; }
 static inline int32_t i_of_f(float f) { int32_t i; memcpy(&i, &f, 4); return i; }
-static inline float bf16_load(uint16_t b) { return f_of_i((int32_t)((uint32_t)b << 16)); }
+static inline float bf16load(uint16_t b) { return f_of_i((int32_t)((uint32_t)b << 16)); }
 static inline float bf16_round(float x) {
     uint32_t i = (uint32_t)i_of_f(x);
     uint32_t near = (i + 0x7fffu + ((i >> 16) & 1u)) & 0xffff0000u;
@@ -46,9 +33,6 @@ static inline float bf16_round(float x) {
 }
 static inline uint16_t bf16_store(float x) { return (uint16_t)((uint32_t)i_of_f(x) >> 16); }
 """
-
-_REDUCTIONS = ("sum", "mean", "amax", "amin", "linalg_vector_norm", "norm")
-_SAME = ("detach", "alias", "clone", "expand", "view", "_unsafe_view", "reshape", "contiguous", "lift_fresh_copy")
 
 
 @dataclass(frozen=True)
@@ -125,14 +109,14 @@ class _Writer:
     # ------------------------------------------------------------------ what is computed where
 
     def _is_reduction(self, node: Node) -> bool:
-        if node.op not in _REDUCTIONS:
+        if node.op not in REDUCTIONS:
             return False
         source = next(a for a in node.args if isinstance(a, Value))
         return source.kind != node.out.kind
 
     def _staged_sums(self) -> bool:
         """Whether a sum over a parameter is more than one of the kernel's own sums as it is."""
-        used = {a for node in self.trace.nodes for a in _values(node)}
+        used = {a for node in self.trace.nodes for a in values(node)}
         asked = {v for v, place in zip(self.trace.outputs, self.outputs) if place is None}
         return any(node.out in used or node.op != "sum" for node in self.tensor_sums) or not asked <= {
             node.out for node in self.tensor_sums
@@ -142,9 +126,9 @@ class _Writer:
         """How many walks must have ended before a value can be computed."""
         level = dict.fromkeys(self.trace.inputs.values(), 0)
         for node in self.trace.nodes:
-            deep = max((level[a] for a in _values(node)), default=0)
+            deep = max((level[a] for a in values(node)), default=0)
             walked = self._is_reduction(node) and node.out.kind in ("tensor", "column")
-            if walked and next(iter(_values(node))).kind == "column":
+            if walked and first_of(node).kind == "column":
                 walked = False  # a column's sum needs no walk
             level[node.out] = deep + 1 if walked else deep
         return level
@@ -157,7 +141,7 @@ class _Writer:
             if value in found or value not in self.made or stop(value):
                 continue
             found.add(value)
-            wanted += _values(self.made[value])
+            wanted += values(self.made[value])
         return [node for node in self.trace.nodes if node.out in found]
 
     # ------------------------------------------------------------------ text
@@ -173,26 +157,29 @@ class _Writer:
     def _clear_all(self) -> str:
         if self.clears is None:
             return ""
-        place, size = f"pointers[i * {len(self.ports)} + {self.clears}]", _STORED[self.ports[self.clears].dtype]
+        place, size = f"pointers[i * {len(self.ports)} + {self.clears}]", STORED[self.ports[self.clears].dtype]
         return f"for (int64_t i = 0; i < num; i++) memset({place}, 0, sizes[i] * sizeof({size})); "
 
     def _scalar_lines(self) -> list[str]:
         lines = []
         for i, name in enumerate(self.scalars):
             value = self.trace.inputs[name]
-            lines.append(f"const {TYPES[value.dtype]} v{value.number} = {_load(f'scalars[{i}]', '0', value.dtype)};")
+            lines.append(f"const {TYPES[value.dtype]} v{value.number} = {load(f'scalars[{i}]', '0', value.dtype)};")
         uniform = [node for node in self.trace.nodes if node.out.kind == "uniform"]
         return lines + [self._assign(node) for node in uniform]
 
     def _pointer_lines(self) -> list[str]:
         lines = []
         for i, port in enumerate(self.ports):
-            lines.append(f"{_STORED[port.dtype]} *restrict a{i} = pointers[i * {len(self.ports)} + {i}];")
+            lines.append(f"{STORED[port.dtype]} *restrict a{i} = pointers[i * {len(self.ports)} + {i}];")
         return lines
 
     def _flat_body(self) -> str:
         """Element by element (and by rows of ``width``): threads share the rows of all parameters."""
-        setup = ["int64_t all = 0;", f"for (int64_t i = 0; i < num; i++) all += (sizes[i] + {self.width} - 1) / {self.width};"]
+        setup = [
+            "int64_t all = 0;",
+            f"for (int64_t i = 0; i < num; i++) all += (sizes[i] + {self.width} - 1) / {self.width};",
+        ]
         setup += self._scalar_lines()
         inner = [
             "int tid = omp_get_thread_num(), crew = omp_get_num_threads();",
@@ -217,7 +204,9 @@ class _Writer:
                 f"for (int64_t r = 0; r < all; r++) total += scratch[r * {self.num_sums} + k];",
                 "sums[k] = total; }",
             ]
-        return _lines(setup, ["#pragma omp parallel num_threads(threads)", "{", *inner, "}"], after, self._uniform_stores())
+        return _lines(
+            setup, ["#pragma omp parallel num_threads(threads)", "{", *inner, "}"], after, self._uniform_stores()
+        )
 
     def _staged_body(self) -> str:
         """A walk for each level of sums, one parameter after the other, all threads on each."""
@@ -245,7 +234,9 @@ class _Writer:
                 ]
             per += ["for (int64_t r = lo; r < hi; r++) {"]
             if self.width is not None:
-                per += [f"const int64_t base = r * {self.width}, n = size - base < {self.width} ? size - base : {self.width};"]
+                per += [
+                    f"const int64_t base = r * {self.width}, n = size - base < {self.width} ? size - base : {self.width};"
+                ]
             else:
                 per += ["const int64_t base = r * C, n = C;"]
             per += self._row(stage, "r")
@@ -262,7 +253,7 @@ class _Writer:
         for i, port in enumerate(self.ports):
             if port.kind == "tensor":
                 value = self.trace.inputs[port.name]
-                lines.append(f"const {TYPES[value.dtype]} v{value.number} = {_load(f'a{i}', '0', value.dtype)};")
+                lines.append(f"const {TYPES[value.dtype]} v{value.number} = {load(f'a{i}', '0', value.dtype)};")
         return lines
 
     def _tensor_lines(self, stage: int) -> list[str]:
@@ -272,7 +263,7 @@ class _Writer:
             if node.out.kind != "tensor" or self.level[node.out] != stage:
                 continue
             if self._is_reduction(node):
-                origin = next(iter(_values(node)))
+                origin = first_of(node)
                 if origin.kind == "column":
                     lines += self._sum_of_column(node)
                 continue
@@ -280,9 +271,13 @@ class _Writer:
         return lines
 
     def _sum_of_column(self, node: Node) -> list[str]:
-        origin = next(iter(_values(node)))
+        origin = first_of(node)
         number, name = node.out.number, f"s{node.out.number}"
-        lines = [f"double {name} = {_identity(node.op)};", "for (int64_t j = 0; j < C; j++) {", "const int64_t base = 0; (void)base;"]
+        lines = [
+            f"double {name} = {_identity(node.op)};",
+            "for (int64_t j = 0; j < C; j++) {",
+            "const int64_t base = 0; (void)base;",
+        ]
         lines += self._column_lines([origin])
         lines += [_accumulate(node.op, name, f"v{origin.number}"), "}"]
         return [*lines, f"const {TYPES[node.out.dtype]} v{number} = {_finish(node.op, name, 'C')};"]
@@ -300,20 +295,20 @@ class _Writer:
     def _load_column(self, value: Value) -> str:
         if value in self.named:
             i = next(k for k, port in enumerate(self.ports) if port.name == self.named[value])
-            return f"const {TYPES[value.dtype]} v{value.number} = {_load(f'a{i}', 'j', value.dtype)};"
+            return f"const {TYPES[value.dtype]} v{value.number} = {load(f'a{i}', 'j', value.dtype)};"
         return f"const {TYPES[value.dtype]} v{value.number} = ({TYPES[value.dtype]})c{value.number}[j];"
 
     def _leaves(self, nodes: Sequence[Node], targets: Iterable[Value]) -> list[Value]:
         inside = {node.out for node in nodes}
-        asked = [*targets, *(a for node in nodes for a in _values(node))]
+        asked = [*targets, *(a for node in nodes for a in values(node))]
         return [v for v in dict.fromkeys(asked) if v not in inside]
 
     def _row(self, stage: int, row: str) -> list[str]:
         """All that is done with one row in one walk: sums over the row first, each in its loop, then the rest."""
         final = stage == self.last
         sums = [n for n in [*self.tensor_sums, *self.column_sums] if self.level[n.out] == stage + 1]
-        targets = [next(iter(_values(n))) for n in sums if next(iter(_values(n))).kind != "column"]
-        sums = [n for n in sums if next(iter(_values(n))).kind != "column"]
+        targets = [first_of(n) for n in sums if first_of(n).kind != "column"]
+        sums = [n for n in sums if first_of(n).kind != "column"]
         if final:
             targets += [v for v, place in zip(self.trace.outputs, self.outputs) if v.kind in ("full", "row")]
         if not targets:
@@ -328,7 +323,7 @@ class _Writer:
             ready = [n for n in row_sums if n.out not in done and self._row_ready(n, done, row_sums)]
             if not ready:
                 break
-            operands = [next(iter(_values(n))) for n in ready]
+            operands = [first_of(n) for n in ready]
             keep = self._frontier(operands, targets, kept) if self.width is not None else []
             lines += [f"{TYPES[v.dtype]} k{v.number}[{self.width}];" for v in keep]
             lines += self._loop(list(zip(ready, operands)), [], row, kept, keep)
@@ -337,7 +332,7 @@ class _Writer:
         stores = []
         if final:
             stores = [(v, p) for v, p in zip(self.trace.outputs, self.outputs) if v.kind == "full" and p is not None]
-        lines += self._loop([(n, next(iter(_values(n)))) for n in sums], stores, row, kept)
+        lines += self._loop([(n, first_of(n)) for n in sums], stores, row, kept)
         if final:
             for value, place in zip(self.trace.outputs, self.outputs):
                 if value.kind == "row" and place is not None:
@@ -350,7 +345,7 @@ class _Writer:
 
     def _row_ready(self, node: Node, done: set[Value], row_sums: Sequence[Node]) -> bool:
         waiting = {n.out for n in row_sums} - done - {node.out}
-        behind = self._slice(_values(node), lambda v: v in done or v.kind in ("tensor", "uniform") or self._walked(v))
+        behind = self._slice(values(node), lambda v: v in done or v.kind in ("tensor", "uniform") or self._walked(v))
         return not any(n.out in waiting for n in behind)
 
     def _row_values(self, everything: Sequence[Node], done: set[Value], row_sums: Sequence[Node]) -> list[str]:
@@ -360,21 +355,21 @@ class _Writer:
         for node in everything:
             if node.out.kind != "row" or node.out in done or node.out in sums:
                 continue
-            if all(a.kind in ("tensor", "uniform") or a in done or a in self.named for a in _values(node)):
+            if all(a.kind in ("tensor", "uniform") or a in done or a in self.named for a in values(node)):
                 lines.append(self._assign(node))
                 done.add(node.out)
         return lines
 
     def _load_row(self, value: Value) -> str:
         i = next(k for k, port in enumerate(self.ports) if port.name == self.named[value])
-        return f"const {TYPES[value.dtype]} v{value.number} = {_load(f'a{i}', 'r', value.dtype)};"
+        return f"const {TYPES[value.dtype]} v{value.number} = {load(f'a{i}', 'r', value.dtype)};"
 
     def _frontier(self, now: Sequence[Value], later: Sequence[Value], kept: Collection[Value]) -> list[Value]:
         """What the loop for ``now`` computes and a later one uses: kept for it, so that nothing is computed twice."""
         stop = lambda v: v.kind in ("tensor", "uniform", "row") or self._walked(v) or v in kept
         here = {node.out for node in self._slice(now, stop)}
         rest = self._slice(later, lambda v: v.kind in ("tensor", "uniform") or self._walked(v) or v in here)
-        used = {a for node in rest for a in _values(node)} | set(later)
+        used = {a for node in rest for a in values(node)} | set(later)
         return [node.out for node in self.trace.nodes if node.out in here and node.out in used]
 
     def _loop(
@@ -419,7 +414,9 @@ class _Writer:
             lines += [f"#pragma omp simd{clauses}", "for (int64_t j = 0; j < n; j++) {", *body, "}"]
         for node, _ in single:
             if node.out.kind == "row":
-                lines.append(f"const {TYPES[node.out.dtype]} v{node.out.number} = {_finish(node.op, f's{node.out.number}', 'n')};")
+                lines.append(
+                    f"const {TYPES[node.out.dtype]} v{node.out.number} = {_finish(node.op, f's{node.out.number}', 'n')};"
+                )
             else:
                 lines.append(f"{self._partial(node, row)} = s{node.out.number};")
         for node, value in direct:
@@ -441,14 +438,16 @@ class _Writer:
         """After a walk: every thread adds the rows up in the same order, so that all know the same numbers."""
         lines = []
         for node in self.tensor_sums:
-            if self.level[node.out] != stage + 1 or next(iter(_values(node))).kind == "column":
+            if self.level[node.out] != stage + 1 or first_of(node).kind == "column":
                 continue
             number, k = node.out.number, self.tensor_sums.index(node)
-            origin = next(iter(_values(node)))
+            origin = first_of(node)
             count = "R" if origin.kind == "row" else "size"
+            partial = f"part[r * {len(self.tensor_sums)} + {k}]"
+            added = _accumulate(_plain_sum(node.op), f"s{number}", partial)
             lines += [
                 f"double s{number} = {_identity(node.op)};",
-                f"for (int64_t r = 0; r < R; r++) {{ {_accumulate(_plain_sum(node.op), f's{number}', f'part[r * {len(self.tensor_sums)} + {k}]')} }}",
+                f"for (int64_t r = 0; r < R; r++) {{ {added} }}",
                 f"const {TYPES[node.out.dtype]} v{number} = {_finish(node.op, f's{number}', count)};",
             ]
         mine = [n for n in self.column_sums if self.level[n.out] == stage + 1]
@@ -492,7 +491,7 @@ class _Writer:
         for value, place in zip(self.trace.outputs, self.outputs):
             if place in self.scalars:
                 stored = self.trace.inputs[place].dtype
-                lines.append(f"*({_STORED[stored]} *)scalars[{self.scalars.index(place)}] = v{value.number};")
+                lines.append(f"*({STORED[stored]} *)scalars[{self.scalars.index(place)}] = v{value.number};")
         return lines
 
     def _load_full(self, value: Value) -> str:
@@ -500,166 +499,17 @@ class _Writer:
         if name == "index":
             return f"const int32_t v{value.number} = (int32_t)(start + base) + (int32_t)j;"
         i = next(k for k, port in enumerate(self.ports) if port.name == name)
-        return f"const {TYPES[value.dtype]} v{value.number} = {_load(f'a{i}', 'base + j', value.dtype)};"
+        return f"const {TYPES[value.dtype]} v{value.number} = {load(f'a{i}', 'base + j', value.dtype)};"
 
     def _store(self, place: str, value: Value, index: str) -> str:
         i = next(k for k, port in enumerate(self.ports) if port.name == place)
         dtype, text = self.ports[i].dtype, f"v{value.number}"
         if dtype == torch.bfloat16:
             text = f"bf16_store({text if value.dtype == torch.bfloat16 else f'bf16_round({text})'})"
-        return f"a{i}[{index}] = ({_STORED[dtype]}){text};"
-
-    # ------------------------------------------------------------------ one operation
+        return f"a{i}[{index}] = ({STORED[dtype]}){text};"
 
     def _assign(self, node: Node) -> str:
-        return f"const {TYPES[node.out.dtype]} v{node.out.number} = {self._expression(node)};"
-
-    def _expression(self, node: Node) -> str:
-        op, words = node.op, node.words
-        kind = TYPES[node.compute]
-        args = [self._operand(a, kind) for a in node.args]
-        suffix = "f" if kind == "float" else ""
-        if op in _SAME and not isinstance(node.args[-1], torch.dtype):
-            return args[0]
-        if op in _REDUCTIONS:  # over an extent of one
-            return f"fabs{suffix}({args[0]})" if "norm" in op else args[0]
-        if op == "view":
-            raw = self._operand(node.args[0], TYPES[node.args[0].dtype])
-            return {torch.int32: f"i_of_f({raw})", torch.float32: f"f_of_i({raw})"}[node.out.dtype]
-        if op == "_to_copy":
-            raw = self._operand(node.args[0], TYPES[node.args[0].dtype])
-            if node.out.dtype == torch.bfloat16:
-                return raw if self._has_no_low_bits(node.args[0]) else f"bf16_round((float){raw})"
-            if node.out.dtype == torch.float16:
-                return f"(float)(_Float16){raw}"
-            if node.out.dtype == torch.bool:
-                return f"({raw} != 0)"
-            return f"({TYPES[node.out.dtype]})({raw})"
-        alpha = words.get("alpha", 1)
-        scaled = args[1] if len(args) > 1 else ""
-        if alpha != 1:
-            scaled = f"{self._operand(alpha, kind)} * {scaled}"
-        table: dict[str, Callable[[], str]] = {
-            "add": lambda: f"{args[0]} + {scaled}",
-            "sub": lambda: f"{args[0]} - {scaled}",
-            "rsub": lambda: f"{args[1]} - {args[0]}",
-            "mul": lambda: f"{args[0]} * {args[1]}",
-            "div": lambda: f"{args[0]} / {args[1]}",
-            "neg": lambda: f"-{args[0]}",
-            "abs": lambda: f"fabs{suffix}({args[0]})" if "int" not in kind else f"abs({args[0]})",
-            "sqrt": lambda: f"sqrt{suffix}({args[0]})",
-            "rsqrt": lambda: f"1 / sqrt{suffix}({args[0]})",
-            "reciprocal": lambda: f"1 / {args[0]}",
-            "sign": lambda: f"({kind})(({args[0]} > 0) - ({args[0]} < 0))",
-            "sgn": lambda: f"({kind})(({args[0]} > 0) - ({args[0]} < 0))",
-            "square": lambda: f"{args[0]} * {args[0]}",
-            "pow": lambda: _power(node, args, kind),
-            "lerp": lambda: _lerp(*args),
-            "addcmul": lambda: f"{args[0]} + {self._operand(words.get('value', 1), kind)} * {args[1]} * {args[2]}",
-            "addcdiv": lambda: f"{args[0]} + {self._operand(words.get('value', 1), kind)} * {args[1]} / {args[2]}",
-            "maximum": lambda: f"{args[0]} > {args[1]} ? {args[0]} : {args[1]}",
-            "minimum": lambda: f"{args[0]} < {args[1]} ? {args[0]} : {args[1]}",
-            "clamp": lambda: _clamp(node, args, words, self._operand, kind),
-            "clamp_min": lambda: f"{args[0]} < {args[1]} ? {args[1]} : {args[0]}",
-            "clamp_max": lambda: f"{args[0]} > {args[1]} ? {args[1]} : {args[0]}",
-            "where": lambda: f"{self._operand(node.args[0], 'int32_t')} ? {args[1]} : {args[2]}",
-            "gt": lambda: f"{args[0]} > {args[1]}",
-            "ge": lambda: f"{args[0]} >= {args[1]}",
-            "lt": lambda: f"{args[0]} < {args[1]}",
-            "le": lambda: f"{args[0]} <= {args[1]}",
-            "eq": lambda: f"{args[0]} == {args[1]}",
-            "ne": lambda: f"{args[0]} != {args[1]}",
-            "logical_and": lambda: f"{args[0]} && {args[1]}",
-            "logical_or": lambda: f"{args[0]} || {args[1]}",
-            "logical_not": lambda: f"!{args[0]}",
-            "bitwise_not": lambda: f"!{args[0]}" if node.out.dtype == torch.bool else f"~{args[0]}",
-            "bitwise_and": lambda: f"{args[0]} & {args[1]}",
-            "bitwise_or": lambda: f"{args[0]} | {args[1]}",
-            "bitwise_xor": lambda: f"{args[0]} ^ {args[1]}",
-            "__rshift__": lambda: f"{args[0]} >> {args[1]}",
-            "bitwise_right_shift": lambda: f"{args[0]} >> {args[1]}",
-            "exp": lambda: f"exp{suffix}({args[0]})",
-            "expm1": lambda: f"expm1{suffix}({args[0]})",
-            "log": lambda: f"log{suffix}({args[0]})",
-            "tanh": lambda: f"tanh{suffix}({args[0]})",
-            "sin": lambda: f"sin{suffix}({args[0]})",
-            "cos": lambda: f"cos{suffix}({args[0]})",
-            "floor": lambda: f"floor{suffix}({args[0]})",
-            "ceil": lambda: f"ceil{suffix}({args[0]})",
-            "remainder": lambda: f"({args[0]} - {args[1]} * floor{suffix}({args[0]} / {args[1]}))",
-            "zeros_like": lambda: f"({kind})0",
-            "ones_like": lambda: f"({kind})1",
-            "full_like": lambda: args[1],
-            "full": lambda: args[1],
-            "scalar_tensor": lambda: args[0],
-            "isnan": lambda: f"{args[0]} != {args[0]}",
-        }
-        if op not in table:
-            raise Untraceable(f"no C for {op}")
-        return table[op]()
-
-    def _has_no_low_bits(self, value: Value) -> bool:
-        """Whether a float32 is a bfloat16 already: its lower half has been masked off."""
-        while value in self.made and self.made[value].op in ("view", "detach"):
-            value = next(iter(_values(self.made[value])))
-        node = self.made.get(value)
-        return node is not None and node.op == "bitwise_and" and node.args[1] == -65536
-
-    def _operand(self, value: Any, kind: str) -> str:
-        if isinstance(value, Value):
-            return f"v{value.number}" if TYPES[value.dtype] == kind else f"({kind})v{value.number}"
-        if isinstance(value, bool):
-            return str(int(value))
-        if isinstance(value, (int, float)):
-            return _literal(value, kind)
-        return ""
-
-
-def _values(node: Node) -> list[Value]:
-    return [a for a in (*node.args, *node.words.values()) if isinstance(a, Value)]
-
-
-def _lerp(a: str, b: str, weight: str) -> str:
-    """From the nearer end, as torch does: a + weight*(b - a) loses b's low bits where the weight is near 1."""
-    return f"({weight} < 0.5f && {weight} > -0.5f ? {a} + {weight} * ({b} - {a}) : {b} - ({b} - {a}) * (1 - {weight}))"
-
-
-def _literal(number: float, kind: str) -> str:
-    if "int" in kind:
-        return f"({int(number)})"
-    if math.isinf(number):
-        return "INFINITY" if number > 0 else "-INFINITY"
-    if math.isnan(number):
-        return "NAN"
-    return f"({float(number).hex()}{'f' if kind == 'float' else ''})"
-
-
-def _load(array: str, index: str, dtype: torch.dtype) -> str:
-    stored = _STORED[dtype]
-    place = f"(({stored} *){array})[{index}]"
-    if dtype == torch.bfloat16:
-        return f"bf16_load({place})"
-    return place if stored == TYPES[dtype] else f"({TYPES[dtype]}){place}"
-
-
-def _power(node: Node, args: Sequence[str], kind: str) -> str:
-    exponent = node.args[1]
-    if exponent == 2:
-        return f"{args[0]} * {args[0]}"
-    if exponent == 0.5:
-        return f"sqrt{'f' if kind == 'float' else ''}({args[0]})"
-    return f"pow{'f' if kind == 'float' else ''}({args[0]}, {args[1]})"
-
-
-def _clamp(node: Node, args: Sequence[str], words: Any, operand: Callable[[Any, str], str], kind: str) -> str:
-    low = node.args[1] if len(node.args) > 1 else words.get("min")
-    high = node.args[2] if len(node.args) > 2 else words.get("max")
-    text = args[0]
-    if low is not None:
-        text = f"({text} < {operand(low, kind)} ? {operand(low, kind)} : {text})"
-    if high is not None:
-        text = f"({text} > {operand(high, kind)} ? {operand(high, kind)} : {text})"
-    return text
+        return f"const {TYPES[node.out.dtype]} v{node.out.number} = {expression(node, self.made)};"
 
 
 def _plain_sum(op: str) -> str:

@@ -133,8 +133,8 @@ def _tiled(
         more = {name: tensor[cut] for name, tensor in drawn.items()}
         if program.blocked:
             more = {name: blocks(tensor) for name, tensor in more.items()}
-        new, *parts = program.run(*seen, given, scalars, index=index, due=due, extra=more, ndim=p.ndim)
-        for target, value, like in zip([flat_p[cut], *old], [new, *parts], [True, *per_element]):
+        new, *parts = program.run(seen[0], seen[1], given, scalars, index=index, due=due, extra=more, ndim=p.ndim)
+        for target, value in zip([flat_p[cut], *old], [new, *parts]):
             if target.ndim:
                 _write(target, value.reshape(-1)[: target.numel()], skipped)
     for flattened, part in ((flat_p, p), *((s, m[i]) for s, m, like in zip(stored, batch.slots, per_element) if like)):

@@ -17,6 +17,7 @@ from thalweg.optim.batch import FOLDS, evaluation_weights, fold_of, laid_like
 from thalweg.optim.codecs import CODECS, ROUNDINGS
 from thalweg.optim.cohort import Cohort
 from thalweg.optim.lower import WAYS
+from thalweg.optim.history import NormHistory
 from thalweg.optim.norm import global_norm
 from thalweg.optim.program import Program
 from thalweg.optim.shared import first_values, settle
@@ -51,6 +52,7 @@ class RuleOptimizer(torch.optim.Optimizer):
         rounding: of parameters under 32 bits: "nearest", "stochastic", "kahan"; "auto": bfloat16 stochastic, float16 Kahan.
         average: decay of an exponential average of the weights, see ``averaged``; 0: none.
         clip: largest global gradient norm over all groups; 0: no clipping.
+        clip_history: deviations above its running mean that the norm may have, such as 2.5; 0: any (``NormHistory``).
         skip_nonfinite: an update whose gradients hold an infinity or NaN changes nothing, not even counts.
         way: how updates run, one of ``thalweg.optim.WAYS``; None chooses by size, device and maths.
         seed: of random bits.
@@ -83,6 +85,7 @@ class RuleOptimizer(torch.optim.Optimizer):
         rounding: str = "auto",
         average: float = 0.0,
         clip: float = 0.0,
+        clip_history: float = 0.0,
         skip_nonfinite: bool = False,
         way: str | None = None,
         seed: int = 0,
@@ -95,6 +98,7 @@ class RuleOptimizer(torch.optim.Optimizer):
             "rounding": _one_of("rounding", rounding, ("auto", *ROUNDINGS)),
             "average": _number("average", average, below=1.0),
             "clip": _number("clip", clip),
+            "clip_history": _number("clip_history", clip_history),
             "skip_nonfinite": skip_nonfinite,
             "way": way if way is None else _one_of("way", way, WAYS),
             "seed": seed,
@@ -122,6 +126,7 @@ class RuleOptimizer(torch.optim.Optimizer):
         self._programs: dict[Any, Program] = {}
         self._clears = False
         self._curvature: dict[Tensor, Tensor] = {}
+        self._history: NormHistory | None = None
         self._decisive = ("decay_form", "maximize", *self.rule.defaults)
         self._asked: list[list[Any] | None] = []
         self._answers: list[set[Program]] = []
@@ -243,7 +248,7 @@ class RuleOptimizer(torch.optim.Optimizer):
         return self._programs[key]
 
     def _unscales(self) -> bool:
-        return bool(self.how["clip"]) or getattr(self, "grad_scale", None) is not None
+        return bool(self.how["clip"] or self.how["clip_history"]) or getattr(self, "grad_scale", None) is not None
 
     # ------------------------------------------------------------------ the step
 
@@ -307,7 +312,13 @@ class RuleOptimizer(torch.optim.Optimizer):
         """The programs that the group's parameters should run: options may have been changed since the last step."""
         least = self.rule.least_ndim
         kinds = {(p.ndim >= least, p.dtype, p.device): p for p in ps}
-        asked = [self._unscales(), bool(group["weight_decay"]), *kinds, *map(group.__getitem__, self._decisive)]
+        asked = [
+            self._unscales(),
+            self._clears,
+            bool(group["weight_decay"]),
+            *kinds,
+            *map(group.__getitem__, self._decisive),
+        ]
         plain = not (group["moving"] or group["stages"] or group["aux_options"])  # else there is more to look at
         if not plain or asked != self._asked[index]:
             self._asked[index] = asked if plain else None
@@ -356,16 +367,24 @@ class RuleOptimizer(torch.optim.Optimizer):
         """What gradients are divided by (loss scale and clipping), and whether the update is skipped."""
         scale, found = getattr(self, "grad_scale", None), getattr(self, "found_inf", None)
         everything = [g for gs in gradients for g in gs]
-        if not everything or not (self.how["clip"] or self.how["skip_nonfinite"]):
+        clips = self.how["clip"] or self.how["clip_history"]
+        if not everything or not (clips or self.how["skip_nonfinite"]):
             return scale, found
         norm = global_norm(everything)
         if self.how["skip_nonfinite"]:
             bad = (~torch.isfinite(norm)).to(torch.float32)
             found = bad if found is None else torch.maximum(found, bad)
-        if not self.how["clip"]:
+        if not clips:
             return scale, found
-        excess = norm / self.how["clip"] if scale is None else norm / (scale * self.how["clip"])
-        excess = excess.clamp(min=1)
+        length = norm if scale is None else norm / scale
+        most = torch.full_like(length, self.how["clip"] or torch.inf)
+        if self.how["clip_history"]:
+            if self._history is None:
+                exact = torch.float64 if CAPABILITIES.get(norm.device.type, {}).get("float64", True) else torch.float32
+                self._history = NormHistory(self.how["clip_history"], norm.device, exact)
+            ok = torch.isfinite(length) if found is None else torch.isfinite(length) & (found == 0)
+            most = torch.minimum(most, self._history.limited(length, ok))
+        excess = torch.where(most < length, length / most, 1.0)
         return excess if scale is None else scale * excess, found
 
     def _scalars(
@@ -437,7 +456,34 @@ class RuleOptimizer(torch.optim.Optimizer):
             drawn.append(torch.randn(p.shape, generator=generator, device=p.device, dtype=cohort.program.wide))
         return drawn
 
-    # ------------------------------------------------------------------ the weight average
+    # ------------------------------------------------------------------ other weights for a while
+
+    @contextmanager
+    def sharpened(self, rho: float = 0.05, *, scaled: bool = False) -> Iterator[None]:
+        """The parameters stand where the loss nearby is about highest, by the gradients that they hold (SAM); afterwards
+        where they were, to the bit. Inside, ``zero_grad`` and a second backward pass over the same samples give the
+        gradients to ``step`` with, after it.
+
+        Args:
+            rho: distance of the neighbour, above 0.
+            scaled: in units of each weight (ASAM): ``thalweg.engine.sharpness`` has the formulas and their sources.
+        """
+        ps = [p for group in self.param_groups for p in group["params"] if p.grad is not None]
+        kept = [p.detach().clone() for p in ps]
+        with torch.no_grad():
+            pushes = [p.grad for p in ps]
+            scales = [p.abs() + 0.01 if scaled else torch.ones_like(p) for p in ps]
+            pushes = [g * scale for g, scale in zip(pushes, scales)]
+            norm = global_norm(pushes)
+            factor = rho / norm.clamp(min=torch.finfo(norm.dtype).tiny)
+            for p, push, scale in zip(ps, pushes, scales):
+                p.add_(push * scale * factor.to(push.dtype))
+        try:
+            yield
+        finally:
+            with torch.no_grad():
+                for p, before in zip(ps, kept):
+                    p.copy_(before)
 
     @contextmanager
     def averaged(self) -> Iterator[None]:
@@ -479,6 +525,8 @@ class RuleOptimizer(torch.optim.Optimizer):
                     self.state[p].update(cohort.state(i))
                     self.state[p].update(tries=cohort.tries, cohort=number)
                     self.state[p].update({f"shared.{name}": value for name, value in self._shared.items()})
+                    if self._history is not None:
+                        self.state[p]["norm_history"] = self._history.values
         return super().state_dict()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -538,6 +586,10 @@ class RuleOptimizer(torch.optim.Optimizer):
                 counts = (state.get("cohort", 0), float(state["step"]), *(float(state[name]) for name in uniform))
                 key = (*counts, id(program))
                 together.setdefault(key, []).append(p)
+                if "norm_history" in state:
+                    values = state.pop("norm_history")
+                    self._history = self._history or NormHistory(self.how["clip_history"], p.device, values.dtype)
+                    self._history.values.copy_(values)
                 for name in list(state):
                     if name.startswith("shared."):
                         self._shared.setdefault(name.removeprefix("shared."), state[name])

@@ -29,7 +29,7 @@ def inductor(program: Program) -> Kernel:
     inputs = {"p": ("full", program.dtype), "g": ("full", program.dtype)}
     kinds = {"like": "full", "uniform": "uniform", "tensor": "tensor"}
     inputs |= {part.name: (kinds[str(part.shape)], program.dtype_of(part)) for part in program.parts}
-    inputs |= {name: ("uniform", program.exact) for name in program.scalars}
+    inputs |= dict.fromkeys(program.scalars, ("uniform", program.exact))
 
     def function(**given: Tensor) -> Sequence[Tensor]:
         stored = [given[part.name] for part in program.parts]
@@ -53,9 +53,7 @@ def inductor(program: Program) -> Kernel:
 
     by_hand = eager(program)
 
-    def kernel(
-        batch: Batch, scalars: Mapping[str, Any], *, due: int = 0, extra: Extra = None
-    ) -> None:
+    def kernel(batch: Batch, scalars: Mapping[str, Any], *, due: int = 0, extra: Extra = None) -> None:
         if not batch.ps:
             return
         device = batch.ps[0].device
@@ -71,7 +69,7 @@ def inductor(program: Program) -> Kernel:
         play(before, known, device)
         skipped = given.get("skipped")
         for i in range(len(batch.ps)):
-            targets = [seen[0][i], seen[1][i]]
+            targets = [_flat(batch.ps[i]), _flat(batch.gs[i])]
             targets += [_flat(mine[i]) for part, mine in zip(program.parts, batch.slots) if part.shape != "uniform"]
             apply(targets, [known[v] for v in numbers], skipped)
         for part, mine, value in zip(program.parts, batch.slots, trace.outputs[1:]):

@@ -62,7 +62,9 @@ def fused(program: Program, *, device: str) -> Kernel | None:
     plain &= all(part.dtype is None for part in program.parts) and program.rounding == "nearest"
     plain &= program.rule.then is None and program.decay_form in (None, "coupled", "decoupled")
     plain &= not any(isinstance(value, Tensor) for value in program.options.values())
-    plain &= program.dtype == program.wide or not program.parts  # half parameters have wide slots here, narrow ones there
+    plain &= (
+        program.dtype == program.wide or not program.parts
+    )  # half parameters have wide slots here, narrow ones there
     if rule not in _MAKERS or device not in _DEVICES or program.dtype not in _DTYPES or not plain:
         return None
     if rule == "sgd" and program.options["nesterov"] and not program.options["momentum"]:
@@ -70,15 +72,15 @@ def fused(program: Program, *, device: str) -> Kernel | None:
     call = _MAKERS[rule](program, program.decay_form == "decoupled" or (rule == "adamw" and not program.decay_form))
     by_hand = eager(program)
 
-    def kernel(
-        batch: Batch, scalars: Mapping[str, Any], *, due: int = 0, extra: Extra = None
-    ) -> None:
+    def kernel(batch: Batch, scalars: Mapping[str, Any], *, due: int = 0, extra: Extra = None) -> None:
         if not all(p.is_contiguous() or is_dense(p) for p in batch.ps):  # the operator walks memory, gaps and all
             return by_hand(batch, scalars, due=due, extra=extra)
         if any(g.stride() != p.stride() for g, p in zip(batch.gs, batch.ps)):
             batch = replace(batch, gs=laid_like(batch.gs, batch.ps))
         divisor, skipped = _single(scalars.get("divisor")), _single(scalars.get("skipped"))
-        call(batch, scalars["lr"], _single(scalars["t"]), scalars["wd"] if program.decay_form else 0.0, divisor, skipped)
+        call(
+            batch, scalars["lr"], _single(scalars["t"]), scalars["wd"] if program.decay_form else 0.0, divisor, skipped
+        )
         if program.average:
             share = torch.as_tensor(scalars["share"])
             share = share if skipped is None else share * (1 - skipped)

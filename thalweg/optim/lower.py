@@ -35,9 +35,7 @@ class Update:
     why: str
 
 
-def lower(
-    program: Program, *, device: str, elements: int, way: str | None = None, keep: bool = False
-) -> Update:
+def lower(program: Program, *, device: str, elements: int, way: str | None = None, keep: bool = False) -> Update:
     """Choose how a program runs.
 
     The choice depends on the model alone, never on the clock: a run that is resumed makes it again, and gets the same bits.
@@ -80,8 +78,10 @@ def _choose(program: Program, *, device: str, elements: int, way: str | None, ke
             "Leave way out, or use way='compiled'.",
         )
     large = elements >= WORTH_COMPILING
-    if operator is not None and (way == "fused" or not ((program.average or keep and program.unscale) and large)):
-        return Update(operator, "fused", f"torch has a fused operator with the maths of {program.rule.name} on {device}")
+    if operator is not None and (way == "fused" or not ((program.average or (keep and program.unscale)) and large)):
+        return Update(
+            operator, "fused", f"torch has a fused operator with the maths of {program.rule.name} on {device}"
+        )
     if program.reads == "matrix" and way is None and program.rule.least_ndim == 2:
         return Update(eager(program, stack=True), "stacked", "matrix products: equal shapes in one batched call")
     if way == "compiled" or large:
@@ -114,5 +114,3 @@ def _compiled(program: Program, device: str) -> tuple[Kernel | None, str]:
         return inductor(program), "one kernel of torch.compile for each dtype"
     except Untraceable as err:
         return None, f"it is not plain arithmetic on elements, rows and columns: {err}"
-
-

@@ -142,7 +142,7 @@ def native(program: Program, *, grad_dtype: torch.dtype | None = None, due: int 
         if callable(part.shape):
             raise Untraceable(f"{part.name} has a shape of its own")
         inputs[part.name] = (kinds[part.shape], program.dtype_of(part))
-    inputs |= {name: ("full", program.wide) for name in program.tensors}
+    inputs |= dict.fromkeys(program.tensors, ("full", program.wide))
     for name in program.scalars:
         inputs[name] = ("uniform", program.exact)
     if program.random:
@@ -168,13 +168,13 @@ def native(program: Program, *, grad_dtype: torch.dtype | None = None, due: int 
     outputs: list[str | None] = ["p", *(part.name for part in program.parts)]
     matrices = program.folds
     width = BLOCK if program.blocked else None if matrices else TILE
-    caller = Caller(trace, ports, write_source(trace, ports, outputs, width=width, clears="g" if program.clear else None))
+    caller = Caller(
+        trace, ports, write_source(trace, ports, outputs, width=width, clears="g" if program.clear else None)
+    )
     uniform = {part.name: i for i, part in enumerate(program.parts) if part.shape == "uniform"}
     stored = [i for i, part in enumerate(program.parts) if part.shape != "uniform"]
 
-    def kernel(
-        batch: Batch, scalars: Mapping[str, Any], *, due: int = 0, extra: Extra = None
-    ) -> None:
+    def kernel(batch: Batch, scalars: Mapping[str, Any], *, due: int = 0, extra: Extra = None) -> None:
         numbers = {**scalars, **{name: batch.slots[i][0] for name, i in uniform.items()}}
         gs = laid_like(batch.gs, batch.ps)
         columns = [batch.ps, gs, *(batch.slots[i] for i in stored)]
@@ -213,10 +213,10 @@ def native_by_ndim(program: Program) -> Kernel:
     kernel_for(program.dtype, 2, 0)
     by_hand = eager(program)
 
-    def kernel(
-        batch: Batch, scalars: Mapping[str, Any], *, due: int = 0, extra: Extra = None
-    ) -> None:
-        kinds = [(g.dtype, p.ndim if by_ndim else 2, fits(batch, i)) for i, (p, g) in enumerate(zip(batch.ps, batch.gs))]
+    def kernel(batch: Batch, scalars: Mapping[str, Any], *, due: int = 0, extra: Extra = None) -> None:
+        kinds = [
+            (g.dtype, p.ndim if by_ndim else 2, fits(batch, i)) for i, (p, g) in enumerate(zip(batch.ps, batch.gs))
+        ]
         for kind in dict.fromkeys(kinds):
             mine = [i for i, other in enumerate(kinds) if other == kind]
             part = batch if len(mine) == len(kinds) else batch.take(program, mine)
@@ -313,7 +313,9 @@ class Caller:
     def _room(self, sizes: Sequence[int], rows: Sequence[int] | None, extents: Sequence[int], threads: int) -> int:
         """Scratch memory, kept between calls."""
         source = self.source
-        walked = [-(-size // BLOCK) for size in sizes] if rows is None else list(rows)  # BLOCK: the shortest row there is
+        walked = (
+            [-(-size // BLOCK) for size in sizes] if rows is None else list(rows)
+        )  # BLOCK: the shortest row there is
         longest = sum(walked) if source.flat else max(walked, default=0)
         need = longest * source.per_row + max(extents, default=0) * source.per_column * (threads + 1)
         if source.per_row + source.per_column and self._scratch.numel() < need:

@@ -36,7 +36,8 @@ def global_norm(gs: Sequence[Tensor]) -> Tensor:
     if len(norms) == 1:
         return norms[0]
     wide = max((n.dtype for n in norms), key=lambda d: torch.finfo(d).bits)
-    return torch.linalg.vector_norm(torch.stack([n.to(norms[0].device, wide) for n in norms]))
+    total: Tensor = torch.linalg.vector_norm(torch.stack([n.to(norms[0].device, wide) for n in norms]))
+    return total
 
 
 def _sharded_norm(gs: Sequence[Tensor]) -> Tensor:

@@ -224,9 +224,7 @@ class Program:
             place += num
         return slots, stored[place:]
 
-    def _encode(
-        self, q: Tensor, slots: Sequence[Tensor], key: Tensor, index: Tensor | None
-    ) -> tuple[Tensor, ...]:
+    def _encode(self, q: Tensor, slots: Sequence[Tensor], key: Tensor, index: Tensor | None) -> tuple[Tensor, ...]:
         drawn: dict[int, Tensor] = {}
 
         def bits(salt: int) -> Tensor:
@@ -250,8 +248,6 @@ class Program:
 def _split(q: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     near = q.to(dtype)
     return near, (q - near.to(q.dtype)).to(dtype)
-
-
 
 
 def due_now(rule: Rule, options: Mapping[str, Any], tries: int) -> int:

@@ -121,5 +121,3 @@ def added_up(value: Tensor, x: Tensor) -> Tensor:
 def layout(x: Tensor) -> Any:
     """What tensors must share for their sums to be added up in one call."""
     return (x.device_mesh, x.placements) if isinstance(x, DTensor) else None
-
-

@@ -67,7 +67,9 @@ def _measured(
     start, seen, slots = program.prepare(p, g, stored, program.known(scalars, due=False, ndim=2))
     words = {name: scalars[name].to(program.exact) for name in ("lr", "t", *rule.shared)}
     options = {n: scalars[n].to(program.exact) if isinstance(v, Tensor) else v for n, v in piece.options.items()}
-    sums: Sequence[Tensor] = rule.measure(start, seen, *slots[piece.first : piece.first + piece.num], **words, **options)
+    sums: Sequence[Tensor] = rule.measure(
+        start, seen, *slots[piece.first : piece.first + piece.num], **words, **options
+    )
     return sums
 
 
@@ -83,13 +85,15 @@ def _kernel(program: Program) -> Callable[[Batch, Mapping[str, Any]], list[Tenso
     names = tuple(dict.fromkeys((*program.scalars, *program.rule.shared)))
     inputs = {"p": ("full", program.dtype), "g": ("full", program.dtype)}
     inputs |= {part.name: ("full", program.dtype_of(part)) for part in parts}
-    inputs |= {name: ("uniform", program.exact) for name in names}
+    inputs |= dict.fromkeys(names, ("uniform", program.exact))
 
     def function(**given: Tensor) -> Sequence[Tensor]:
         stored = [given[part.name] for part in parts]
         return _measured(program, given["p"], given["g"], stored, {name: given[name] for name in names})
 
-    num = len(function(**{name: torch.zeros((2, 2) if kind == "full" else (), dtype=d) for name, (kind, d) in inputs.items()}))
+    num = len(
+        function(**{name: torch.zeros((2, 2) if kind == "full" else (), dtype=d) for name, (kind, d) in inputs.items()})
+    )
     try:
         caller = native_sums(function, inputs, num)
     except (NoCompiler, Untraceable):

@@ -87,7 +87,7 @@ def record(function: Callable[..., Sequence[Tensor]], inputs: Mapping[str, tuple
 
 class _Recorder(TorchDispatchMode):
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.trace = Trace()
         self._known: dict[int, Value] = {}
         self._alive: list[Tensor] = []
@@ -102,6 +102,9 @@ class _Recorder(TorchDispatchMode):
         if id(tensor) not in self._known:
             raise Untraceable("a tensor from outside the program")
         return self._known[id(tensor)]
+
+    def _seen(self, argument: Any) -> Any:
+        return self.value_of(argument) if isinstance(argument, Tensor) else argument
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -119,13 +122,12 @@ class _Recorder(TorchDispatchMode):
         if kind == "tensor" and all(v.kind == "uniform" for v in values):
             kind = "uniform"
         value = self.note(out, kind)
-        strip = lambda a: self.value_of(a) if isinstance(a, Tensor) else a
         compute = out.dtype
         if operands and out.dtype == torch.bool:
-            numbers = [a for a in args if isinstance(a, (Tensor, int, float))]
+            numbers: list[Any] = [a for a in args if isinstance(a, (Tensor, int, float))]
             compute = operands[0].dtype if len(numbers) < 2 else torch.result_type(*numbers[:2])
-        words = {k: strip(v) for k, v in kwargs.items() if k not in ("device", "layout", "pin_memory")}
-        node = Node(name, func, tuple(map(strip, args)), words, value, compute)
+        words = {k: self._seen(v) for k, v in kwargs.items() if k not in ("device", "layout", "pin_memory")}
+        node = Node(name, func, tuple(map(self._seen, args)), words, value, compute)
         self.trace.nodes.append(node)
         return out
 
@@ -138,7 +140,10 @@ def split_uniform(trace: Trace) -> tuple[list[Node], list[Node]]:
 
 def play(nodes: Sequence[Node], known: dict[Value, Tensor], device: torch.device) -> None:
     """Run recorded operations on real tensors; results join ``known``."""
-    real = lambda a: known[a] if isinstance(a, Value) else a
+
+    def real(argument: Any) -> Any:
+        return known[argument] if isinstance(argument, Value) else argument
+
     for node in nodes:
         words = {name: real(value) for name, value in node.words.items()}
         if node.op in ("scalar_tensor", "full"):

@@ -95,7 +95,7 @@ def _exact_basis(gram: Tensor) -> Tensor:
     ramp = torch.arange(1, size + 1, dtype=gram.dtype, device=gram.device) / size
     inside = (vectors.mT * ramp) @ vectors * null.unsqueeze(-1) * null.unsqueeze(-2)
     kept_apart = torch.diag_embed(torch.where(null > 0, 0.0, 2 + values / values[..., -1:].clamp(min=1e-30)))
-    turned = torch.linalg.eigh(inside + kept_apart)[1]
+    turned: Tensor = torch.linalg.eigh(inside + kept_apart)[1]
     return (vectors @ turned).flip(-1)
 
 

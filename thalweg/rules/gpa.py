@@ -78,4 +78,5 @@ def gpa_adamw(
     Cost: 3 slots a parameter (12 B at fp32); reads 5 and writes 4 tensors a step.
     Departures: those of the stage.
     """
-    return adam(p, g, m, v, lr=lr, t=t, b1=b1, b2=b2, eps=eps)
+    moved: tuple[Tensor, ...] = adam(p, g, m, v, lr=lr, t=t, b1=b1, b2=b2, eps=eps)
+    return moved

@@ -153,7 +153,7 @@ class Rule(Component):
 
     @property
     def status(self) -> str:
-        """"settled" if it is at least two years old and at least three libraries ship it, else "new"."""
+        """ "settled" if it is at least two years old and at least three libraries ship it, else "new"."""
         return "settled" if YEAR - self.year >= 2 and len(self.ships) >= 3 else "new"
 
     @property
@@ -317,5 +317,5 @@ def _same_kind(default: Any, value: Any) -> bool:
     if isinstance(default, str) or isinstance(value, str):
         return isinstance(default, str) and isinstance(value, str)
     if default is None or isinstance(default, (int, float)):
-        return value is None and default is None or isinstance(value, (int, float))
+        return (value is None and default is None) or isinstance(value, (int, float))
     return True
