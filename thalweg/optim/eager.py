@@ -15,6 +15,10 @@ from thalweg.optim.program import Program
 #: Elements of a tile: a dozen temporary tensors of this size fit in a core's second-level cache.
 TILE = 1 << 16
 
+#: Elements of a stack on the CPU: enough matrices for every core to have its own, and temporaries that the C library gives
+#: out again instead of asking the system for fresh pages (beyond 32 MiB it always asks; a fresh page costs eight times a used one).
+STACK = 1 << 21
+
 Scalars = Mapping[str, Tensor]
 #: What a program needs shaped like the gradients, by name: a tensor of each parameter.
 Extra = Mapping[str, Sequence[Tensor]] | None
@@ -188,8 +192,20 @@ def _stacked(
 
 
 def _join(xs: Sequence[Tensor]) -> Tensor:
-    """Tensors of one shape as a batch; one alone is a batch too, so that it meets the same operators, and the same bits."""
-    return torch.stack(list(xs)) if len(xs) > 1 else xs[0].contiguous()[None]
+    """Tensors of one shape as a batch, a view where they lie side by side.
+
+    One alone is a batch too, so that it meets the same operators, and the same bits.
+    """
+    first, num = xs[0], xs[0].numel()
+    if len(xs) == 1:
+        return first.contiguous()[None]
+    begin, step, storage = first.data_ptr(), num * first.element_size(), first.untyped_storage().data_ptr()
+    if all(
+        x.is_contiguous() and x.data_ptr() == begin + k * step and x.untyped_storage().data_ptr() == storage
+        for k, x in enumerate(xs)
+    ):
+        return first.as_strided((len(xs), *first.shape), (num, *first.stride()))
+    return torch.stack(list(xs))
 
 
 def _by_shape(program: Program, batch: Batch) -> list[list[int]]:
@@ -197,7 +213,13 @@ def _by_shape(program: Program, batch: Batch) -> list[list[int]]:
     for i, p in enumerate(batch.ps):
         key = (matrix_shape(p.shape, batch.fold(i)), p.ndim)
         groups.setdefault(key if program.stacks else (i,), []).append(i)
-    return list(groups.values())
+    if batch.ps[0].device.type != "cpu":
+        return list(groups.values())
+    parts = []
+    for group in groups.values():
+        many = max(1, STACK // max(batch.ps[group[0]].numel(), 1))
+        parts += [group[k : k + many] for k in range(0, len(group), many)]
+    return parts
 
 
 def _index(p: Tensor, place: int) -> Tensor:

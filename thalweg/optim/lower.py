@@ -82,8 +82,7 @@ def _choose(program: Program, *, device: str, elements: int, way: str | None, ke
         return Update(
             operator, "fused", f"torch has a fused operator with the maths of {program.rule.name} on {device}"
         )
-    if program.reads == "matrix" and way is None and program.rule.least_ndim == 2:
-        return Update(eager(program, stack=True), "stacked", "matrix products: equal shapes in one batched call")
+    matrices = program.reads == "matrix" and program.rule.least_ndim == 2
     if way == "compiled" or large:
         kernel, why = _compiled(program, device)
         if kernel is not None:
@@ -94,6 +93,8 @@ def _choose(program: Program, *, device: str, elements: int, way: str | None, ke
         why = f"{elements} elements are too few to repay a kernel ({WORTH_COMPILING})"
     if operator is not None:
         return Update(operator, "fused", f"torch's fused operator; {why}")
+    if matrices:
+        return Update(eager(program, stack=True), "stacked", f"equal shapes in one batched call; {why}")
     return Update(eager(program, stack=program.reads == "matrix"), "eager", why)
 
 
@@ -106,7 +107,12 @@ def _compiled(program: Program, device: str) -> tuple[Kernel | None, str]:
             from thalweg.optim.native import NoCompiler, native_by_ndim
 
             try:
-                return native_by_ndim(program), "one C kernel over all tensors"
+                try:
+                    return native_by_ndim(program), "one C kernel over all tensors"
+                except Untraceable:
+                    from thalweg.optim.around import around
+
+                    return around(program), "a C kernel before and one after its products of matrices"
             except NoCompiler as err:
                 return None, f"no kernel could be built: {err}"
         from thalweg.optim.inductor import inductor

@@ -28,7 +28,7 @@ from thalweg.optim.codecs import BLOCK
 from thalweg.optim.csource import TILE, Port, Source, write_source
 from thalweg.optim.eager import Extra, Kernel, eager
 from thalweg.optim.program import Program
-from thalweg.optim.trace import Trace, Untraceable, record
+from thalweg.optim.trace import WHOLE, Trace, Untraceable, record
 
 #: No contraction to fused multiply-add and no fast maths: results are those of the eager way but for the order of sums.
 _FLAGS = ("-O3", "-fPIC", "-fopenmp", "-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math", "-fwrapv")
@@ -135,9 +135,45 @@ def native(program: Program, *, grad_dtype: torch.dtype | None = None, due: int 
         Untraceable: for a program that is more than arithmetic on elements, rows and columns.
         NoCompiler: where it cannot be built.
     """
+    inputs, ports, function = described(program, grad_dtype or program.dtype, due, ndim)
+    trace = record(function, inputs)
+    if any(node.op == WHOLE for node in trace.nodes):
+        raise Untraceable("it works on whole matrices")
+    outputs: list[str | None] = ["p", *(part.name for part in program.parts)]
+    matrices = program.folds
+    width = BLOCK if program.blocked else None if matrices else TILE
+    caller = Caller(
+        trace, ports, write_source(trace, ports, outputs, width=width, clears="g" if program.clear else None)
+    )
+    uniform = {part.name: i for i, part in enumerate(program.parts) if part.shape == "uniform"}
+    stored = [i for i, part in enumerate(program.parts) if part.shape != "uniform"]
+
+    def kernel(batch: Batch, scalars: Mapping[str, Any], *, due: int = 0, extra: Extra = None) -> None:
+        numbers = {**scalars, **{name: batch.slots[i][0] for name, i in uniform.items()}}
+        gs = laid_like(batch.gs, batch.ps)
+        columns = [batch.ps, gs, *(batch.slots[i] for i in stored)]
+        given = extra or {}
+        columns += [laid_like(given[name], batch.ps) if name in given else batch.gs for name in program.tensors]
+        shapes = [matrix_shape(p.shape, batch.fold(i)) for i, p in enumerate(batch.ps)] if matrices else None
+        caller(columns, numbers, shapes=shapes)
+        if program.clear:
+            for g, laid in zip(batch.gs, gs):
+                if g is not laid:
+                    g.zero_()
+
+    return kernel
+
+
+Inputs = dict[str, tuple[str, torch.dtype]]
+
+
+def described(
+    program: Program, grad_dtype: torch.dtype, due: int, ndim: int
+) -> tuple[Inputs, list[Port], Callable[..., Sequence[Tensor]]]:
+    """(what the program reads, the tensors of each parameter among it, the program as a function of it by name)."""
     names = ["p", "g", *(part.name for part in program.parts)]
     kinds = {"like": "full", "block": "row", "row": "row", "column": "column", "tensor": "tensor", "uniform": "uniform"}
-    inputs = {"p": ("full", program.dtype), "g": ("full", grad_dtype or program.dtype)}
+    inputs: Inputs = {"p": ("full", program.dtype), "g": ("full", grad_dtype)}
     for part in program.parts:
         if callable(part.shape):
             raise Untraceable(f"{part.name} has a shape of its own")
@@ -162,32 +198,9 @@ def native(program: Program, *, grad_dtype: torch.dtype | None = None, due: int 
             ndim=ndim,
         )
 
-    trace = record(function, inputs)
     ports = [Port(name, *inputs[name]) for name in names if inputs[name][0] != "uniform"]
     ports += [Port(name, *inputs[name]) for name in program.tensors]
-    outputs: list[str | None] = ["p", *(part.name for part in program.parts)]
-    matrices = program.folds
-    width = BLOCK if program.blocked else None if matrices else TILE
-    caller = Caller(
-        trace, ports, write_source(trace, ports, outputs, width=width, clears="g" if program.clear else None)
-    )
-    uniform = {part.name: i for i, part in enumerate(program.parts) if part.shape == "uniform"}
-    stored = [i for i, part in enumerate(program.parts) if part.shape != "uniform"]
-
-    def kernel(batch: Batch, scalars: Mapping[str, Any], *, due: int = 0, extra: Extra = None) -> None:
-        numbers = {**scalars, **{name: batch.slots[i][0] for name, i in uniform.items()}}
-        gs = laid_like(batch.gs, batch.ps)
-        columns = [batch.ps, gs, *(batch.slots[i] for i in stored)]
-        given = extra or {}
-        columns += [laid_like(given[name], batch.ps) if name in given else batch.gs for name in program.tensors]
-        shapes = [matrix_shape(p.shape, batch.fold(i)) for i, p in enumerate(batch.ps)] if matrices else None
-        caller(columns, numbers, shapes=shapes)
-        if program.clear:
-            for g, laid in zip(batch.gs, gs):
-                if g is not laid:
-                    g.zero_()
-
-    return kernel
+    return inputs, ports, function
 
 
 def native_by_ndim(program: Program) -> Kernel:

@@ -9,17 +9,18 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from thalweg.rules._whole import recorded_by
+
 from thalweg.core import ThalwegError
 
 ROWS, COLUMNS = 3, 5  # stand-ins for the extents of any matrix
-
-KINDS = {(ROWS, COLUMNS): "full", (ROWS, 1): "row", (1, COLUMNS): "column", (1, 1): "tensor", (): "tensor"}
 
 
 class Untraceable(Exception):
@@ -54,28 +55,34 @@ class Trace:
     outputs: list[Value] = field(default_factory=list)
 
 
-def stand_in(kind: str, dtype: torch.dtype) -> Tensor:
-    """A tensor without memory that stands for an input of ``kind``; uniform and tensor ones are 0-dim."""
-    shape = {"full": (ROWS, COLUMNS), "row": (ROWS, 1), "column": (1, COLUMNS)}.get(kind, ())
-    return torch.empty(shape, dtype=dtype, device="meta")
+#: The name of an operation on whole matrices, which no kernel holds.
+WHOLE = "on_matrices"
 
 
-def record(function: Callable[..., Sequence[Tensor]], inputs: Mapping[str, tuple[str, torch.dtype]]) -> Trace:
+def record(
+    function: Callable[..., Sequence[Tensor]],
+    inputs: Mapping[str, tuple[str, torch.dtype]],
+    *,
+    rows: int = ROWS,
+    columns: int = COLUMNS,
+) -> Trace:
     """The operations of ``function(**tensors)``.
 
     Args:
         inputs: name to (kind, dtype).
+        rows, columns: of the matrices that stand in; real ones where the function reads them.
 
     Raises:
         Untraceable: if a shape appears that is no matrix, row, column or number.
     """
-    recorder = _Recorder()
+    recorder = _Recorder(rows, columns)
     tensors = {}
+    shapes = {"full": (rows, columns), "row": (rows, 1), "column": (1, columns)}
     for name, (kind, dtype) in inputs.items():
-        tensors[name] = stand_in(kind, dtype)
+        tensors[name] = torch.empty(shapes.get(kind, ()), dtype=dtype, device="meta")
         recorder.trace.inputs[name] = recorder.note(tensors[name], kind)
     try:
-        with recorder, torch.no_grad():
+        with recorder, recorded_by(recorder.whole), torch.no_grad():
             outputs = function(**tensors)
     except Untraceable:
         raise
@@ -86,8 +93,10 @@ def record(function: Callable[..., Sequence[Tensor]], inputs: Mapping[str, tuple
 
 
 class _Recorder(TorchDispatchMode):
-    def __init__(self) -> None:
+    def __init__(self, rows: int, columns: int) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
+        full = {(rows, columns): "full", (rows, 1): "row", (1, columns): "column"}
+        self.kinds = {**full, (1, 1): "tensor", (): "tensor"}
         self.trace = Trace()
         self._known: dict[int, Value] = {}
         self._alive: list[Tensor] = []
@@ -103,6 +112,15 @@ class _Recorder(TorchDispatchMode):
             raise Untraceable("a tensor from outside the program")
         return self._known[id(tensor)]
 
+    def whole(self, function: Callable[..., Tensor], x: Tensor, words: dict[str, Any]) -> Tensor:
+        """Note an operation on whole matrices without running it."""
+        seen = self.value_of(x)
+        out = torch.empty_like(x)
+        self.trace.nodes.pop()  # the making of a stand-in
+        value = self.note(out, seen.kind)
+        self.trace.nodes.append(Node(WHOLE, partial(function, **words), (seen,), {}, value, x.dtype))
+        return out
+
     def _seen(self, argument: Any) -> Any:
         return self.value_of(argument) if isinstance(argument, Tensor) else argument
 
@@ -115,9 +133,9 @@ class _Recorder(TorchDispatchMode):
         name = func._schema.name.removeprefix("aten::")
         if any(a is out for a in operands):
             raise Untraceable(f"{name} writes in place")
-        if tuple(out.shape) not in KINDS:
+        if tuple(out.shape) not in self.kinds:
             raise Untraceable(f"{name} gives a tensor of shape {tuple(out.shape)}")
-        kind = KINDS[tuple(out.shape)]
+        kind = self.kinds[tuple(out.shape)]
         values = [self.value_of(a) for a in operands]
         if kind == "tensor" and all(v.kind == "uniform" for v in values):
             kind = "uniform"

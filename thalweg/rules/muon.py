@@ -10,6 +10,7 @@ from torch import Tensor
 
 from thalweg.core import RecipeError
 from thalweg.rules._newton_schulz import COEFFICIENTS, orthogonalize
+from thalweg.rules._whole import on_matrices
 from thalweg.rules.registry import Slot, rule
 
 _ABOUT: dict[str, Any] = {
@@ -97,8 +98,7 @@ def muon(
     Cost: 1 slot a parameter (4 B at fp32), with ``normalize`` 1 number a row more; reads 3 and writes 2 tensors a step, and
     for n x m, n the smaller, 10*n^2*m + 5*n^3 multiplications (7/9 of that at m = 4*n with ``gram``).
     Departures: momentum is a running mean, as in torch and in Jordan's code since 2024-12; his post writes mu*m + g, a longer
-    u of the same direction without Nesterov and of another mix with it. The norm is taken before the rounding to bf16, torch
-    takes it after; eps is a floor as in torch, Jordan adds it. optax corrects u for its start, with Nesterov a different mix.
+    u of the same direction without Nesterov and of another mix with it. eps is a floor as in torch, Jordan adds it. optax corrects u for its start, with Nesterov a different mix.
     NorMuon keeps the Frobenius norm as its authors' code; the paper sets an RMS of 0.2, which scale=match_rms_adamw is close to.
     """
     m = torch.lerp(m, g, 1 - momentum)
@@ -106,14 +106,9 @@ def muon(
     if heads:
         u, v = _split(u, heads), None if v is None else _split(v, heads)
     dtype = torch.bfloat16 if precision == "bf16" else torch.float32
-    o = orthogonalize(
-        u,
-        steps=steps,
-        coefficients=coefficients,
-        dtype=u.dtype if u.dtype == torch.float64 else dtype,
-        gram=gram == "auto",
-        eps=eps,
-    )
+    u = u if u.dtype == torch.float64 else u.to(dtype)
+    words = {"steps": steps, "coefficients": coefficients, "gram": gram == "auto", "eps": eps}
+    o = on_matrices(orthogonalize, u, **words).to(p.dtype)
     if v is not None:
         v = torch.lerp(v, o.square().mean(-1, keepdim=True), 1 - b2)
         size = _norm(o)
