@@ -50,11 +50,11 @@ def ours(rule: str, **options: Any) -> Make:
     return lambda params: getattr(thalweg.optim, class_name(rule))(params, **options)
 
 
-def in_turn(candidates: Mapping[str, Step], rounds: int, base: str) -> dict[str, dict[str, Any]]:
+def in_turn(candidates: Mapping[str, Step], rounds: int, base: str, warm: int = 2) -> dict[str, dict[str, Any]]:
     """Milliseconds of each candidate, and its time over that of ``base`` in the same round."""
     for step in candidates.values():
-        step()
-        step()
+        for _ in range(warm):
+            step()
     times: dict[str, list[float]] = {name: [] for name in candidates}
     for _ in range(rounds):
         for name, step in candidates.items():
@@ -67,9 +67,11 @@ def in_turn(candidates: Mapping[str, Step], rounds: int, base: str) -> dict[str,
     }
 
 
-def table(title: str, candidates: Mapping[str, Step], rounds: int, base: str, **more: Any) -> list[dict[str, Any]]:
+def table(
+    title: str, candidates: Mapping[str, Step], rounds: int, base: str, warm: int = 2, **more: Any
+) -> list[dict[str, Any]]:
     rows = []
-    for name, found in in_turn(candidates, rounds, base).items():
+    for name, found in in_turn(candidates, rounds, base, warm).items():
         rows.append({"table": title, "candidate": name, "base": base, **found, **more})
         ms, over = found["ms"], found["over base"]
         print(
@@ -129,7 +131,6 @@ def phase(rounds: int) -> list[dict[str, Any]]:
         "thalweg, zeroed in the update": by_engine_zeroing,
     }
     rows = table("optimizer phase, AdamW", cases, rounds, "thalweg, zeroed in the update")
-    del engine, fused, averages
     gc.collect()
     makers = {
         "thalweg": ours("adamw", lr=1e-3, weight_decay=0.1),
@@ -166,8 +167,8 @@ def limit(rounds: int) -> list[dict[str, Any]]:
         base = f"{num} slots moved"
         makers = {base: lambda params, kind=bare: kind(params, way="compiled")}
         makers |= {name: ours(name, way="compiled") for name in names}
-        for start in range(0, len(names), 6):  # a few at a time: each has its own parameters
-            part = {base: makers[base], **{n: makers[n] for n in names[start : start + 6]}}
+        for start in range(0, len(names), 8):  # a few at a time: each has its own parameters
+            part = {base: makers[base], **{n: makers[n] for n in names[start : start + 8]}}
             rows += table("update over moving the bytes", steps_of(part, shapes())[0], rounds, base, slots=num)
             gc.collect()
         del RULES._things[rule.name]
@@ -271,8 +272,9 @@ def matrix(rounds: int) -> list[dict[str, Any]]:
     def ten(step: Step) -> Step:  # a whole period: nine steps and one refresh of the bases
         return lambda: [step() for _ in range(10)] and None
 
-    rows += table("SOAP, ten steps", {name: ten(step) for name, step in steps.items()}, few, "thalweg")
-    return rows
+    periods = {name: ten(step) for name, step in steps.items()}
+    found = table("SOAP, ten steps", periods, 3, "thalweg", warm=0)
+    return rows + [{**row, "first call, s": first[row["candidate"]]} for row in found]
 
 
 _FIRST = """
@@ -328,23 +330,29 @@ def tiny(rounds: int) -> list[dict[str, Any]]:
 
 
 _MEMORY = """
-import resource, torch, json
+import json, torch
 from benchmarks.optim import parameters, shapes
 import thalweg.optim
-params = parameters(shapes())
-optimizer = thalweg.optim.{name}(params, clip=1.0, average=0.999{more})
-optimizer.step()
-def peak():
+
+def line(name):
     with open("/proc/self/status") as lines:
-        return next(int(l.split()[1]) for l in lines if l.startswith("VmHWM")) * 1024
-def now():
-    with open("/proc/self/status") as lines:
-        return next(int(l.split()[1]) for l in lines if l.startswith("VmRSS")) * 1024
-with open("/proc/self/clear_refs", "w") as f: f.write("5")
-before = now()
+        return next(int(l.split()[1]) for l in lines if l.startswith(name)) * 1024
+
+def build(which, **more):
+    optimizer = thalweg.optim.{name}(parameters(which), clip=1.0, average=0.999, **more)
+    return optimizer
+
+for way in ("compiled", "eager"):  # what is imported and built once is not counted
+    build([(64, 32), (32,)], way=way).step()
+optimizer = build(shapes(){more})
+ps = [p for group in optimizer.param_groups for p in group["params"]]
+import ctypes
+ctypes.CDLL(None).malloc_trim(0)  # what building left free would hide what steps take
+before = line("VmRSS")
 for _ in range(3):
     optimizer.step()
-print(json.dumps([peak() - before, sum(p.nbytes for p in params)]))
+kept = {{t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for s in optimizer.state.values() for t in s.values()}}
+print(json.dumps([line("VmHWM") - before - sum(kept.values()), sum(p.nbytes for p in ps)]))
 """
 
 

@@ -18,6 +18,7 @@ from tests.conftest import three_parts
 from tests.oracles import CASES
 from thalweg.core import RecipeError
 from thalweg.optim import native
+from thalweg.optim.around import around
 from thalweg.optim.batch import Batch, fold_of, new_part
 from thalweg.optim.codecs import BF16_ERROR, BLOCK, CODECS, INT8, round_to_bf16
 from thalweg.optim.eager import Kernel, eager
@@ -496,9 +497,35 @@ def test_a_compiler_that_is_asked_for_comes_first(monkeypatch: pytest.MonkeyPatc
 
 
 def test_rules_that_cannot_be_compiled_say_so() -> None:
-    for options in ({}, {"heads": 2}):
+    for name, options in (("soap", {}), ("muon", {"heads": 2})):
         with pytest.raises(RecipeError, match="not plain arithmetic"):
-            lower(program_of("muon", options), device="cpu", elements=1, way="compiled")
+            lower(program_of(name, options), device="cpu", elements=1, way="compiled")
+
+
+@needs_compiler
+@pytest.mark.parametrize("skip", [(), (1, 3)])
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        ("muon", {}),
+        ("muon", {"nesterov": False, "scale": "match_rms_adamw", "coefficients": "polar-express"}),
+        ("normuon", {}),
+        ("normuon", {"gram": "off"}),
+    ],
+    ids=str,
+)
+def test_kernels_around_a_product_are_the_program(name: str, options: dict[str, Any], skip: tuple[int, ...]) -> None:
+    """Wide, tall, square, batches of matrices and kernels of convolutions; decay, average and zeroing go with it."""
+    shapes = ((6, 17), (17, 6), (8, 8), (3, 5, 7), (4, 2, 3, 3), (6, 17), (1, 9))
+    program = program_of(name, {**options, "precision": "fp32"}, F64, decay_form="decoupled", average=True, clear=True)
+    got, mine = walk(program, around(program), shapes, steps=5, skip=skip, bad=math.inf)
+    wanted, slots = walk(program, eager(program, stack=True), shapes, steps=5, skip=skip, bad=math.inf)
+    assert ulps(got, wanted) <= 64 and slot_ulps(mine, slots) <= 64
+    half = program_of(name, options, F32, decay_form="decoupled")
+    got, _ = walk(half, around(half), shapes, steps=3, skip=skip, bad=math.inf)
+    wanted, _ = walk(half, eager(half, stack=True), shapes, steps=3, skip=skip, bad=math.inf)
+    for a, b in zip(got, wanted):  # one rounding to bf16 may fall the other way, and the iteration amplifies it
+        torch.testing.assert_close(a, b, rtol=0, atol=3e-3)
 
 
 @pytest.mark.skipif(shutil.which("g++") is None, reason="no C++ compiler on this machine")

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from thalweg.core import ParameterRow, seed_for
-from thalweg.optim.batch import Batch, evaluation_weights, is_dense, new_parts
+from thalweg.optim.batch import Batch, evaluation_weights, is_dense, new_part
 from thalweg.optim.codecs import CODECS, Part
 from thalweg.optim.lower import Update, lower
 from thalweg.optim.program import Program, due_now
@@ -133,7 +133,10 @@ class Arena:
             gs = [self.view(self.grads, name) for name in names]
             folds = [treatment.fold] * len(names)
         slots = [
-            new_parts(program, part, *((ps[:1], folds[:1]) if part.shape == "uniform" else (ps, folds)))
+            [
+                new_part(program, part, p, fold)
+                for p, fold in list(zip(ps, folds))[: 1 if part.shape == "uniform" else None]
+            ]
             for part in program.parts
         ]
         lowered = lower(program, device=self.device.type, elements=border[1] - border[0], way=how.way)

@@ -90,21 +90,6 @@ def new_part(program: Program, part: Part, p: Tensor, fold: str) -> Tensor:
     return torch.full(shape, float(part.start), dtype=dtype, device=p.device)
 
 
-def new_parts(program: Program, part: Part, ps: Sequence[Tensor], folds: Sequence[str]) -> list[Tensor]:
-    """The first values of a part for several parameters; those of equal shape lie side by side, where they are stacked."""
-    made = [new_part(program, part, p, fold) for p, fold in zip(ps, folds)]
-    if not program.stacks:
-        return made
-    groups: dict[tuple[int, ...], list[int]] = {}
-    for i, x in enumerate(made):
-        if x.is_contiguous() and type(x) is Tensor:
-            groups.setdefault(tuple(x.shape), []).append(i)
-    for group in groups.values():
-        for i, x in zip(group, torch.stack([made[i] for i in group]).unbind()):
-            made[i] = x
-    return made
-
-
 def views(program: Program, batch: Batch, i: int) -> tuple[Tensor, Tensor, list[Tensor]]:
     """Parameter, gradient and stored parts of parameter ``i`` in the shapes that the program asks for."""
     p, g = batch.ps[i], batch.gs[i]

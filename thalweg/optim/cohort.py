@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from thalweg.optim.batch import Batch, new_parts
+from thalweg.optim.batch import Batch, new_part
 from thalweg.optim.codecs import Part
 from thalweg.optim.lower import Update, lower
 from thalweg.optim.program import DUE, NOT_DUE, Program, due_now
@@ -61,7 +61,7 @@ class Cohort:
 
     def _new(self, part: Part) -> list[Tensor]:
         held = 1 if part.shape == "uniform" else len(self.ps)
-        return new_parts(self.program, part, self.ps[:held], self.folds[:held])
+        return [new_part(self.program, part, p, fold) for p, fold in zip(self.ps[:held], self.folds[:held])]
 
     def hold(self, gs: list[Tensor]) -> None:
         """Take the gradients of this step."""

@@ -12,8 +12,8 @@ from thalweg.optim.batch import Batch, blocks, flat, matrix_shape, offsets, view
 from thalweg.optim.codecs import BLOCK
 from thalweg.optim.program import Program
 
-#: Elements of a tile: a dozen temporary tensors of this size fit in a core's second-level cache.
-TILE = 1 << 16
+#: Elements of a tile: fewer cost more calls than the caches give back (216 ms a step of AdamW on 50 M elements; 276 at half, 435 whole).
+TILE = 1 << 17
 
 #: Elements of a stack on the CPU: enough matrices for every core to have its own, and temporaries that the C library gives
 #: out again instead of asking the system for fresh pages (beyond 32 MiB it always asks; a fresh page costs eight times a used one).
@@ -192,20 +192,8 @@ def _stacked(
 
 
 def _join(xs: Sequence[Tensor]) -> Tensor:
-    """Tensors of one shape as a batch, a view where they lie side by side.
-
-    One alone is a batch too, so that it meets the same operators, and the same bits.
-    """
-    first, num = xs[0], xs[0].numel()
-    if len(xs) == 1:
-        return first.contiguous()[None]
-    begin, step, storage = first.data_ptr(), num * first.element_size(), first.untyped_storage().data_ptr()
-    if all(
-        x.is_contiguous() and x.data_ptr() == begin + k * step and x.untyped_storage().data_ptr() == storage
-        for k, x in enumerate(xs)
-    ):
-        return first.as_strided((len(xs), *first.shape), (num, *first.stride()))
-    return torch.stack(list(xs))
+    """Tensors of one shape as a batch; one alone is a batch too, so that it meets the same operators, and the same bits."""
+    return torch.stack(list(xs)) if len(xs) > 1 else xs[0].contiguous()[None]
 
 
 def _by_shape(program: Program, batch: Batch) -> list[list[int]]:
