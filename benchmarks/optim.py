@@ -151,27 +151,20 @@ def traffic(num: int) -> Any:
 
 def limit(rounds: int) -> list[dict[str, Any]]:
     """Every element rule's update against one that only moves as many bytes, in place."""
-    from thalweg.optim.face import RuleOptimizer
-
     rows = []
     by_slots: dict[int, list[str]] = {}
     for name in RULES:
         rule = RULES[name]
-        program_slots = thalweg.optim.Program(rule, rule.options({})).parts
+        parts = thalweg.optim.Program(rule, rule.options({})).parts
         if rule.reads == "element" and not rule.shared and "curvature" not in rule.needs:
-            by_slots.setdefault(sum(part.shape == "like" for part in program_slots), []).append(name)
+            by_slots.setdefault(sum(part.shape == "like" for part in parts), []).append(name)
     for num, names in sorted(by_slots.items()):
-        rule = traffic(num)
-        RULES._things[rule.name] = rule
-        bare = type("Traffic", (RuleOptimizer,), {"rule_name": rule.name})
-        base = f"{num} slots moved"
-        makers = {base: lambda params, kind=bare: kind(params, way="compiled")}
-        makers |= {name: ours(name, way="compiled") for name in names}
+        base, bare = f"{num} slots moved", thalweg.optim.face_of(traffic(num))
         for start in range(0, len(names), 8):  # a few at a time: each has its own parameters
-            part = {base: makers[base], **{n: makers[n] for n in names[start : start + 8]}}
-            rows += table("update over moving the bytes", steps_of(part, shapes())[0], rounds, base, slots=num)
+            makers: dict[str, Make] = {base: lambda params, bare=bare: bare(params, way="compiled")}
+            makers |= {name: ours(name, way="compiled") for name in names[start : start + 8]}
+            rows += table("update over moving the bytes", steps_of(makers, shapes())[0], rounds, base, slots=num)
             gc.collect()
-        del RULES._things[rule.name]
     return rows
 
 
