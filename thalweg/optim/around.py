@@ -1,7 +1,7 @@
 """Rules with one operation on whole matrices (Muon's orthogonalization): a kernel before it, and a kernel after it.
 
-What is left between is a batched product of equal shapes, a few megabytes at a time. Eagerly the momentum, the rounding, the scaling
-and the update around it cost as much as the products themselves.
+What is left between is a batched product of equal shapes, a few megabytes at a time. Eagerly the momentum, the rounding, the
+scaling and the update around it cost as much as the products themselves.
 """
 
 from __future__ import annotations
@@ -14,9 +14,9 @@ from torch import Tensor
 
 from thalweg.optim.batch import Batch, matrix_shape
 from thalweg.optim.cops import values
-from thalweg.optim.csource import write_source
+from thalweg.optim.csource import Port, write_source
 from thalweg.optim.eager import STACK, Extra, Kernel, eager
-from thalweg.optim.native import Caller, Inputs, Port, described
+from thalweg.optim.native import Caller, Inputs, described
 from thalweg.optim.program import Program
 from thalweg.optim.trace import WHOLE, Node, Trace, Untraceable, Value, record
 
@@ -44,7 +44,9 @@ class _Pair:
         rest = [(name, out) for name, out in zip(names, trace.outputs) if (name, out) not in early]
         before = [node for node in trace.nodes if node.out not in late and node is not self.node]
         after = [node for node in trace.nodes if node is not self.node]
-        self.pre = _caller(inputs, trace.inputs, before, [("operand", operand), *early], ports, Port("operand", "full", self.dtype))
+        self.pre = _caller(
+            inputs, trace.inputs, before, [("operand", operand), *early], ports, Port("operand", "full", self.dtype)
+        )
         known = {**trace.inputs, "result": self.node.out}
         self.post = _caller(inputs, known, after, rest, ports, Port("result", "full", self.dtype))
 

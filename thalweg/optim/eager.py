@@ -12,7 +12,8 @@ from thalweg.optim.batch import Batch, blocks, flat, matrix_shape, offsets, view
 from thalweg.optim.codecs import BLOCK
 from thalweg.optim.program import Program
 
-#: Elements of a tile: fewer cost more calls than the caches give back (216 ms a step of AdamW on 50 M elements; 276 at half, 435 whole).
+#: Elements of a tile: fewer cost more calls than the caches give back. AdamW on 50 M elements takes 216 ms a step, 276 with half
+#: of them, 435 without tiles (LOG.md).
 TILE = 1 << 17
 
 #: Elements of a stack on the CPU: enough matrices for every core to have its own, and temporaries that the C library gives

@@ -16,8 +16,8 @@ from thalweg.device import CAPABILITIES
 from thalweg.optim.batch import FOLDS, evaluation_weights, fold_of, laid_like
 from thalweg.optim.codecs import CODECS, ROUNDINGS
 from thalweg.optim.cohort import Cohort
-from thalweg.optim.lower import WAYS
 from thalweg.optim.history import NormHistory
+from thalweg.optim.lower import WAYS
 from thalweg.optim.norm import global_norm
 from thalweg.optim.program import Program
 from thalweg.optim.shared import first_values, settle

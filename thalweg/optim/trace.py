@@ -16,9 +16,8 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from thalweg.rules._whole import recorded_by
-
 from thalweg.core import ThalwegError
+from thalweg.rules._whole import recorded_by
 
 ROWS, COLUMNS = 3, 5  # stand-ins for the extents of any matrix
 
@@ -95,8 +94,8 @@ def record(
 class _Recorder(TorchDispatchMode):
     def __init__(self, rows: int, columns: int) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        full = {(rows, columns): "full", (rows, 1): "row", (1, columns): "column"}
-        self.kinds = {**full, (1, 1): "tensor", (): "tensor"}
+        self.kinds: dict[tuple[int, ...], str] = {(rows, columns): "full", (rows, 1): "row", (1, columns): "column"}
+        self.kinds |= dict.fromkeys([(1, 1), ()], "tensor")
         self.trace = Trace()
         self._known: dict[int, Value] = {}
         self._alive: list[Tensor] = []

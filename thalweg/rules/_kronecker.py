@@ -77,26 +77,29 @@ def refresh(gram: Tensor, basis: Tensor, *, fresh: bool, sort: bool) -> tuple[Te
         return _exact_basis(gram), same
     product = gram @ basis
     order = (basis * product).sum(-2).argsort(dim=-1, descending=True) if sort else same
-    return torch.linalg.qr(product.take_along_dim(order.unsqueeze(-2), -1))[0], order
+    reflections = torch.geqrf(product.gather(-1, order.unsqueeze(-2).expand_as(product)))  # qr without its R
+    return torch.linalg.householder_product(*reflections), order
 
 
 def _exact_basis(gram: Tensor) -> Tensor:
     """Eigenvectors, largest eigenvalue first.
 
     The basis of a null space is whatever rounding makes of it, on each machine, rank and layout another, and Adam in that basis
-    is another. So it is fixed: eigenvectors of diag(1, ..., n) within the null space. A matrix of full rank is left as it is.
+    is another. So it is fixed: the columns of one matrix, the same always, projected into the null space and made
+    orthogonal in order. A matrix of full rank is left as it is, but for signs.
     """
     values: Tensor
     vectors: Tensor
     values, vectors = torch.linalg.eigh(gram)
     size = gram.shape[-1]
     floor = values[..., -1:] * (10 * size * torch.finfo(gram.dtype).eps)
-    null = (values <= floor).to(gram.dtype)
-    ramp = torch.arange(1, size + 1, dtype=gram.dtype, device=gram.device) / size
-    inside = (vectors.mT * ramp) @ vectors * null.unsqueeze(-1) * null.unsqueeze(-2)
-    kept_apart = torch.diag_embed(torch.where(null > 0, 0.0, 2 + values / values[..., -1:].clamp(min=1e-30)))
-    turned: Tensor = torch.linalg.eigh(inside + kept_apart)[1]
-    return (vectors @ turned).flip(-1)
+    null = values <= floor
+    places = torch.arange(1, size + 1, dtype=torch.float64, device=gram.device)
+    fixed = torch.cos(places[:, None] * places.square()).to(gram.dtype)
+    inside = vectors @ (torch.where(null, 1.0, 0.0).to(gram.dtype).unsqueeze(-1) * (vectors.mT @ fixed))
+    chosen = torch.where(null.unsqueeze(-2), inside, vectors)  # null ones first: eigenvalues rise
+    basis: Tensor = torch.linalg.householder_product(*torch.geqrf(chosen))
+    return basis.flip(-1)
 
 
 def _finite(gram: Tensor) -> Tensor:

@@ -44,9 +44,7 @@ def schedule(name: str, steps: int) -> Coefficients:
     return (*safe[:steps], *_POLAR_EXPRESS[-1:] * (steps - len(safe)))
 
 
-def orthogonalize(
-    x: Tensor, *, steps: int, coefficients: str, gram: bool, eps: float = 1e-7
-) -> Tensor:
+def orthogonalize(x: Tensor, *, steps: int, coefficients: str, gram: bool, eps: float = 1e-7) -> Tensor:
     """The nearest matrix with singular values near 1, of each matrix in ``x`` (..., R, C); zero stays zero.
 
     Args:

@@ -88,7 +88,8 @@ def adafactor(
         v = c if ndim < 2 else factored(r, c)
     u = g * v.rsqrt()
     rate = torch.minimum(lr, t**-0.5) if relative_step else lr
-    size = rate / (rms(u) / most_rms).clamp(min=1.0) if most_rms else rate
+    length = (g * g / v).mean(dim=(-2, -1), keepdim=True).sqrt()  # the RMS of u, without its square roots
+    size = rate / (length / most_rms).clamp(min=1.0) if most_rms else rate
     if scale_parameter:
         size = size * rms(p).clamp(min=eps2)
     return -size * u, r, c

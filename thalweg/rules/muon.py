@@ -98,7 +98,8 @@ def muon(
     Cost: 1 slot a parameter (4 B at fp32), with ``normalize`` 1 number a row more; reads 3 and writes 2 tensors a step, and
     for n x m, n the smaller, 10*n^2*m + 5*n^3 multiplications (7/9 of that at m = 4*n with ``gram``).
     Departures: momentum is a running mean, as in torch and in Jordan's code since 2024-12; his post writes mu*m + g, a longer
-    u of the same direction without Nesterov and of another mix with it. eps is a floor as in torch, Jordan adds it. optax corrects u for its start, with Nesterov a different mix.
+    u of the same direction without Nesterov and of another mix with it. eps is a floor as in torch, Jordan adds it. optax
+    corrects u for its start, with Nesterov a different mix.
     NorMuon keeps the Frobenius norm as its authors' code; the paper sets an RMS of 0.2, which scale=match_rms_adamw is close to.
     """
     m = torch.lerp(m, g, 1 - momentum)

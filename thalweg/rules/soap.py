@@ -84,8 +84,8 @@ def soap(
     if due:
         if sides[0]:
             old, (basis_left, order) = basis_left, refresh(gram_left, basis_left, fresh=fresh, sort=True)
-            m, v = basis_left.mT @ (old @ m), v.take_along_dim(order.unsqueeze(-1), -2)
+            m, v = basis_left.mT @ (old @ m), v.gather(-2, order.unsqueeze(-1).expand_as(v))
         if sides[1]:
             old, (basis_right, order) = basis_right, refresh(gram_right, basis_right, fresh=fresh, sort=True)
-            m, v = (m @ old.mT) @ basis_right, v.take_along_dim(order.unsqueeze(-2), -1)
+            m, v = (m @ old.mT) @ basis_right, v.gather(-1, order.unsqueeze(-2).expand_as(v))
     return change, m, v, gram_left, gram_right, basis_left, basis_right
