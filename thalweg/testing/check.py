@@ -41,7 +41,7 @@ def check_rule(
     ...     return -lr * m.mul_(0.9).add_(g), m
     >>> check_rule(hasty)
     Traceback (most recent call last):
-    thalweg.testing.BrokenPromise: hasty breaks a promise: what a rule is given it leaves as it was.
+    thalweg.testing.case.BrokenPromise: hasty breaks a promise: what a rule is given it leaves as it was.
       The update has written into the slot 'm'.
       Write nothing in place: m = b*m + g, not m.mul_(b).add_(g).
     """
