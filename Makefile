@@ -11,8 +11,9 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 train: .venv/run.stamp
 	$(BIN)/thalweg train pycode
 
+# One thread a process: torch's threads wait by spinning, and two processes with two each slow each other tenfold.
 test: lint .venv/test.stamp
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto
 
 lint: .venv/test.stamp
 	$(BIN)/ruff check .
