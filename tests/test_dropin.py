@@ -343,7 +343,9 @@ def test_grad_scaler_with_half_precision_autocast() -> None:
 @each_kind
 def test_clipping_of_torch_and_ours_agree(kind: str) -> None:
     outside, inside = net(), net()
-    exact = {"precision": "fp32"} if kind == "matrix" else {}  # in bf16 the last digit of a clipped gradient decides roundings
+    exact = (
+        {"precision": "fp32"} if kind == "matrix" else {}
+    )  # in bf16 the last digit of a clipped gradient decides roundings
     theirs, ours = FACES[kind](outside.parameters(), **exact), FACES[kind](inside.parameters(), clip=0.05, **exact)
     for number in range(4):
         for model, optimizer in ((outside, theirs), (inside, ours)):

@@ -22,10 +22,11 @@ from thalweg.optim.around import around
 from thalweg.optim.batch import Batch, fold_of, new_part
 from thalweg.optim.codecs import BF16_ERROR, BLOCK, CODECS, INT8, round_to_bf16
 from thalweg.optim.eager import Kernel, eager
-from thalweg.optim.face import RuleOptimizer, face_of
+from thalweg.optim.face import face_of
 from thalweg.optim.inductor import inductor
 from thalweg.optim.kernels import fused
 from thalweg.optim.lower import WORTH_COMPILING, lower
+from thalweg.optim.optimizer import RuleOptimizer
 from thalweg.optim.program import Program, due_now
 from thalweg.optim.shared import first_values, measure, settle
 from thalweg.optim.trace import Untraceable

@@ -10,7 +10,8 @@ from thalweg.optim.table import named_trainable, parameter_table, plain_name
 
 if TYPE_CHECKING:
     from thalweg.optim.convert import from_torch, to_torch
-    from thalweg.optim.face import RuleOptimizer, face_of, scheduler
+    from thalweg.optim.face import face_of, scheduler
+    from thalweg.optim.optimizer import RuleOptimizer
 
 __all__ = [
     "WAYS",

@@ -11,7 +11,8 @@ from torch import Tensor
 
 from thalweg.core import RecipeError, did_you_mean
 from thalweg.device import CAPABILITIES
-from thalweg.optim.face import SCHEMA, RuleOptimizer, face_of
+from thalweg.optim.face import face_of
+from thalweg.optim.optimizer import SCHEMA, RuleOptimizer
 from thalweg.rules import RULES
 
 _NEWTON_SCHULZ = (3.4445, -4.775, 2.0315)

@@ -70,7 +70,8 @@ def soap(
     Departures: none but for order from the reference: its first update sets the bases and moves nothing, t is counted from the
     second. It keeps m in the parameter's basis and turns it at every step; we turn it when the basis changes, the same maths
     in two thirds of the products. With decay it shrinks p after the change, we before. As there, v is sorted with the
-    eigenvalues but not turned. While a Gram matrix lacks rank, its null space's basis is as rounding has it.
+    eigenvalues but not turned. While a Gram matrix lacks rank, we
+    fix the basis of its null space, which rounding decides there.
     """
     sides = kept(g, max_dim)
     h = sandwich(basis_left.mT, g, basis_right, sides)

@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from thalweg.core import ThalwegError
 from thalweg.optim.batch import Batch, fold_of, new_part, views
 from thalweg.optim.eager import eager
-from thalweg.optim.face import RuleOptimizer, face_of
+from thalweg.optim.face import face_of
+from thalweg.optim.optimizer import RuleOptimizer
 from thalweg.optim.program import Program, due_now
 from thalweg.optim.shared import first_values, measure, settle
 from thalweg.rules import Rule
