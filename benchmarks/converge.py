@@ -101,10 +101,10 @@ def rules() -> list[str]:
     return [name for name in RULES if "curvature" not in RULES[name].needs]
 
 
-def small(seeds: int) -> list[dict[str, Any]]:
+def small(seeds: int, names: list[str]) -> list[dict[str, Any]]:
     rows = []
     for title, problem in PROBLEMS.items():
-        for rule in rules():
+        for rule in names or rules():
             tried = {f: [descend(problem, rule, f, s) for s in range(seeds)] for f in FACTORS}
             best = min(tried, key=lambda f: statistics.median(tried[f]))
             rows.append(
@@ -183,13 +183,13 @@ def on_task(task: str, names: list[str], seeds: int, changes: dict[str, Any]) ->
     return rows
 
 
-def digits(seeds: int) -> list[dict[str, Any]]:
-    return on_task("digits", rules(), seeds, {"train.epochs": 4.0, "train.steps": None})
+def digits(seeds: int, names: list[str]) -> list[dict[str, Any]]:
+    return on_task("digits", names or rules(), seeds, {"train.epochs": 4.0, "train.steps": None})
 
 
-def pycode(seeds: int) -> list[dict[str, Any]]:
-    names = ["adamw", "lion", "muon", "soap", "ademamix", "adafactor", "schedule_free_adamw", "prodigy", "sgd"]
-    return on_task("pycode", names, seeds, {"train.steps": 60})
+def pycode(seeds: int, names: list[str]) -> list[dict[str, Any]]:
+    usual = ["adamw", "lion", "muon", "soap", "ademamix", "adafactor", "schedule_free_adamw", "prodigy", "sgd"]
+    return on_task("pycode", names or usual, seeds, {"train.steps": 60})
 
 
 def main(arguments: list[str]) -> None:
@@ -198,13 +198,14 @@ def main(arguments: list[str]) -> None:
         "--only", nargs="+", default=["small", "digits", "pycode"], choices=["small", "digits", "pycode"]
     )
     parser.add_argument("--seeds", type=int, default=5)
+    parser.add_argument("--rules", nargs="+", default=[], help="these alone")
     parser.add_argument("--keep", default="converge")
     asked = parser.parse_args(arguments)
     warnings.simplefilter("ignore")
     rows = []
     for name in asked.only:
-        rows += globals()[name](asked.seeds)
-    print(f"kept in {keep(asked.keep, rows, 'python -m benchmarks.converge')}")
+        rows += globals()[name](asked.seeds, asked.rules)
+    print(f"kept in {keep(asked.keep, rows, ' '.join(['python -m benchmarks.converge', *arguments]))}")
 
 
 if __name__ == "__main__":

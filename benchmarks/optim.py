@@ -373,14 +373,17 @@ def main(arguments: list[str]) -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--only", nargs="+", default=TABLES, choices=TABLES)
     parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--rules", nargs="+", default=list(PEERS), choices=PEERS, help="of the table of peers")
     parser.add_argument("--keep", default="optim")
     asked = parser.parse_args(arguments)
+    for rule in set(PEERS) - set(asked.rules):
+        del PEERS[rule]
     warnings.simplefilter("ignore")
     rows = []
     for name in asked.only:
         rows += globals()[name](asked.rounds)
         gc.collect()
-    told = keep(asked.keep, rows, f"python -m benchmarks.optim --rounds {asked.rounds}")
+    told = keep(asked.keep, rows, " ".join(["python -m benchmarks.optim", *arguments]))
     print(f"kept in {told}")
 
 
