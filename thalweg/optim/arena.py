@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from thalweg.core import ParameterRow, seed_for
 from thalweg.optim.batch import Batch, evaluation_weights, is_dense, new_part
 from thalweg.optim.codecs import CODECS, Part
-from thalweg.optim.lower import Update, lower
+from thalweg.optim.lower import WORTH_COMPILING, Update, lower
 from thalweg.optim.program import Program, due_now
 from thalweg.optim.shared import first_values, measure, settle
 from thalweg.rules import RULES, STAGES
@@ -121,7 +121,7 @@ class Arena:
             codec=CODECS[how.slots],
             average=how.average,
             unscale=True,
-            clear=True,
+            clear=self.device.type == "cpu" and border[1] - border[0] >= WORTH_COMPILING,  # else one call zeroes all
             seed=how.seed,
             exact=self.scalar_dtype,
         )
@@ -193,7 +193,8 @@ class Arena:
             now = due_now(program.rule, program.options, due)
             extra = {"noise": self._noise(segment, due)} if "noise" in program.tensors else None
             segment.update.run(segment.batch, self.scalars(segment, given), due=now, extra=extra)
-        self._cleared = self.grads._version
+        if all(segment.program.clear for segment in self.segments):
+            self._cleared = self.grads._version
 
     def _noise(self, segment: Segment, step: int) -> list[Tensor]:
         """Standard normal numbers, named by (seed, place, step)."""
@@ -275,6 +276,7 @@ def update(
     """
     exact = arenas[0].scalar_dtype
     given: dict[str, Any] = {"lr": lr.to(exact), "t": t, "divisor": divisor.to(exact), "skipped": skipped}
+    given["single divisor"] = divisor.to(torch.float32)  # for torch's fused operators, once for all segments
     if share is not None:
         given["share"] = share.to(exact)
     for rule in arenas[0].shared:

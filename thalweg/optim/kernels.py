@@ -77,7 +77,9 @@ def fused(program: Program, *, device: str) -> Kernel | None:
             return by_hand(batch, scalars, due=due, extra=extra)
         if any(g.stride() != p.stride() for g, p in zip(batch.gs, batch.ps)):
             batch = replace(batch, gs=laid_like(batch.gs, batch.ps))
-        divisor, skipped = _single(scalars.get("divisor")), _single(scalars.get("skipped"))
+        divisor = scalars.get("single divisor")
+        divisor = _single(scalars.get("divisor")) if divisor is None else divisor
+        skipped = _single(scalars.get("skipped"))
         call(
             batch, scalars["lr"], _single(scalars["t"]), scalars["wd"] if program.decay_form else 0.0, divisor, skipped
         )
@@ -91,4 +93,6 @@ def fused(program: Program, *, device: str) -> Kernel | None:
 
 
 def _single(number: Any) -> Any:
+    if isinstance(number, Tensor) and number.dtype == torch.float32:
+        return number
     return number if number is None else torch.as_tensor(number).to(torch.float32)
