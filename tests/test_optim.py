@@ -12,8 +12,11 @@ from torch import nn
 import thalweg
 from tests.conftest import three_parts
 from thalweg.core import ModelError, ParameterRow, Recipe, RecipeError
+from thalweg.core.recipe import DECAY_FORMS, SLOT_FORMS
 from thalweg.optim import Arena, make_arenas, named_trainable, parameter_table, plain_name
 from thalweg.optim.arena import How
+from thalweg.optim.codecs import CODECS
+from thalweg.rules import DECAYS
 from thalweg.rules.schedule_free import evaluation_weights
 
 
@@ -246,6 +249,12 @@ def test_averaged_holds_what_to_evaluate(how: dict[str, float]) -> None:
         with one.averaged():
             assert torch.equal(p, wanted) and not torch.equal(p, live)
         assert torch.equal(p, live)
+
+
+def test_recipes_name_the_forms_that_are_there() -> None:
+    """Recipes know neither torch nor the rules, and name what these have once more."""
+    assert set(DECAY_FORMS) == set(DECAYS)
+    assert set(SLOT_FORMS) == set(CODECS)
 
 
 def test_positions_and_tokens_are_no_hidden_matrices() -> None:

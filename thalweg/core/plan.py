@@ -33,6 +33,7 @@ class ParameterRow:
         options: the rule's, where they are not its defaults.
         fold: how more than two dimensions become matrices: "batch" (the last two are one) or "flatten" (the first
             against the others).
+        moves: what a schedule moves for it ("lr", "weight_decay", an option), and the name of that schedule.
     """
 
     name: str
@@ -45,6 +46,7 @@ class ParameterRow:
     weight_decay: float = 0.0
     options: dict[str, Any] = field(default_factory=dict)
     fold: str = "batch"
+    moves: dict[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -63,6 +65,10 @@ class Plan:
         unit: what a weight of 1 is, such as "tokens".
         sizes: bytes by purpose.
         machine: what the run is on.
+        per_step: what a whole batch takes of each unit that schedules count in: "examples", "tokens", "epochs".
+        why_not: for a unit that is not known, why.
+        sequence: tokens of a whole sequence; 0 where the data has none.
+        changes: what was changed in the model, such as layers of dropout that were put in, a line each.
     """
 
     task: str
@@ -75,6 +81,10 @@ class Plan:
     unit: str
     sizes: dict[str, int]
     machine: dict[str, Any]
+    per_step: dict[str, float] = field(default_factory=dict)
+    why_not: dict[str, str] = field(default_factory=dict)
+    sequence: int = 0
+    changes: tuple[str, ...] = ()
 
     def to_json(self) -> str:
         tree = {
@@ -88,6 +98,10 @@ class Plan:
             "unit": self.unit,
             "sizes": self.sizes,
             "machine": self.machine,
+            "per_step": self.per_step,
+            "why_not": self.why_not,
+            "sequence": self.sequence,
+            "changes": list(self.changes),
         }
         return json.dumps(tree, indent=1)
 
@@ -105,4 +119,8 @@ class Plan:
             unit=tree["unit"],
             sizes=tree["sizes"],
             machine=tree["machine"],
+            per_step=tree.get("per_step", {}),
+            why_not=tree.get("why_not", {}),
+            sequence=tree.get("sequence", 0),
+            changes=tuple(tree.get("changes", ())),
         )

@@ -1,6 +1,6 @@
 """Devices: what this machine has and what each can do. The only room that names a backend."""
 
-from thalweg.device.backend import CAPABILITIES, Device, choose, facts
+from thalweg.device.backend import CAPABILITIES, Device, choose, exact_dtype, facts
 from thalweg.device.measure import half_precision_gain, matmul_rates
 from thalweg.device.operators import causal_attention
 
@@ -9,6 +9,7 @@ __all__ = [
     "Device",
     "causal_attention",
     "choose",
+    "exact_dtype",
     "facts",
     "half_precision_gain",
     "matmul_rates",

@@ -20,6 +20,11 @@ CAPABILITIES: dict[str, dict[str, Any]] = {
 }
 
 
+def exact_dtype(device: torch.device) -> torch.dtype:
+    """The dtype for numbers that should not round: float64 where the device has it."""
+    return torch.float64 if CAPABILITIES.get(device.type, {}).get("float64", True) else torch.float32
+
+
 @dataclass(frozen=True)
 class Device:
     """One device and what it can do."""
@@ -41,7 +46,7 @@ class Device:
     @property
     def exact(self) -> torch.dtype:
         """The dtype for sums that should not round: float64 where the device has it."""
-        return torch.float64 if CAPABILITIES[self.kind]["float64"] else torch.float32
+        return exact_dtype(self.torch_device)
 
     def generators(self) -> list[torch.Generator]:
         """Torch's own generators that kernels on this device draw from; seeding them is all the seeding there is."""

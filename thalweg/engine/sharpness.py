@@ -1,8 +1,7 @@
 """Sharpness-aware minimization: the gradient of an update is taken where the loss nearby is about highest.
 
-SAM (Foret et al. 2021, arXiv:2010.01412): w' = w + rho*g/|g|, over all weights. ASAM (Kwon et al. 2021, arXiv:2102.11600):
-w' = w + rho*T^2 g/|T g| with T = |w| + 0.01, which no rescaling of layers changes. One ascent for a whole window, however many
-micro-batches it has; the loss scale cancels in g/|g|.
+SAM and ASAM, whose formulas and sources are at ``thalweg.optim.weights.climb``. One ascent for a whole window, however many
+micro-batches it has; the loss scale cancels.
 """
 
 from __future__ import annotations
@@ -13,8 +12,7 @@ import torch
 from torch import Tensor
 
 from thalweg.optim import Arena
-
-_ETA = 0.01
+from thalweg.optim.weights import climb
 
 
 class Sharpness:
@@ -37,18 +35,10 @@ class Sharpness:
         Args:
             norm: of the gradients that the arenas hold, as they are.
         """
-        pushes = [arena.grads for arena in self.arenas]
-        if self.scaled:
-            scales = [arena.params.abs() + _ETA for arena in self.arenas]
-            pushes = [push * scale for push, scale in zip(pushes, scales)]
-            norm = torch.linalg.vector_norm(
-                torch.stack([torch.linalg.vector_norm(push).to(norm.dtype) for push in pushes])
-            )
-            pushes = [push * scale for push, scale in zip(pushes, scales)]
-        factor = self.rho / norm.clamp(min=torch.finfo(norm.dtype).tiny)
-        for arena, push, kept in zip(self.arenas, pushes, self.kept):
-            kept.copy_(arena.params)
-            arena.params.add_(push * factor.to(push.dtype))
+        ps, gs = [arena.params for arena in self.arenas], [arena.grads for arena in self.arenas]
+        for kept, p in zip(self.kept, ps):
+            kept.copy_(p)
+        climb(ps, gs, self.rho, scaled=self.scaled, norm=norm)
 
     def come_back(self) -> None:
         """The parameters are what they were."""

@@ -3,8 +3,9 @@
 import importlib
 from typing import TYPE_CHECKING, Any
 
+from thalweg.core.recipe import WAYS
 from thalweg.optim.arena import Arena, make_arenas
-from thalweg.optim.lower import WAYS, Update, lower
+from thalweg.optim.lower import Update, lower
 from thalweg.optim.program import Program
 from thalweg.optim.table import named_trainable, parameter_table, plain_name
 

@@ -15,11 +15,12 @@ import torch
 from torch import Tensor, nn
 
 from thalweg.core import ParameterRow, seed_for
-from thalweg.optim.batch import Batch, evaluation_weights, is_dense, new_part
+from thalweg.device import exact_dtype
+from thalweg.optim.batch import Batch, evaluation_weights, is_dense, new_slots, normal_like
 from thalweg.optim.codecs import CODECS, Part
 from thalweg.optim.lower import WORTH_COMPILING, Update, lower
 from thalweg.optim.program import Program, due_now
-from thalweg.optim.shared import first_values, measure, settle
+from thalweg.optim.shared import first_values, settle_over
 from thalweg.rules import RULES, STAGES
 
 _ALIGN = 256  # elements: a block of the 8-bit codec, and more than the widest vector
@@ -31,6 +32,7 @@ class Treatment:
 
     Attributes:
         lr: factor on the scheduled rate.
+        moves: (what, name in the timetable) of what a schedule moves: "lr", "weight_decay", or an option.
     """
 
     rule: str
@@ -40,6 +42,7 @@ class Treatment:
     weight_decay: float
     decay_form: str
     fold: str
+    moves: tuple[tuple[str, str], ...] = ()
 
 
 @dataclass(frozen=True)
@@ -79,7 +82,7 @@ class Arena:
     ) -> None:
         first = named[0][1]
         self.dtype, self.device, self.how = first.dtype, first.device, how
-        self.scalar_dtype = torch.float32 if self.device.type == "mps" else torch.float64
+        self.scalar_dtype = exact_dtype(self.device)
         self.places: dict[str, tuple[int, nn.Parameter]] = {}
         groups: dict[Treatment, list[str]] = {}
         for name, _ in named:
@@ -92,7 +95,8 @@ class Arena:
                 self.places[name] = (size, params[name])
                 size += -(-params[name].numel() // _ALIGN) * _ALIGN
             borders.append((begin, size))
-        self.params, self.grads = self._zeros(size), self._zeros(size)
+        self.params = torch.zeros(size, dtype=self.dtype, device=self.device)
+        self.grads = torch.zeros_like(self.params)
         self._views: list[tuple[nn.Parameter, Tensor]] = []
         for name, (_, p) in self.places.items():
             view = self.view(self.params, name)
@@ -108,16 +112,17 @@ class Arena:
 
     def _segment(self, treatment: Treatment, names: list[str], border: tuple[int, int]) -> Segment:
         rule, how = RULES[treatment.rule], self.how
-        rounding = how.rounding
-        if rounding == "auto":
-            rounding = {torch.bfloat16: "stochastic", torch.float16: "kahan"}.get(self.dtype, "nearest")
+        options = dict(treatment.options)
+        for what, _ in treatment.moves:
+            if what in options:  # a number of the step, no constant
+                options[what] = torch.tensor(options[what], dtype=self.scalar_dtype, device=self.device)
         program = Program(
             rule,
-            dict(treatment.options),
+            options,
             stages=[(STAGES[name], STAGES[name].options(dict(given))) for name, given in treatment.stages],
             decay_form=treatment.decay_form if treatment.weight_decay else None,
             dtype=self.dtype,
-            rounding=rounding,
+            rounding=how.rounding,
             codec=CODECS[how.slots],
             average=how.average,
             unscale=True,
@@ -132,18 +137,9 @@ class Arena:
             ps = [self.view(self.params, name) for name in names]
             gs = [self.view(self.grads, name) for name in names]
             folds = [treatment.fold] * len(names)
-        slots = [
-            [
-                new_part(program, part, p, fold)
-                for p, fold in list(zip(ps, folds))[: 1 if part.shape == "uniform" else None]
-            ]
-            for part in program.parts
-        ]
+        slots = [new_slots(program, part, ps, folds) for part in program.parts]
         lowered = lower(program, device=self.device.type, elements=border[1] - border[0], way=how.way)
         return Segment(treatment, names, program, Batch(ps, gs, slots, folds), lowered)
-
-    def _zeros(self, size: int, dtype: torch.dtype | None = None) -> Tensor:
-        return torch.zeros(size, dtype=dtype or self.dtype, device=self.device)
 
     def view(self, flat: Tensor, name: str, *, offset: int = 0) -> Tensor:
         """The part of a flat buffer that belongs to the parameter ``name``, in its shape and strides.
@@ -172,12 +168,16 @@ class Arena:
     def scalars(self, segment: Segment, given: Mapping[str, Any]) -> dict[str, Any]:
         """What a segment's update is given: the numbers of the step, at its own rate and decay."""
         treatment = segment.treatment
-        rate = given["lr"] if treatment.lr == 1 else given["lr"] * treatment.lr
+        numbers = dict(given)
+        table = numbers.pop("moved", None) or {}
+        moved = {what: table[name] for what, name in treatment.moves}
+        lr, decay = moved.pop("lr", numbers["lr"]), moved.pop("weight_decay", None)
         return {
-            **given,
-            "lr": rate,
-            "wd": treatment.weight_decay,
-            "peak": self.how.peak,
+            **numbers,
+            "lr": lr if treatment.lr == 1 else lr * treatment.lr,
+            "wd": treatment.weight_decay if decay is None else treatment.weight_decay * decay,
+            "peak": self.how.peak * treatment.lr,
+            **moved,
             **self.shared.get(treatment.rule, {}),
         }
 
@@ -198,20 +198,21 @@ class Arena:
 
     def _noise(self, segment: Segment, step: int) -> list[Tensor]:
         """Standard normal numbers, named by (seed, place, step)."""
-        drawn = []
-        for k, p in enumerate(segment.batch.ps):
-            name = seed_for(self.how.seed, "noise", segment.names[0], k, step)
-            generator = torch.Generator(p.device).manual_seed(name)
-            drawn.append(torch.randn(p.shape, generator=generator, device=p.device, dtype=segment.program.wide))
-        return drawn
+        return [
+            normal_like(p, segment.program.wide, seed_for(self.how.seed, "noise", segment.names[0], k, step))
+            for k, p in enumerate(segment.batch.ps)
+        ]
 
     # ------------------------------------------------------------------ what is kept, by name
 
-    def average_view(self, name: str) -> Tensor:
-        """The average of a parameter."""
-        segment = next(s for s in self.segments if name in s.names)
-        place = next(k for k, part in enumerate(segment.program.parts) if part.name == "average")
-        return self._part_views(segment, segment.program.parts[place], place)[name]
+    def average_views(self) -> dict[str, Tensor]:
+        """The kept average of each parameter, in its shape and strides; empty where none is kept."""
+        found: dict[str, Tensor] = {}
+        for segment in self.segments:
+            for place, part in enumerate(segment.program.parts):
+                if part.name == "average":
+                    found.update(self._part_views(segment, part, place))
+        return found
 
     def averages(self) -> list[tuple[Tensor, Tensor]]:
         """(weights to evaluate, live) tensors of every segment that has others than the live ones."""
@@ -239,11 +240,12 @@ class Arena:
             return dict(zip(segment.names, mine))
         offset = self.places[segment.names[0]][0]
         if part.shape == "block":
-            return {
-                name: mine[0][(start - offset) // _ALIGN : (start - offset) // _ALIGN + -(-p.numel() // _ALIGN)]
-                for name, (start, p) in self.places.items()
-                if name in segment.names
-            }
+            views = {}
+            for name in segment.names:
+                start, p = self.places[name]
+                first = (start - offset) // _ALIGN
+                views[name] = mine[0][first : first + -(-p.numel() // _ALIGN)]
+            return views
         if part.shape == "tensor":
             return {segment.names[0]: mine[0]}
         return {name: self.view(mine[0], name, offset=offset) for name in segment.names}
@@ -264,6 +266,7 @@ def update(
     divisor: Tensor,
     skipped: Tensor,
     share: Tensor | None = None,
+    moved: Mapping[str, Tensor] | None = None,
     due: int = 0,
 ) -> None:
     """One update of every parameter, unless ``skipped``.
@@ -272,10 +275,12 @@ def update(
         lr: the scheduled rate; t: the number of this update, from 1.
         divisor: what gradients are divided by: weight of the window, loss scale and clipping in one number.
         share: how far the average moves towards the weights.
+        moved: what schedules move besides, by the names that treatments have for it.
         due: steps attempted before this one.
     """
     exact = arenas[0].scalar_dtype
     given: dict[str, Any] = {"lr": lr.to(exact), "t": t, "divisor": divisor.to(exact), "skipped": skipped}
+    given["moved"] = moved
     given["single divisor"] = divisor.to(torch.float32)  # for torch's fused operators, once for all segments
     if share is not None:
         given["share"] = share.to(exact)
@@ -286,16 +291,11 @@ def update(
 
 
 def _settle(arenas: Sequence[Arena], rule: str, given: Mapping[str, Any]) -> None:
-    """Numbers that belong to all parameters of a rule: measured over all of them, settled once, with the largest rate."""
+    """New values of the numbers that belong to all parameters of a rule."""
     mine = [(arena, s) for arena in arenas for s in arena.segments if s.treatment.rule == rule]
-    numbers = [arena.scalars(segment, given) for arena, segment in mine]
-    found = [measure(segment.program, segment.batch, n) for (_, segment), n in zip(mine, numbers)]
-    sums = [torch.stack([each[k] for each in found]).sum() for k in range(len(found[0]))]
-    rates = torch.stack([n["lr"] for n in numbers])
-    shared = arenas[0].shared[rule]
-    new = settle(mine[0][1].program, sums, shared, {"lr": rates.max(), "t": given["t"]})
-    for name, value in new.items():
-        shared[name].copy_(torch.where(given["skipped"] > 0, shared[name], value))
+    measured = [(segment.program, segment.batch, arena.scalars(segment, given)) for arena, segment in mine]
+    rates = [scalars["lr"] for _, _, scalars in measured]
+    settle_over(measured, arenas[0].shared[rule], rates=rates, skipped=given["skipped"])
 
 
 def make_arenas(
@@ -330,4 +330,5 @@ def treatment_of(row: ParameterRow, optimizer: Any) -> Treatment:
     form = optimizer.decay_form if row.rule == optimizer.rule and optimizer.decay_form else rule.decay_form
     stages = tuple((name, tuple(sorted(given.items()))) for name, given in optimizer.stages.items())
     decay = row.weight_decay if row.decays else 0.0
-    return Treatment(row.rule, tuple(options.items()), stages, row.lr, decay, form, row.fold)
+    moves = tuple(row.moves.items())
+    return Treatment(row.rule, tuple(options.items()), stages, row.lr, decay, form, row.fold, moves)

@@ -7,48 +7,27 @@ scaling and the update around it cost as much as the products themselves.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from thalweg.optim.batch import Batch, matrix_shape
 from thalweg.optim.cops import values
-from thalweg.optim.csource import Port, write_source
-from thalweg.optim.eager import STACK, Extra, Kernel, eager
-from thalweg.optim.native import Caller, Inputs, described
+from thalweg.optim.csource import Port, Source, write_source
+from thalweg.optim.eager import Extra, Kernel, eager, stacks
+from thalweg.optim.native import Caller, compiler_or_raise, ports_of
 from thalweg.optim.program import Program
-from thalweg.optim.trace import WHOLE, Node, Trace, Untraceable, Value, record
+from thalweg.optim.trace import COLUMNS, ROWS, WHOLE, Node, Trace, Untraceable, Value, described, record
 
 
 class _Pair:
     """The two kernels of one shape of matrix, and the operation between them."""
 
     def __init__(self, program: Program, grad_dtype: torch.dtype, rows: int, columns: int) -> None:
-        inputs, ports, function = described(program, grad_dtype, 0, 2)
-        trace = record(function, inputs, rows=rows, columns=columns)
-        whole = [node for node in trace.nodes if node.op == WHOLE]
-        if len(whole) != 1:
-            raise Untraceable(f"it works on whole matrices {len(whole)} times")
-        self.node = whole[0]
-        operand: Value = self.node.args[0]
-        self.dtype = operand.dtype
-        late = _after(trace, self.node.out)
-        names = ["p", *(part.name for part in program.parts)]
-        needed = _read(trace, [out for out in trace.outputs if out in late], self.node.out)
-        early = [
-            (name, out)
-            for name, out in zip(names, trace.outputs)
-            if out not in late and trace.inputs[name] not in needed
-        ]
-        rest = [(name, out) for name, out in zip(names, trace.outputs) if (name, out) not in early]
-        before = [node for node in trace.nodes if node.out not in late and node is not self.node]
-        after = [node for node in trace.nodes if node is not self.node]
-        self.pre = _caller(
-            inputs, trace.inputs, before, [("operand", operand), *early], ports, Port("operand", "full", self.dtype)
-        )
-        known = {**trace.inputs, "result": self.node.out}
-        self.post = _caller(inputs, known, after, rest, ports, Port("result", "full", self.dtype))
+        halves = _halves(program, grad_dtype, rows, columns)
+        self.node, self.dtype = halves.node, halves.node.out.dtype
+        self.pre, self.post = Caller(*halves.before), Caller(*halves.after)
 
     def __call__(self, columns: Sequence[Sequence[Tensor]], scalars: Mapping[str, Any], shape: tuple[int, ...]) -> None:
         num = len(columns[0])
@@ -59,17 +38,50 @@ class _Pair:
         self.post([*columns, result.unbind()], scalars, shapes=shapes)
 
 
-def _caller(
-    inputs: Inputs,
-    values_of: Mapping[str, Value],
-    nodes: list[Node],
-    outputs: Sequence[tuple[str, Value]],
-    ports: Sequence[Port],
-    extra: Port,
-) -> Caller:
-    trace = Trace(dict(values_of), nodes, [value for _, value in outputs])
-    mine = [*ports, extra]
-    return Caller(trace, mine, write_source(trace, mine, [name for name, _ in outputs], width=None))
+_Written = tuple[Trace, list[Port], Source]  # what a ``Caller`` is made of
+
+
+class _Halves(NamedTuple):
+    """A program before and after its one operation on whole matrices, as sources that are not built yet."""
+
+    node: Node
+    before: _Written
+    after: _Written
+
+
+def _halves(program: Program, grad_dtype: torch.dtype, rows: int, columns: int) -> _Halves:
+    """The halves for matrices of ``rows`` x ``columns``.
+
+    Raises:
+        Untraceable: for a program that works on whole matrices more than once, or otherwise than a kernel can.
+    """
+    inputs, function = described(program, grad_dtype)
+    trace = record(function, inputs, rows=rows, columns=columns)
+    whole = [node for node in trace.nodes if node.op == WHOLE]
+    if len(whole) != 1:
+        raise Untraceable(f"it works on whole matrices {len(whole)} times")
+    node = whole[0]
+    operand: Value = node.args[0]
+    late = _after(trace, node.out)
+    named = list(zip(["p", *(part.name for part in program.parts)], trace.outputs))
+    needed = _read(trace, [out for out in trace.outputs if out in late], node.out)
+    early = [(name, out) for name, out in named if out not in late and trace.inputs[name] not in needed]
+    rest = [pair for pair in named if pair not in early]
+
+    def written(
+        outputs: Sequence[tuple[str, Value]], nodes: list[Node], known: dict[str, Value], port: str
+    ) -> _Written:
+        part = Trace(known, nodes, [value for _, value in outputs])
+        ports = [*ports_of(inputs), Port(port, "full", operand.dtype)]
+        return part, ports, write_source(part, ports, [name for name, _ in outputs], width=None)
+
+    others = [other for other in trace.nodes if other is not node]
+    before = [other for other in others if other.out not in late]
+    return _Halves(
+        node,
+        written([("operand", operand), *early], before, trace.inputs, "operand"),
+        written(rest, others, {**trace.inputs, "result": node.out}, "result"),
+    )
 
 
 def _after(trace: Trace, result: Value) -> set[Value]:
@@ -105,7 +117,8 @@ def around(program: Program) -> Kernel:
     if any(part.shape == "uniform" for part in program.parts):
         raise Untraceable("it works on whole matrices and keeps uniform numbers")
     pairs: dict[tuple[Any, ...], _Pair] = {}
-    _Pair(program, program.dtype, 3, 5)  # what cannot be compiled is known now
+    _halves(program, program.dtype, ROWS, COLUMNS)  # what cannot be compiled is known now
+    compiler_or_raise()
     by_hand = eager(program, stack=True)
 
     def kernel(batch: Batch, scalars: Mapping[str, Any], *, due: int = 0, extra: Extra = None) -> None:
@@ -121,9 +134,7 @@ def around(program: Program) -> Kernel:
             shape, dtype = key
             if key not in pairs:
                 pairs[key] = _Pair(program, dtype, *shape[-2:])
-            many = max(1, STACK // max(batch.ps[group[0]].numel(), 1))
-            for start in range(0, len(group), many):
-                mine = group[start : start + many]
+            for mine in stacks(group, batch.ps[group[0]].numel()):
                 columns = [[column[i] for i in mine] for column in (batch.ps, batch.gs, *batch.slots)]
                 pairs[key](columns, scalars, shape)
         if program.clear:

@@ -56,10 +56,7 @@ class Batch:
 
     def take(self, program: Program, which: Sequence[int]) -> Batch:
         """The parameters numbered ``which``, with uniform parts of their own: each part of a batch starts from the same."""
-        slots = [
-            [mine[0].clone()] if part.shape == "uniform" else [mine[i] for i in which]
-            for part, mine in zip(program.parts, self.slots)
-        ]
+        slots = slots_of(program, self.slots, which)
         folds = [self.folds[i] for i in which] if self.folds else []
         self.taken = slots
         return Batch([self.ps[i] for i in which], [self.gs[i] for i in which], slots, folds)
@@ -88,6 +85,31 @@ def new_part(program: Program, part: Part, p: Tensor, fold: str) -> Tensor:
     if part.start == "eye":
         return torch.eye(shape[-1], dtype=dtype, device=p.device).expand(shape).clone()
     return torch.full(shape, float(part.start), dtype=dtype, device=p.device)
+
+
+def new_slots(program: Program, part: Part, ps: Sequence[Tensor], folds: Sequence[str]) -> list[Tensor]:
+    """The first values of a stored part: one for each parameter, one alone of a uniform part."""
+    held = 1 if part.shape == "uniform" else len(ps)
+    return [new_part(program, part, p, fold) for p, fold in zip(ps[:held], folds[:held])]
+
+
+def slots_of(program: Program, slots: Sequence[list[Tensor]], which: Sequence[int]) -> list[list[Tensor]]:
+    """The slots of the parameters numbered ``which``: the same tensors, but for copies of the uniform parts."""
+    return [
+        [mine[0].clone()] if part.shape == "uniform" else [mine[i] for i in which]
+        for part, mine in zip(program.parts, slots)
+    ]
+
+
+def is_sharded(xs: Sequence[Tensor]) -> bool:
+    """Whether any of the tensors is a DTensor; asked without importing torch.distributed."""
+    return any(hasattr(x, "device_mesh") for x in xs)
+
+
+def normal_like(p: Tensor, dtype: torch.dtype, seed: int) -> Tensor:
+    """Standard normal numbers in the shape of ``p``, the same for the same seed."""
+    generator = torch.Generator(p.device).manual_seed(seed)
+    return torch.randn(p.shape, generator=generator, device=p.device, dtype=dtype)
 
 
 def views(program: Program, batch: Batch, i: int) -> tuple[Tensor, Tensor, list[Tensor]]:

@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from thalweg.device.counters import hashed as hashed
 from thalweg.rules import Slot
 
 BLOCK = 256  # elements that share a scale
@@ -51,21 +52,16 @@ class Codec:
     blocked: bool = False
 
 
-def hashed(index: Tensor, key: Tensor, salt: int) -> Tensor:
-    """32 well-mixed bits for each element: an integer hash of (key, salt, index), int32.
-
-    The multipliers are those of the "lowbias32" hash (Chris Wellons, nullprogram.com/blog/2018/07/31).
-    """
-    x = index ^ (key + (salt * 0x9E3779B1 & 0x7FFFFFFF))
-    x = (x ^ ((x >> 16) & 0xFFFF)) * 0x7FEB352D
-    x = (x ^ ((x >> 15) & 0x1FFFF)) * -2073254261  # 0x846ca68b as a signed number
-    return x ^ ((x >> 16) & 0xFFFF)
-
-
 def round_to_bf16(x: Tensor, bits: Tensor) -> Tensor:
     """bfloat16 of float32 ``x``, up or down with the probability that makes the mean exact; ``bits`` has 16 an element."""
     raw = x.view(torch.int32) + bits
     return (raw & -65536).view(torch.float32).to(torch.bfloat16)
+
+
+def with_error(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """``x`` in a narrower dtype, and what rounding took from it."""
+    near = x.to(dtype)
+    return near, (x - near.to(x.dtype)).to(dtype)
 
 
 def _plain(slot: Slot) -> tuple[Part, ...]:
@@ -89,13 +85,8 @@ BF16_ERROR = Codec(
         Part(f"{slot.name}.error", slot.shape, torch.bfloat16),
     ),
     lambda stored, wide, signed: stored[0].to(wide) + stored[1].to(wide),
-    lambda x, bits, signed: _with_error(x),
+    lambda x, bits, signed: with_error(x, torch.bfloat16),
 )
-
-
-def _with_error(x: Tensor) -> tuple[Tensor, Tensor]:
-    near = x.to(torch.bfloat16)
-    return near, (x - near.to(x.dtype)).to(torch.bfloat16)
 
 
 def _decode_int8(stored: Sequence[Tensor], wide: torch.dtype, signed: bool) -> Tensor:
@@ -146,6 +137,3 @@ def _given(bits: Tensor | None) -> Tensor:
 
 #: What ``slots`` of a recipe or a face may be.
 CODECS = {codec.name: codec for codec in (FULL, BF16, BF16_ERROR, INT8)}
-
-#: How a parameter of fewer than 32 bits is rounded after its update.
-ROUNDINGS = ("nearest", "stochastic", "kahan")

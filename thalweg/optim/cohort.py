@@ -12,11 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from thalweg.optim.batch import Batch, new_part
-from thalweg.optim.codecs import Part
+from thalweg.optim.batch import Batch, is_sharded, new_slots, slots_of
 from thalweg.optim.lower import Update, lower
 from thalweg.optim.program import DUE, NOT_DUE, Program, due_now
-from thalweg.optim.shared import measure
 
 
 class Cohort:
@@ -47,21 +45,17 @@ class Cohort:
         self.t = torch.zeros((), dtype=torch.float32, device=device) if t is None else t
         self.tries = tries
         self.slots = [
-            self._new(part) if mine is None else mine
+            new_slots(program, part, self.ps, self.folds) if mine is None else mine
             for part, mine in zip(program.parts, slots or [None] * len(program.parts))
         ]
         elements = sum(p.numel() for p in ps)
         self.update: Update = lower(program, device=device.type, elements=elements, way=way, keep=True)
-        if any(hasattr(p, "device_mesh") for p in ps):
+        if is_sharded(ps):
             from thalweg.optim.sharded import sharded  # it imports torch.distributed
 
             self.update = replace(self.update, run=sharded(program, self.update.run))
         self.batch = Batch(self.ps, [], self.slots, self.folds)
         self.ids = [id(p) for p in ps]
-
-    def _new(self, part: Part) -> list[Tensor]:
-        held = 1 if part.shape == "uniform" else len(self.ps)
-        return [new_part(self.program, part, p, fold) for p, fold in zip(self.ps[:held], self.folds[:held])]
 
     def hold(self, gs: list[Tensor]) -> None:
         """Take the gradients of this step."""
@@ -81,10 +75,6 @@ class Cohort:
         self.update.run(self.batch, {**scalars, "t": self.t}, due=due, extra=extra)
         self.tries += 1
 
-    def sums(self, scalars: Mapping[str, Any]) -> list[Tensor]:
-        """What the rule measures, summed over the cohort."""
-        return measure(self.program, self.batch, {**scalars, "t": self.t})
-
     def state(self, i: int) -> dict[str, Any]:
         """The state of one parameter, by name; uniform parts and the count are shared tensors."""
         found: dict[str, Any] = {"step": self.t}
@@ -94,9 +84,6 @@ class Cohort:
 
     def split(self, which: Sequence[int]) -> Cohort:
         """A cohort of the parameters numbered ``which``, that goes its own way from here; the slots are the same tensors."""
-        slots = [
-            [mine[0].clone()] if part.shape == "uniform" else [mine[i] for i in which]
-            for part, mine in zip(self.program.parts, self.slots)
-        ]
+        slots = slots_of(self.program, self.slots, which)
         ps, folds = [self.ps[i] for i in which], [self.folds[i] for i in which]
         return Cohort(self.program, ps, folds, way=self.way, slots=slots, t=self.t.clone(), tries=self.tries)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from thalweg.core import RecipeError, did_you_mean
-from thalweg.device import CAPABILITIES
+from thalweg.device import exact_dtype
 from thalweg.optim.face import face_of
 from thalweg.optim.optimizer import SCHEMA, RuleOptimizer
 from thalweg.rules import RULES
@@ -209,7 +209,7 @@ def _slots_from_torch(rule: str, about: Counterpart, kept: Mapping[str, Any]) ->
             found |= {"r": wide.mean(dim=-1, keepdim=True), "c": wide}
         elif name in names:
             if names[name] == "mu_product":
-                found["mu_product"] = value.to(_exact(value.device), copy=True)
+                found["mu_product"] = value.to(exact_dtype(value.device), copy=True)
             else:
                 _check_num_dims(about, value.ndim)
                 found[names[name]] = _wide(value)
@@ -340,10 +340,6 @@ def _list(names: tuple[str, ...]) -> str:
 
 def _wide(value: Tensor) -> Tensor:
     return value.to(torch.promote_types(value.dtype, torch.float32), copy=True)
-
-
-def _exact(device: torch.device) -> torch.dtype:
-    return torch.float64 if CAPABILITIES.get(device.type, {}).get("float64", True) else torch.float32
 
 
 def _cloned(options: Mapping[str, Any]) -> dict[str, Any]:

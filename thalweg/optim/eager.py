@@ -57,7 +57,7 @@ def eager(program: Program, *, tile: int = TILE, stack: bool = False) -> Kernel:
                 last = _whole(program, batch, i, scalars, places[i], due, mine, skipped)
         for part, stored, new in zip(program.parts, batch.slots, last):
             if part.shape == "uniform":
-                _write(stored[0], new, skipped)
+                write(stored[0], new, skipped)
 
     return kernel
 
@@ -70,7 +70,8 @@ def as_tensors(scalars: Mapping[str, Any], exact: torch.dtype, device: torch.dev
     }
 
 
-def _write(old: Tensor, new: Tensor, skipped: Tensor | None) -> None:
+def write(old: Tensor, new: Tensor, skipped: Tensor | None) -> None:
+    """``new`` into ``old``, of as many elements, unless ``skipped`` is 1."""
     if new.shape != old.shape:
         new = new.reshape(old.shape)
     old.copy_(new if skipped is None else torch.where(skipped > 0, old, new))
@@ -91,10 +92,10 @@ def _whole(
     drawn = {name: tensor.reshape(p.shape) for name, tensor in extra.items()}
     ndim = batch.ps[i].ndim
     new, *parts = program.run(p, g, stored, scalars, index=index, due=due, extra=drawn, ndim=ndim)
-    _write(batch.ps[i], new, skipped)
+    write(batch.ps[i], new, skipped)
     for part, mine, value in zip(program.parts, batch.slots, parts):
         if part.shape != "uniform":
-            _write(mine[i], value, skipped)
+            write(mine[i], value, skipped)
     return parts
 
 
@@ -123,25 +124,20 @@ def _tiled(
         stop = min(start + tile, size)
         cut = slice(start, stop)
         rows = slice(start // BLOCK, -(-stop // BLOCK))
-        mine = [s[cut] if like else s for s, like in zip(stored, per_element)]
-        seen = [flat_p[cut], flat_g[cut]]
-        index = _index(seen[0], place + start) if program.random else None
-        old = [(s[rows] if part.shape == "block" else s) for s, part in zip(mine, program.parts)]
-        if program.blocked:
-            seen, index = [blocks(x) for x in seen], None if index is None else blocks(index)
-            given = [
-                blocks(s, part) if like else (s[:, None] if part.shape == "block" else s)
-                for s, like, part in zip(old, per_element, program.parts)
-            ]
-        else:
-            given = old
+        seen_p, seen_g = flat_p[cut], flat_g[cut]
+        pieces = {"like": cut, "block": rows}
+        old = [s[pieces[part.shape]] if part.shape in pieces else s for s, part in zip(stored, program.parts)]
+        index = _index(seen_p, place + start) if program.random else None
         more = {name: tensor[cut] for name, tensor in drawn.items()}
+        given = old
         if program.blocked:
+            seen_p, seen_g, given = in_blocks(program, seen_p, seen_g, old)
+            index = None if index is None else blocks(index)
             more = {name: blocks(tensor) for name, tensor in more.items()}
-        new, *parts = program.run(seen[0], seen[1], given, scalars, index=index, due=due, extra=more, ndim=p.ndim)
+        new, *parts = program.run(seen_p, seen_g, given, scalars, index=index, due=due, extra=more, ndim=p.ndim)
         for target, value in zip([flat_p[cut], *old], [new, *parts]):
             if target.ndim:
-                _write(target, value.reshape(-1)[: target.numel()], skipped)
+                write(target, value.reshape(-1)[: target.numel()], skipped)
     for flattened, part in ((flat_p, p), *((s, m[i]) for s, m, like in zip(stored, batch.slots, per_element) if like)):
         if flattened.data_ptr() != part.data_ptr():  # a copy, because the tensor has gaps
             part.copy_(flattened.view(p.shape) if flat(p) is None else flattened.as_strided(p.shape, p.stride()))
@@ -185,10 +181,10 @@ def _stacked(
     ndim = batch.ps[group[0]].ndim
     new, *parts = program.run(p, g, stored, scalars, due=due, extra=drawn, ndim=ndim)
     for k, i in enumerate(group):
-        _write(batch.ps[i], new[k], skipped)
+        write(batch.ps[i], new[k], skipped)
         for mine, value, alone in zip(batch.slots, parts, uniform):
             if not alone:
-                _write(mine[i], value[k], skipped)
+                write(mine[i], value[k], skipped)
     return parts
 
 
@@ -204,11 +200,13 @@ def _by_shape(program: Program, batch: Batch) -> list[list[int]]:
         groups.setdefault(key if program.stacks else (i,), []).append(i)
     if batch.ps[0].device.type != "cpu":
         return list(groups.values())
-    parts = []
-    for group in groups.values():
-        many = max(1, STACK // max(batch.ps[group[0]].numel(), 1))
-        parts += [group[k : k + many] for k in range(0, len(group), many)]
-    return parts
+    return [stack for group in groups.values() for stack in stacks(group, batch.ps[group[0]].numel())]
+
+
+def stacks(group: Sequence[int], elements: int) -> list[list[int]]:
+    """``group`` in portions that fit into a stack, at ``elements`` each; at least one."""
+    many = max(1, STACK // max(elements, 1))
+    return [list(group[k : k + many]) for k in range(0, len(group), many)]
 
 
 def _index(p: Tensor, place: int) -> Tensor:

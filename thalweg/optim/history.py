@@ -44,3 +44,18 @@ class NormHistory:
         new = torch.stack([count + 1, new_mean, var + share * (spread - var)])
         self.values.copy_(torch.where(ok, new, self.values))
         return left.to(norm.dtype)
+
+
+def excess(norm: Tensor, clip: float | Tensor, history: NormHistory | None = None, ok: Tensor | None = None) -> Tensor:
+    """How many times too long a gradient is, 0-dim: 1 where it is short enough, and where its norm is NaN.
+
+    Args:
+        norm: of the gradient, 0-dim.
+        clip: the largest norm; 0: any.
+        history: sets a limit of its own, and takes the norm in.
+        ok: 0-dim bool, whether it may; None: where the norm is finite.
+    """
+    most = clip.to(norm.dtype) if isinstance(clip, Tensor) else torch.full_like(norm, clip or torch.inf)
+    if history is not None:
+        most = torch.minimum(most, history.limited(norm, torch.isfinite(norm) if ok is None else ok))
+    return torch.where(most < norm, norm / most, 1.0)

@@ -6,16 +6,16 @@ element, and AdamW on a CPU falls from 45 to 28 GB/s for it (LOG.md). A changing
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from thalweg.optim.batch import Batch, flat
-from thalweg.optim.eager import Extra, Kernel, as_tensors, eager
+from thalweg.optim.eager import Extra, Kernel, as_tensors, eager, write
 from thalweg.optim.program import Program
-from thalweg.optim.trace import Untraceable, Value, play, record, split_uniform
+from thalweg.optim.trace import Untraceable, Value, described, play, record, split_uniform
 
 
 def inductor(program: Program) -> Kernel:
@@ -26,15 +26,7 @@ def inductor(program: Program) -> Kernel:
     """
     if program.reads != "element" or program.blocked or program.random or program.tensors:
         raise Untraceable(f"{program.rule.name} with these codecs reads more than an element, or draws")
-    inputs = {"p": ("full", program.dtype), "g": ("full", program.dtype)}
-    kinds = {"like": "full", "uniform": "uniform", "tensor": "tensor"}
-    inputs |= {part.name: (kinds[str(part.shape)], program.dtype_of(part)) for part in program.parts}
-    inputs |= dict.fromkeys(program.scalars, ("uniform", program.exact))
-
-    def function(**given: Tensor) -> Sequence[Tensor]:
-        stored = [given[part.name] for part in program.parts]
-        return program.run(given["p"], given["g"], stored, {name: given[name] for name in program.scalars})
-
+    inputs, function = described(program, program.dtype)
     trace = record(function, inputs)
     before, rest = split_uniform(trace)
     used = {a for node in rest for a in (*node.args, *node.words.values()) if isinstance(a, Value)} | {*trace.outputs}
@@ -48,8 +40,7 @@ def inductor(program: Program) -> Kernel:
         play(rest, known, targets[0].device)
         places = [targets[0], *targets[2:]]
         for old, value in zip(places, results):
-            new = known[value]
-            old.copy_(new if skipped is None else torch.where(skipped > 0, old, new))
+            write(old, known[value], skipped)
 
     by_hand = eager(program)
 
@@ -74,8 +65,7 @@ def inductor(program: Program) -> Kernel:
             apply(targets, [known[v] for v in numbers], skipped)
         for part, mine, value in zip(program.parts, batch.slots, trace.outputs[1:]):
             if part.shape == "uniform":
-                new = known[value]
-                mine[0].copy_(new if skipped is None else torch.where(skipped > 0, mine[0], new))
+                write(mine[0], known[value], skipped)
 
     return kernel
 

@@ -73,7 +73,8 @@ def fused(program: Program, *, device: str) -> Kernel | None:
     by_hand = eager(program)
 
     def kernel(batch: Batch, scalars: Mapping[str, Any], *, due: int = 0, extra: Extra = None) -> None:
-        if not all(p.is_contiguous() or is_dense(p) for p in batch.ps):  # the operator walks memory, gaps and all
+        gaps = not all(p.is_contiguous() or is_dense(p) for p in batch.ps)  # the operator walks memory, gaps and all
+        if gaps or isinstance(scalars.get("wd"), Tensor):  # and takes decay as a number of Python's
             return by_hand(batch, scalars, due=due, extra=extra)
         if any(g.stride() != p.stride() for g, p in zip(batch.gs, batch.ps)):
             batch = replace(batch, gs=laid_like(batch.gs, batch.ps))
@@ -93,6 +94,4 @@ def fused(program: Program, *, device: str) -> Kernel | None:
 
 
 def _single(number: Any) -> Any:
-    if isinstance(number, Tensor) and number.dtype == torch.float32:
-        return number
-    return number if number is None else torch.as_tensor(number).to(torch.float32)
+    return None if number is None else torch.as_tensor(number, dtype=torch.float32)

@@ -6,20 +6,18 @@ clipping in one number) and the flag of a skipped step as tensors: nothing is re
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 
 from thalweg.core import RecipeError
+from thalweg.core.recipe import WAYS
 from thalweg.optim.batch import Batch
 from thalweg.optim.eager import Extra, Kernel, eager
 from thalweg.optim.kernels import fused
 from thalweg.optim.program import Program
-
-#: How a program may be run.
-WAYS = ("eager", "stacked", "compiled", "fused")
 
 #: Below this many elements a kernel is not built unasked: eagerly they take under 2 ms a step, and a thousand steps of that
 #: are what building costs where nothing is cached (benchmarks/results/optim.json).
@@ -100,23 +98,23 @@ def _choose(program: Program, *, device: str, elements: int, way: str | None, ke
 
 def _compiled(program: Program, device: str) -> tuple[Kernel | None, str]:
     """A compiled kernel and the reason for it, or None and why there is none."""
-    from thalweg.optim.trace import Untraceable  # it imports what only compiling needs
+    from thalweg.optim.around import around  # these import what only compiling needs
+    from thalweg.optim.inductor import inductor
+    from thalweg.optim.native import NoCompiler, native_by_ndim
+    from thalweg.optim.trace import Untraceable
 
-    try:
-        if device == "cpu":
-            from thalweg.optim.native import NoCompiler, native_by_ndim
-
-            try:
-                try:
-                    return native_by_ndim(program), "one C kernel over all tensors"
-                except Untraceable:
-                    from thalweg.optim.around import around
-
-                    return around(program), "a C kernel before and one after its products of matrices"
-            except NoCompiler as err:
-                return None, f"no kernel could be built: {err}"
-        from thalweg.optim.inductor import inductor
-
-        return inductor(program), "one kernel of torch.compile for each dtype"
-    except Untraceable as err:
-        return None, f"it is not plain arithmetic on elements, rows and columns: {err}"
+    builders: list[tuple[Callable[[Program], Kernel], str]] = [
+        (native_by_ndim, "one C kernel over all tensors"),
+        (around, "a C kernel before and one after its products of matrices"),
+    ]
+    if device != "cpu":
+        builders = [(inductor, "one kernel of torch.compile for each dtype")]
+    why_not = ""
+    for build, why in builders:
+        try:
+            return build(program), why
+        except Untraceable as err:
+            why_not = f"it is not plain arithmetic on elements, rows and columns: {err}"
+        except NoCompiler as err:
+            return None, f"no kernel could be built: {err}"
+    return None, why_not

@@ -28,7 +28,7 @@ from thalweg.optim.codecs import BLOCK
 from thalweg.optim.csource import TILE, Port, Source, write_source
 from thalweg.optim.eager import Extra, Kernel, eager
 from thalweg.optim.program import Program
-from thalweg.optim.trace import WHOLE, Trace, Untraceable, record
+from thalweg.optim.trace import WHOLE, Inputs, Trace, Untraceable, described, record
 
 #: No contraction to fused multiply-add and no fast maths: results are those of the eager way but for the order of sums.
 _FLAGS = ("-O3", "-fPIC", "-fopenmp", "-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math", "-fwrapv")
@@ -54,6 +54,18 @@ def compiler() -> tuple[str, ...] | None:
                 if tried.returncode == 0:
                     return command
     return None
+
+
+def compiler_or_raise() -> tuple[str, ...]:
+    """``compiler``.
+
+    Raises:
+        NoCompiler: if there is none.
+    """
+    command = compiler()
+    if command is None:
+        raise NoCompiler("no C compiler with OpenMP was found (CC, cc, gcc, clang)")
+    return command
 
 
 def cache_folder() -> Path:
@@ -83,9 +95,7 @@ def load(text: str) -> Any:
     Raises:
         NoCompiler: with the compiler's own words.
     """
-    command = compiler()
-    if command is None:
-        raise NoCompiler("no C compiler with OpenMP was found (CC, cc, gcc, clang)")
+    command = compiler_or_raise()
     name = hashlib.sha256((text + _machine()).encode()).hexdigest()[:32]
     folder = cache_folder()
     library = folder / f"{name}.so"
@@ -135,8 +145,8 @@ def native(program: Program, *, grad_dtype: torch.dtype | None = None, due: int 
         Untraceable: for a program that is more than arithmetic on elements, rows and columns.
         NoCompiler: where it cannot be built.
     """
-    inputs, ports, function = described(program, grad_dtype or program.dtype, due, ndim)
-    trace = record(function, inputs)
+    inputs, function = described(program, grad_dtype or program.dtype, due=due, ndim=ndim)
+    trace, ports = record(function, inputs), ports_of(inputs)
     if any(node.op == WHOLE for node in trace.nodes):
         raise Untraceable("it works on whole matrices")
     outputs: list[str | None] = ["p", *(part.name for part in program.parts)]
@@ -164,43 +174,9 @@ def native(program: Program, *, grad_dtype: torch.dtype | None = None, due: int 
     return kernel
 
 
-Inputs = dict[str, tuple[str, torch.dtype]]
-
-
-def described(
-    program: Program, grad_dtype: torch.dtype, due: int, ndim: int
-) -> tuple[Inputs, list[Port], Callable[..., Sequence[Tensor]]]:
-    """(what the program reads, the tensors of each parameter among it, the program as a function of it by name)."""
-    names = ["p", "g", *(part.name for part in program.parts)]
-    kinds = {"like": "full", "block": "row", "row": "row", "column": "column", "tensor": "tensor", "uniform": "uniform"}
-    inputs: Inputs = {"p": ("full", program.dtype), "g": ("full", grad_dtype)}
-    for part in program.parts:
-        if callable(part.shape):
-            raise Untraceable(f"{part.name} has a shape of its own")
-        inputs[part.name] = (kinds[part.shape], program.dtype_of(part))
-    inputs |= dict.fromkeys(program.tensors, ("full", program.wide))
-    for name in program.scalars:
-        inputs[name] = ("uniform", program.exact)
-    if program.random:
-        inputs["index"] = ("full", torch.int32)
-
-    def function(**given: Tensor) -> Sequence[Tensor]:
-        stored = [given[part.name] for part in program.parts]
-        scalars = {name: given[name] for name in program.scalars}
-        return program.run(
-            given["p"],
-            given["g"],
-            stored,
-            scalars,
-            index=given.get("index"),
-            due=due,
-            extra={name: given[name] for name in program.tensors},
-            ndim=ndim,
-        )
-
-    ports = [Port(name, *inputs[name]) for name in names if inputs[name][0] != "uniform"]
-    ports += [Port(name, *inputs[name]) for name in program.tensors]
-    return inputs, ports, function
+def ports_of(inputs: Inputs) -> list[Port]:
+    """The tensors of each parameter among what a program reads; the kernel counts "index" itself."""
+    return [Port(name, *kind) for name, kind in inputs.items() if kind[0] != "uniform" and name != "index"]
 
 
 def native_by_ndim(program: Program) -> Kernel:
@@ -242,12 +218,10 @@ def native_by_ndim(program: Program) -> Kernel:
     return kernel
 
 
-def native_sums(
-    function: Callable[..., Sequence[Tensor]], inputs: Mapping[str, tuple[str, torch.dtype]], num: int
-) -> Caller:
+def native_sums(function: Callable[..., Sequence[Tensor]], inputs: Inputs, num: int) -> Caller:
     """A caller that adds ``function``'s results, ``num`` sums over elements, up over lists of tensors."""
     trace = record(function, inputs)
-    ports = [Port(name, *kind) for name, kind in inputs.items() if kind[0] == "full"]
+    ports = ports_of(inputs)
     return Caller(trace, ports, write_source(trace, ports, [None] * num, width=TILE, sums=num), sums=num)
 
 

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from thalweg.optim.batch import flat
+from thalweg.optim.batch import flat, is_sharded
 from thalweg.optim.lower import WORTH_COMPILING
 
 
@@ -27,7 +27,7 @@ def _squares(dtype: torch.dtype) -> Any:
 
 def global_norm(gs: Sequence[Tensor]) -> Tensor:
     """The 2-norm over all elements of all tensors, 0-dim, in at least float32; infinite or NaN if any element is."""
-    if any(hasattr(g, "device_mesh") for g in gs):
+    if is_sharded(gs):
         return _sharded_norm(gs)
     groups: dict[tuple[torch.dtype, torch.device], list[Tensor]] = {}
     for g in gs:

@@ -11,16 +11,17 @@ import torch
 from torch import Tensor
 
 from thalweg.core import ModelError, RecipeError, did_you_mean, seed_for
-from thalweg.device import CAPABILITIES
+from thalweg.core.recipe import ROUNDINGS, WAYS
+from thalweg.device import exact_dtype
 from thalweg.optim import checks
-from thalweg.optim.batch import FOLDS, evaluation_weights, fold_of, laid_like
-from thalweg.optim.codecs import CODECS, ROUNDINGS
+from thalweg.optim.batch import FOLDS, evaluation_weights, fold_of, laid_like, normal_like
+from thalweg.optim.codecs import CODECS
 from thalweg.optim.cohort import Cohort
-from thalweg.optim.history import NormHistory
-from thalweg.optim.lower import WAYS
+from thalweg.optim.history import NormHistory, excess
 from thalweg.optim.norm import global_norm
 from thalweg.optim.program import Program
-from thalweg.optim.shared import first_values, settle
+from thalweg.optim.shared import first_values, settle_over
+from thalweg.optim.weights import average_share, climb, restored
 from thalweg.rules import RULES, STAGES, Rule
 
 #: Version of what ``state_dict`` holds.
@@ -218,7 +219,7 @@ class RuleOptimizer(torch.optim.Optimizer):
         """The program of a parameter; parameters with equal ones are updated together."""
         rule = self._rule_for(p)
         mine = rule is self.rule
-        exact = torch.float64 if CAPABILITIES.get(p.device.type, {}).get("float64", True) else torch.float32
+        exact = exact_dtype(p.device)
         options = self._options(index, group, p.device, exact) if mine else rule.options(group["aux_options"])
         form = group["decay_form"] if group["weight_decay"] else None
         stages = group["stages"] if mine else {}
@@ -226,16 +227,13 @@ class RuleOptimizer(torch.optim.Optimizer):
         fixed = tuple(id(v) if isinstance(v, Tensor) else v for v in options.values())
         key = (rule.name, fixed, form, listed, group["maximize"], p.dtype, p.device, self._unscales(), self._clears)
         if key not in self._programs:
-            rounding = self.how["rounding"]
-            if rounding == "auto":
-                rounding = {torch.bfloat16: "stochastic", torch.float16: "kahan"}.get(p.dtype, "nearest")
             self._programs[key] = Program(
                 rule,
                 options,
                 stages=[(STAGES[name], STAGES[name].options(given)) for name, given in stages.items()],
                 decay_form=form,
                 dtype=p.dtype,
-                rounding=rounding,
+                rounding=self.how["rounding"],
                 codec=CODECS[self.how["slots"]],
                 average=self.how["average"] > 0,
                 unscale=self._unscales(),
@@ -376,15 +374,12 @@ class RuleOptimizer(torch.optim.Optimizer):
         if not clips:
             return scale, found
         length = norm if scale is None else norm / scale
-        most = torch.full_like(length, self.how["clip"] or torch.inf)
-        if self.how["clip_history"]:
-            if self._history is None:
-                exact = torch.float64 if CAPABILITIES.get(norm.device.type, {}).get("float64", True) else torch.float32
-                self._history = NormHistory(self.how["clip_history"], norm.device, exact)
-            ok = torch.isfinite(length) if found is None else torch.isfinite(length) & (found == 0)
-            most = torch.minimum(most, self._history.limited(length, ok))
-        excess = torch.where(most < length, length / most, 1.0)
-        return excess if scale is None else scale * excess, found
+        history, ok = None, None
+        if most := self.how["clip_history"]:
+            history = self._history = self._history or NormHistory(most, norm.device, exact_dtype(norm.device))
+            ok = None if found is None else torch.isfinite(length) & (found == 0)
+        times = excess(length, self.how["clip"], history, ok)
+        return times if scale is None else scale * times, found
 
     def _scalars(
         self, group: dict[str, Any], cohort: Cohort, divisor: Tensor | None, skipped: Tensor | None
@@ -400,28 +395,24 @@ class RuleOptimizer(torch.optim.Optimizer):
         if skipped is not None:
             found["skipped"] = skipped
         if self.how["average"]:
-            found["share"] = 1 - torch.clamp((1 + cohort.t) / (10 + cohort.t), max=self.how["average"])
+            found["share"] = average_share(self.how["average"], cohort.t)
         return found
 
     def _settle(
         self, cohorts: list[tuple[dict[str, Any], Cohort]], numbers: list[dict[str, Any]], skipped: Tensor | None
     ) -> None:
-        """Numbers that belong to all parameters: measured over every group, settled once, with the largest rate."""
+        """New values of the numbers that belong to all parameters of every group."""
         mine = [(c, n) for (_, c), n in zip(cohorts, numbers) if c.program.rule is self.rule]
         first = mine[0][0]
         device, exact = first.t.device, first.program.exact
         if not self._shared:
             self._shared = first_values(self.rule, first.program.options, device, exact)
-        found = []
+        measured = []
         for cohort, given in mine:
-            tensors = {name: torch.as_tensor(value, device=device) for name, value in given.items()}
-            found.append(cohort.sums({**tensors, **self._shared}))
-        sums = [torch.stack([f[k] for f in found]).sum() for k in range(len(found[0]))]
-        rates = torch.stack([torch.as_tensor(n["lr"], dtype=exact, device=device) for _, n in mine])
-        new = settle(first.program, sums, self._shared, {"lr": rates.max(), "t": first.t})
-        for name, value in new.items():
-            old = self._shared[name]
-            old.copy_(value if skipped is None else torch.where(skipped > 0, old, value))
+            scalars = {name: torch.as_tensor(value, device=device) for name, value in given.items()}
+            measured.append((cohort.program, cohort.batch, {**scalars, "t": cohort.t}))
+        rates = [torch.as_tensor(given["lr"], dtype=exact, device=device) for _, given in mine]
+        settle_over(measured, self._shared, rates=rates, skipped=skipped)
 
     @torch.no_grad()
     def estimate_curvature(self, batch: float) -> None:
@@ -448,12 +439,10 @@ class RuleOptimizer(torch.optim.Optimizer):
     def _noise(self, cohort: Cohort) -> list[Tensor]:
         """Standard normal numbers, named by (seed, place among all parameters, update): the same after a resume."""
         places = {id(p): k for k, p in enumerate(p for group in self.param_groups for p in group["params"])}
-        drawn = []
-        for p in cohort.ps:
-            name = seed_for(self.how["seed"], "noise", places[id(p)], cohort.tries)
-            generator = torch.Generator(p.device).manual_seed(name)
-            drawn.append(torch.randn(p.shape, generator=generator, device=p.device, dtype=cohort.program.wide))
-        return drawn
+        return [
+            normal_like(p, cohort.program.wide, seed_for(self.how["seed"], "noise", places[id(p)], cohort.tries))
+            for p in cohort.ps
+        ]
 
     # ------------------------------------------------------------------ other weights for a while
 
@@ -465,24 +454,12 @@ class RuleOptimizer(torch.optim.Optimizer):
 
         Args:
             rho: distance of the neighbour, above 0.
-            scaled: in units of each weight (ASAM): ``thalweg.engine.sharpness`` has the formulas and their sources.
+            scaled: in units of each weight (ASAM): ``thalweg.optim.weights.climb`` has the formulas and their sources.
         """
         ps = [p for group in self.param_groups for p in group["params"] if p.grad is not None]
-        kept = [p.detach().clone() for p in ps]
-        with torch.no_grad():
-            pushes = [p.grad for p in ps]
-            scales = [p.abs() + 0.01 if scaled else torch.ones_like(p) for p in ps]
-            pushes = [g * scale for g, scale in zip(pushes, scales)]
-            norm = global_norm(pushes)
-            factor = rho / norm.clamp(min=torch.finfo(norm.dtype).tiny)
-            for p, push, scale in zip(ps, pushes, scales):
-                p.add_(push * scale * factor.to(push.dtype))
-        try:
+        with restored(ps):
+            climb(ps, [p.grad for p in ps], rho, scaled=scaled)
             yield
-        finally:
-            with torch.no_grad():
-                for p, before in zip(ps, kept):
-                    p.copy_(before)
 
     @contextmanager
     def averaged(self) -> Iterator[None]:
@@ -502,16 +479,11 @@ class RuleOptimizer(torch.optim.Optimizer):
         cohorts = [cohort for mine in self._cohorts for cohort in mine]
         with torch.no_grad():
             pairs = [pair for c in cohorts for pair in zip(c.ps, evaluation_weights(c.program, c.batch) or ())]
-        kept = [p.detach().clone() for p, _ in pairs]
-        with torch.no_grad():
-            for p, average in pairs:
-                p.copy_(average)
-        try:
-            yield
-        finally:
+        with restored([p for p, _ in pairs]):
             with torch.no_grad():
-                for (p, _), before in zip(pairs, kept):
-                    p.copy_(before)
+                for p, average in pairs:
+                    p.copy_(average)
+            yield
 
     # ------------------------------------------------------------------ state in and out
 

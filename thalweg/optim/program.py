@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from thalweg.core import RecipeError
-from thalweg.optim.codecs import BF16_ERROR, FULL, Codec, Part, hashed, round_to_bf16
+from thalweg.optim.codecs import FULL, Codec, Part, hashed, round_to_bf16, with_error
 from thalweg.rules import DECAYS, REACHES, STAGES, Component, Rule, Slot, Stage
 
 #: What ``due`` may be: not, yes, and yes for the first time.
@@ -22,6 +22,7 @@ NOT_DUE, DUE, FIRST = 0, 1, 2
 
 TENSORS = ("noise", "curvature")  # what a component may need shaped like the gradient
 _GIVEN = ("due", "fresh", "ndim", *TENSORS)  # what it gets as it is, not as a scalar
+_ROUNDINGS = {torch.bfloat16: "stochastic", torch.float16: "kahan"}  # what "auto" is
 _ORDER = ("gradient", "update", "decay", "total", "weights")
 
 
@@ -44,7 +45,8 @@ class Program:
         stages: (stage, complete options), in any order; they act in the order of their kinds.
         decay_form: a key of ``DECAYS``, or None: no decay.
         dtype: of the parameter as stored.
-        rounding: of parameters of fewer than 32 bits: "nearest", "stochastic" or "kahan".
+        rounding: of parameters of fewer than 32 bits: "nearest", "stochastic", "kahan"; "auto": bfloat16 stochastic, float16
+            Kahan.
         codec: of slots that can be compressed.
         average: whether a weight average is kept.
         clear: whether the gradients are zero afterwards, skipped update or not; a kernel does it while they are in the cache.
@@ -73,6 +75,7 @@ class Program:
     ) -> None:
         self.rule, self.options, self.dtype, self.exact = rule, options, dtype, exact
         self.wide = torch.promote_types(dtype, torch.float32)
+        rounding = _ROUNDINGS.get(dtype, "nearest") if rounding == "auto" else rounding
         self.rounding = rounding if dtype != self.wide else "nearest"
         self.unscale, self.maximize, self.seed = unscale, maximize, seed & 0x7FFFFFFF
         self.decay_form, self.clear = decay_form, clear
@@ -104,10 +107,10 @@ class Program:
         self.folds = bool(reaches & {"row", "matrix"})
         self.blocked = any(c.blocked for c in self.codecs)
         if self.blocked and self.reads != "element":
-            whole = next(piece.component.name for piece in self.pieces if piece.component.reads != "element")
+            whole = next(piece.component for piece in self.pieces if piece.component.reads != "element")
             raise RecipeError(
                 f"Slots in {codec.name} need a rule that works element by element.",
-                f"{whole} reads a whole {next(p.component.reads for p in self.pieces if p.component.name == whole)}.",
+                f"{whole.name} reads a whole {whole.reads}.",
                 "Use slots='bf16' or 'bf16+error', or another rule.",
             )
         self.parts: tuple[Part, ...] = self._parts()
@@ -240,14 +243,9 @@ class Program:
         if self.rounding == "stochastic":
             return (round_to_bf16(q, bits(0)), *stored)
         if self.rounding == "kahan":
-            near, error = BF16_ERROR.encode(q, None, True) if self.dtype == torch.bfloat16 else _split(q, self.dtype)
+            near, error = with_error(q, self.dtype)
             return (near, *stored, error)
         return (q.to(self.dtype), *stored)
-
-
-def _split(q: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    near = q.to(dtype)
-    return near, (q - near.to(q.dtype)).to(dtype)
 
 
 def due_now(rule: Rule, options: Mapping[str, Any], tries: int) -> int:

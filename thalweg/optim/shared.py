@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from thalweg.optim.batch import Batch, flat, views
-from thalweg.optim.eager import as_tensors, in_blocks
+from thalweg.optim.batch import Batch, flat, is_sharded, views
+from thalweg.optim.eager import as_tensors, in_blocks, write
 from thalweg.optim.lower import WORTH_COMPILING
 from thalweg.optim.program import Program
 from thalweg.rules import Rule
@@ -24,7 +24,7 @@ def first_values(rule: Rule, options: Mapping[str, Any], device: torch.device, d
 
 def measure(program: Program, batch: Batch, scalars: Mapping[str, Any]) -> list[Tensor]:
     """The sums of the rule's ``measure`` over a batch, in the dtype of the scalars; one pass where a kernel can be built."""
-    if any(hasattr(p, "device_mesh") for p in batch.ps):
+    if is_sharded(batch.ps):
         return _sharded(program, batch, scalars)
     if batch.ps[0].device.type == "cpu" and sum(p.numel() for p in batch.ps) >= WORTH_COMPILING:
         kernel = _kernel(program)
@@ -110,3 +110,25 @@ def settle(
     words = {"lr": scalars["lr"].to(program.exact), "t": scalars["t"].to(program.exact)}
     options = next(piece for piece in program.pieces if piece.component is rule).options
     return dict(rule.settle(*sums, **words, **shared, **options))
+
+
+def settle_over(
+    measured: Sequence[tuple[Program, Batch, Mapping[str, Any]]],
+    shared: Mapping[str, Tensor],
+    *,
+    rates: Sequence[Tensor],
+    skipped: Tensor | None,
+) -> None:
+    """Settle ``shared`` in place: measured over all parameters of a rule, settled once, with the largest rate.
+
+    Args:
+        measured: (program of the rule, batch, its scalars), of which the first has the "t" that counts.
+        rates: 0-dim, in the dtype of the scalars.
+        skipped: where it is 1, nothing changes.
+    """
+    found = [measure(program, batch, {**scalars, **shared}) for program, batch, scalars in measured]
+    sums = [torch.stack(values).sum() for values in zip(*found)]
+    program, _, first = measured[0]
+    new = settle(program, sums, shared, {"lr": torch.stack(list(rates)).max(), "t": first["t"]})
+    for name, value in new.items():
+        write(shared[name], value, skipped)

@@ -12,7 +12,7 @@ from torch import nn
 
 from thalweg.core import ModelError, ParameterRow, RecipeError, did_you_mean
 from thalweg.core.plan import RECIPES_RULE
-from thalweg.core.recipe import Optimizer
+from thalweg.core.recipe import Optimizer, Schedule
 from thalweg.optim.batch import FOLDS, fold_of
 from thalweg.rules import RULES
 
@@ -28,7 +28,7 @@ _TOKEN = re.compile(
     r"(^|[._])(pos|position|positions|positional|pos_?embed\w*|position_embed\w*|positional_embed\w*|abs_pos\w*"
     r"|relative_position\w*|rel_pos\w*|relative_attention_bias|wpe|(cls|class|reg|register|dist|mask|distillation)_?(tokens?|embed\w*))($|[._])"
 )
-_GROUP_KEYS = ("rule", "lr", "lr_scale", "weight_decay", "options", "fold")
+_GROUP_KEYS = ("rule", "lr", "lr_scale", "weight_decay", "options", "fold", "schedule")
 
 
 @dataclass(frozen=True)
@@ -78,13 +78,18 @@ def named_trainable(model: nn.Module) -> list[tuple[str, nn.Parameter]]:
 
 
 def parameter_table(
-    model: nn.Module, no_decay: Iterable[str] | None = None, *, optimizer: Optimizer | None = None
+    model: nn.Module,
+    no_decay: Iterable[str] | None = None,
+    *,
+    optimizer: Optimizer | None = None,
+    schedule: Schedule | None = None,
 ) -> tuple[ParameterRow, ...]:
     """A row for each trainable parameter: its shape, rule, rate and decay, and what decided them.
 
     Args:
         no_decay: the words "bias", "norm", "1d", "embedding", "token", or patterns; None: the optimizer's.
         optimizer: a recipe's optimizer section, its options and rates settled; None: the default one.
+        schedule: a recipe's schedule section: what moves is noted in each row.
 
     Raises:
         RecipeError: for a pattern that matches no parameter, a parameter that two groups match, or a group that says
@@ -112,6 +117,7 @@ def parameter_table(
         )
         row = _with_rule(row, one, optimizer, last)
         row = _with_group(row, one, groups, optimizer)
+        row = replace(row, moves={**_moves(row, schedule or Schedule()), **row.moves})
         rows.append(replace(row, lr=row.lr * optimizer.layer_decay ** (top - depths[one.name])))
     return tuple(rows)
 
@@ -171,7 +177,14 @@ def _with_group(
         options = {**row.options, **given["options"]}
         RULES[row.rule].options(options)
         row = replace(row, options=options)
-    return replace(row, fold=given.get("fold", row.fold))
+    moves = {name: f"groups.{hits[0]}.{name}" for name in given.get("schedule", {})}
+    return replace(row, fold=given.get("fold", row.fold), moves=moves)
+
+
+def _moves(row: ParameterRow, schedule: Schedule) -> dict[str, str]:
+    """What the recipe's schedules move for a parameter, beside its rate."""
+    moves = {} if schedule.weight_decay is None else {"weight_decay": "weight_decay"}
+    return moves | {name: f"options.{name}" for name in schedule.options if name in RULES[row.rule].defaults}
 
 
 def _scale(rate: float, optimizer: Optimizer) -> float:
@@ -201,12 +214,12 @@ def _group(pattern: str, given: Any) -> Mapping[str, Any]:
         wrong = key in ("lr", "lr_scale", "weight_decay") and (
             isinstance(value, bool) or not isinstance(value, (int, float)) or value < 0
         )
-        wrong |= key == "options" and not isinstance(value, Mapping)
+        wrong |= key in ("options", "schedule") and not isinstance(value, Mapping)
         wrong |= key == "fold" and value not in FOLDS
         if wrong:
             raise RecipeError(
                 f"optimizer.groups.'{pattern}'.{key}={value!r} is not possible.",
-                "Rates and strengths are numbers from 0 on, options a table, fold 'batch' or 'flatten'.",
+                "Rates and strengths are numbers from 0 on, options and schedule tables, fold 'batch' or 'flatten'.",
                 f"Correct {key}.",
             )
     if "rule" in given:

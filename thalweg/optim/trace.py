@@ -17,9 +17,14 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from thalweg.core import ThalwegError
+from thalweg.optim.program import Program
 from thalweg.rules._whole import recorded_by
 
 ROWS, COLUMNS = 3, 5  # stand-ins for the extents of any matrix
+
+
+#: What a program reads: name to (kind, dtype).
+Inputs = dict[str, tuple[str, torch.dtype]]
 
 
 class Untraceable(Exception):
@@ -60,7 +65,7 @@ WHOLE = "on_matrices"
 
 def record(
     function: Callable[..., Sequence[Tensor]],
-    inputs: Mapping[str, tuple[str, torch.dtype]],
+    inputs: Inputs,
     *,
     rows: int = ROWS,
     columns: int = COLUMNS,
@@ -89,6 +94,42 @@ def record(
         raise Untraceable(str(err)) from err
     recorder.trace.outputs = [recorder.value_of(out) for out in outputs]
     return recorder.trace
+
+
+_KINDS = {"like": "full", "block": "row"}  # of a stored part; the other shapes are named as kinds are
+
+
+def described(
+    program: Program, grad_dtype: torch.dtype, *, due: int = 0, ndim: int = 2
+) -> tuple[Inputs, Callable[..., Sequence[Tensor]]]:
+    """(what the program reads, the program as a function of it by name), for ``record``.
+
+    Raises:
+        Untraceable: for a part with a shape of its own.
+    """
+    inputs: Inputs = {"p": ("full", program.dtype), "g": ("full", grad_dtype)}
+    for part in program.parts:
+        if callable(part.shape):
+            raise Untraceable(f"{part.name} has a shape of its own")
+        inputs[part.name] = (_KINDS.get(part.shape, part.shape), program.dtype_of(part))
+    inputs |= dict.fromkeys(program.tensors, ("full", program.wide))
+    inputs |= dict.fromkeys(program.scalars, ("uniform", program.exact))
+    if program.random:
+        inputs["index"] = ("full", torch.int32)
+
+    def function(**given: Tensor) -> Sequence[Tensor]:
+        return program.run(
+            given["p"],
+            given["g"],
+            [given[part.name] for part in program.parts],
+            {name: given[name] for name in program.scalars},
+            index=given.get("index"),
+            due=due,
+            extra={name: given[name] for name in program.tensors},
+            ndim=ndim,
+        )
+
+    return inputs, function
 
 
 class _Recorder(TorchDispatchMode):

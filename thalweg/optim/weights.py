@@ -1,0 +1,69 @@
+"""Other weights for a while: the neighbour where the loss is higher, the average; afterwards what was there, to the bit."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor
+
+from thalweg.optim.norm import global_norm
+
+_ETA = 0.01
+
+
+@contextmanager
+def restored(tensors: Sequence[Tensor]) -> Iterator[None]:
+    """Whatever is written to the tensors inside, afterwards they hold what they held before, to the bit.
+
+    Cost: a copy of them.
+    """
+    kept = [x.detach().clone() for x in tensors]
+    try:
+        yield
+    finally:
+        with torch.no_grad():
+            for x, before in zip(tensors, kept):
+                x.copy_(before)
+
+
+@torch.no_grad()
+def climb(
+    ps: Sequence[Tensor], gs: Sequence[Tensor], rho: float, *, scaled: bool = False, norm: Tensor | None = None
+) -> None:
+    """Move weights, in place, to where the loss nearby is about highest by their gradients.
+
+    SAM (Foret et al. 2021, arXiv:2010.01412): w' = w + rho*g/|g|, over all weights. ASAM (Kwon et al. 2021,
+    arXiv:2102.11600): w' = w + rho*T^2 g/|T g| with T = |w| + 0.01, which no rescaling of layers changes.
+
+    Args:
+        ps, gs: weights and gradients of equal shapes; a common factor of the gradients cancels.
+        rho: distance of the neighbour, above 0.
+        scaled: ASAM instead of SAM.
+        norm: of all of ``gs``, 0-dim, if it is known; used where not ``scaled``.
+
+    >>> w = torch.zeros(2)
+    >>> climb([w], [torch.tensor([3.0, 4.0])], 0.5)
+    >>> [round(x, 6) for x in w.tolist()]
+    [0.3, 0.4]
+    """
+    pushes = list(gs)
+    if scaled:
+        scales = [p.abs() + _ETA for p in ps]
+        pushes = [g * scale for g, scale in zip(gs, scales)]
+        norm = global_norm(pushes)
+        pushes = [push * scale for push, scale in zip(pushes, scales)]
+    elif norm is None:
+        norm = global_norm(gs)
+    factor = rho / norm.clamp(min=torch.finfo(norm.dtype).tiny)
+    for p, push in zip(ps, pushes):
+        p.add_(push * factor.to(push.dtype))
+
+
+def average_share(decay: float, t: Tensor) -> Tensor:
+    """How far an average of the weights moves towards them at update ``t`` (from 1): 1 - min(decay, (1 + t)/(10 + t)).
+
+    A young average forgets its beginning faster. Of any shape, in the dtype of ``t``.
+    """
+    return 1 - torch.clamp((1 + t) / (10 + t), max=decay)
