@@ -22,12 +22,14 @@ from thalweg.schedules import (
     Schedule,
     constant,
     cosine,
+    first,
     hold,
     inverse_sqrt,
     linear,
     parse,
     piece,
     polynomial,
+    repeat,
     shape,
     warmup,
 )
@@ -279,10 +281,13 @@ def test_a_rest_of_no_update_is_left_out() -> None:
     assert (warmup(3) >> cosine(to=0.1)).values(3) == warmup(3).values(3)
 
 
-def test_a_piece_without_length_in_the_middle_is_refused() -> None:
-    asked, numbers, remedy = refused((warmup(2) >> hold() >> cosine()).values, 100)
-    assert "'hold()'" in asked and "'cosine()'" in asked and "2 of 3" in numbers and "hold(100)" in remedy
-    refused((hold() >> hold(3)).values, 100)
+def test_pieces_without_length_share_what_is_left() -> None:
+    """warm-up, stable, decay needs no arithmetic: the piece in the middle takes what the others leave."""
+    values = (warmup(2) >> hold() >> cosine(3, to=0.1)).values(20)
+    assert values[1:17] == [1.0] * 16 and values[17] < 1 and values[-1] == 0.1
+    values = parse("warmup(500) >> hold() >> cosine(to=0.1)").values(1000)
+    assert values[499:750] == [1.0] * 251 and 1 > values[750] and values[-1] == 0.1
+    assert (hold() >> constant(1, value=0.5) >> constant(value=0.25)).values(4) == [1.0, 1.0, 0.5, 0.25]
 
 
 @pytest.mark.parametrize("steps", [0, -1])
@@ -340,6 +345,24 @@ OPTIONS = {
     "cosine": {"to": numbers},
     "polynomial": {"to": numbers, "power": st.floats(0.1, 10)},
     "inverse_sqrt": {"timescale": numbers},
+    "exponential": {"to": st.floats(1e-6, 10)},
+    "decay": {"factor": numbers, "every": st.one_of(st.integers(1, 100), st.just("10%"), st.just("2 steps"))},
+    "step": {"factor": numbers, "every": st.integers(1, 100)},
+    "multistep": {"factor": numbers, "at": st.lists(st.sampled_from([1, 7, "50%", "3 updates"]), max_size=3).map(tuple)},
+    "power": {"power": st.floats(0.1, 10), "timescale": numbers},
+    "cooldown": {"to": numbers, "power": st.floats(0.1, 10)},
+    "rex": {"to": numbers},
+    "one_cycle": {"start": numbers, "to": numbers, "rise": st.floats(0.01, 0.99), "straight": st.booleans()},
+    "cyclic": {"every": st.integers(0, 50), "low": numbers, "factor": ends},
+    "restarts": {
+        "every": st.integers(0, 50),
+        "times": st.integers(1, 9),
+        "longer": st.floats(0.1, 10),
+        "factor": numbers,
+        "to": numbers,
+    },
+    "plateau": {"factor": st.floats(0.01, 0.99), "patience": st.integers(1, 9), "least": ends},
+    "loss_plateau": {"factor": st.floats(0.01, 0.99), "smooth": st.floats(0, 0.999), "rest": st.integers(0, 9)},
 }
 pieces = st.one_of(
     [
@@ -361,7 +384,18 @@ def row_of(several: list[Schedule]) -> Schedule:
     return row
 
 
-rows = st.lists(pieces, min_size=1, max_size=5).map(row_of)
+rows = st.recursive(
+    st.lists(pieces, min_size=1, max_size=5).map(row_of),
+    lambda inner: st.one_of(
+        st.builds(lambda a, b: a * b, inner, inner),
+        st.builds(lambda a, b: a >> b, inner, inner),
+        st.builds(lambda a, factor: factor * a, inner, st.floats(0, 10)),
+        st.builds(lambda a, times, factor: repeat(a, times=times, factor=factor), inner, st.integers(1, 4), ends),
+        st.builds(lambda a, every: repeat(a, "50%", every=every), inner, st.sampled_from([3, "20%", "5 updates"])),
+        st.builds(lambda a, num, more: first(a, num, of=num + more), inner, st.integers(1, 40), st.integers(0, 40)),
+    ),
+    max_leaves=4,
+)
 
 
 def test_every_shape_is_in_the_table_of_this_test() -> None:

@@ -1,12 +1,13 @@
 """Data: order as a pure function, sources in memory or not, windows of micro-batches."""
 
-from thalweg.data.feeds import Augment, held_out, make_feed
+from thalweg.data.feeds import Augment, ChangedFeed, held_out, make_feed, sequence_length, shortened
 from thalweg.data.order import Order, permute, uniforms
 from thalweg.data.sources import Items, Source, Stream, Tensors, TokenWindows, as_source
 from thalweg.data.trees import batch_size, split, tensors, to_device, tree_map
 
 __all__ = [
     "Augment",
+    "ChangedFeed",
     "Items",
     "Order",
     "Source",
@@ -18,6 +19,8 @@ __all__ = [
     "held_out",
     "make_feed",
     "permute",
+    "sequence_length",
+    "shortened",
     "split",
     "tensors",
     "to_device",

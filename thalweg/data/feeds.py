@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 import itertools
 import random
 import signal
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -32,8 +33,12 @@ def make_feed(
     device: torch.device,
     workers: int = 0,
     augment: Augment | None = None,
+    sizes: Sequence[int] | None = None,
 ) -> Feed:
     """The feed for a source. Equal arguments give equal windows, from whatever step they are asked.
+
+    Args:
+        sizes: samples in the window of each step, where they change; none is larger than ``batch``.
 
     Raises:
         DataError: for ``augment`` with data that is read sample by sample.
@@ -45,8 +50,10 @@ def make_feed(
             "Augment in __getitem__ or __iter__: random numbers drawn there are seeded by (seed, epoch, sample).",
         )
     if isinstance(source, Stream):
-        return StreamFeed(source, batch=batch, micro_batch=micro_batch, seed=seed, keep_last=keep_last, device=device)
-    order = Order(len(source), batch, seed=seed, keep_last=keep_last)
+        return StreamFeed(
+            source, batch=batch, micro_batch=micro_batch, seed=seed, keep_last=keep_last, device=device, sizes=sizes
+        )
+    order = Order(len(source), batch, seed=seed, keep_last=keep_last, sizes=sizes)
     if isinstance(source, Items):
         return ItemFeed(source, order, micro_batch=micro_batch, seed=seed, device=device, workers=workers)
     return MemoryFeed(source, order, micro_batch=micro_batch, seed=seed, device=device, augment=augment)
@@ -79,8 +86,9 @@ class MemoryFeed:
         while step < stop:
             epoch, first = self.order.window(step)
             parts = [first]
-            ends = self.order.steps_per_epoch * (epoch + 1)
-            for later in range(step + 1, min(step + self.ahead, stop, ends)):
+            for later in range(step + 1, min(step + self.ahead, stop)):
+                if self.order.epoch_of(later) != epoch:
+                    break
                 parts.append(self.order.window(later)[1])
             yield from self._cut(epoch, parts)
             step += len(parts)
@@ -202,9 +210,7 @@ class _Keys:
     """The (epoch, sample) keys of each micro-batch from a step on, for ``DataLoader``."""
 
     def __init__(self, feed: ItemFeed, start: int, stop: int) -> None:
-        order = feed.order
-        self.order = Order(order.num, order.batch, seed=order.seed, keep_last=True)
-        self.order.steps_per_epoch = order.steps_per_epoch
+        self.order = copy.copy(feed.order)
         self.micro_batch, self.start, self.stop = feed.micro_batch, start, stop
 
     def __iter__(self) -> Iterator[list[tuple[int, int]]]:
@@ -225,10 +231,18 @@ class StreamFeed:
     """An iterable: windows are cut from it in its own order; a later step is reached by reading up to it."""
 
     def __init__(
-        self, source: Stream, *, batch: int, micro_batch: int, seed: int, keep_last: bool, device: torch.device
+        self,
+        source: Stream,
+        *,
+        batch: int,
+        micro_batch: int,
+        seed: int,
+        keep_last: bool,
+        device: torch.device,
+        sizes: Sequence[int] | None = None,
     ) -> None:
         self.source, self.batch, self.micro_batch, self.keep_last = source, batch, micro_batch, keep_last
-        self.seed, self.device = seed, device
+        self.seed, self.device, self.sizes = seed, device, sizes
 
     def epoch_of(self, step: int) -> int:
         return 0
@@ -249,24 +263,70 @@ class StreamFeed:
         return to_device(batch, self.device)
 
     def _cut(self) -> Iterator[list[Any]]:
-        epoch = 0
+        epoch = step = 0
         while True:
             window: list[Any] = []
             seen = 0
             for sample in self._read(epoch):
                 window.append(sample)
                 seen += 1
-                if len(window) == self.batch:
+                if len(window) == self._size(step):
                     yield window
-                    window = []
-            if window and (self.keep_last or seen < self.batch):
+                    window, step = [], step + 1
+            if window and (self.keep_last or seen < self._size(step)):
                 yield window
+                step += 1
             if not seen:
                 raise DataError("The data holds no sample.", "Its iterator ended at once.", "Give at least one sample.")
             epoch += 1
 
+    def _size(self, step: int) -> int:
+        return self.batch if self.sizes is None else self.sizes[min(step, len(self.sizes) - 1)]
+
     def _read(self, epoch: int) -> Iterator[Any]:
         return read_stream(self.source, seed_for(self.seed, "stream", epoch))
+
+
+class ChangedFeed:
+    """A feed whose windows go through functions of (step, window) before they are trained on.
+
+    Args:
+        changes: each takes the step (from 0) and the window's micro-batches, and gives micro-batches.
+    """
+
+    def __init__(self, feed: Feed, changes: Sequence[Callable[[int, list[Any]], list[Any]]]) -> None:
+        self.feed, self.changes = feed, changes
+
+    def epoch_of(self, step: int) -> int:
+        return self.feed.epoch_of(step)
+
+    def windows(self, start: int, stop: int) -> Iterator[list[Any]]:
+        for step, window in enumerate(self.feed.windows(start, stop), start=start):
+            for change in self.changes:
+                window = change(step, window)
+            yield window
+
+
+def shortened(lengths: Sequence[int]) -> Callable[[int, list[Any]], list[Any]]:
+    """A change for ``ChangedFeed``: sequences are cut to ``lengths[step]``.
+
+    Cut are the tensors whose second dimension is that of the first tensor that has two; weights shrink with them.
+    """
+
+    def change(step: int, window: list[Any]) -> list[Any]:
+        return [_cut_sequences(batch, lengths[min(step, len(lengths) - 1)]) for batch in window]
+
+    return change
+
+
+def sequence_length(batch: Any) -> int:
+    """The second dimension of the first tensor that has two or more; 0 where none has."""
+    return next((t.shape[1] for _, t in tensors(batch) if t.ndim >= 2), 0)
+
+
+def _cut_sequences(batch: Any, length: int) -> Any:
+    whole = sequence_length(batch)
+    return tree_map(lambda t: t[:, :length] if t.ndim >= 2 and t.shape[1] == whole else t, batch)
 
 
 def read_stream(source: Stream, name: int) -> Iterator[Any]:

@@ -7,6 +7,8 @@ permutation is ever in memory, be it of a billion samples.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 from numpy.typing import NDArray
 
@@ -77,29 +79,54 @@ class Order:
         batch: samples in a window.
         seed: the run's seed.
         keep_last: whether an epoch's short last window is a step.
+        sizes: samples in the window of each step, where they change; ``batch`` is then the largest of them.
 
     >>> order = Order(10, 4, seed=0, keep_last=True)
     >>> order.steps_per_epoch, [len(order.window(s)[1]) for s in range(4)]
     (3, [4, 4, 2, 4])
     """
 
-    def __init__(self, num: int, batch: int, *, seed: int, keep_last: bool) -> None:
+    def __init__(self, num: int, batch: int, *, seed: int, keep_last: bool, sizes: Sequence[int] | None = None) -> None:
         self.num, self.batch, self.seed = num, batch, seed
         self.steps_per_epoch = max(1, -(-num // batch) if keep_last else num // batch)
         self._block = max(1, 65536 // batch) * batch  # whole windows, so that one lies in one block
+        self._places = None if sizes is None else _places(num, sizes, keep_last)
         self._cached: tuple[tuple[int, int], Indices] | None = None
+
+    def place(self, step: int) -> tuple[int, int, int]:
+        """(epoch, first position, position after the last) of step ``step`` (from 0)."""
+        if self._places is not None:
+            return self._places[step]
+        epoch, place = divmod(step, self.steps_per_epoch)
+        return epoch, place * self.batch, min((place + 1) * self.batch, self.num)
 
     def epoch_of(self, step: int) -> int:
         """The epoch that step ``step`` (from 0) draws from."""
-        return step // self.steps_per_epoch
+        return self.place(step)[0]
 
     def window(self, step: int) -> tuple[int, Indices]:
         """(epoch, sample indices) of step ``step`` (from 0)."""
-        epoch, place = divmod(step, self.steps_per_epoch)
-        first = place * self.batch
+        epoch, first, stop = self.place(step)
         block, offset = divmod(first, self._block)
+        found = self._of_block(epoch, block)[offset : offset + stop - first]
+        if len(found) < stop - first:  # windows of changing sizes do not keep to the blocks
+            found = np.concatenate([found, self._of_block(epoch, block + 1)[: stop - first - len(found)]])
+        return epoch, found
+
+    def _of_block(self, epoch: int, block: int) -> Indices:
         if self._cached is None or self._cached[0] != (epoch, block):
             start = block * self._block
             positions = np.arange(start, min(start + self._block, self.num), dtype=np.int64)
             self._cached = ((epoch, block), permute(self.num, seed_for(self.seed, "order", epoch), positions))
-        return epoch, self._cached[1][offset : offset + self.batch]
+        return self._cached[1]
+
+
+def _places(num: int, sizes: Sequence[int], keep_last: bool) -> list[tuple[int, int, int]]:
+    """(epoch, first, stop) of every step: windows of changing sizes in a row, none of them across the end of an epoch."""
+    places, epoch, first = [], 0, 0
+    for size in sizes:
+        if first >= num or (not keep_last and first + size > num and first):
+            epoch, first = epoch + 1, 0
+        places.append((epoch, first, min(first + size, num)))
+        first += size
+    return places

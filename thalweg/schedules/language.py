@@ -1,159 +1,374 @@
-"""``warmup(100) >> cosine(to=0.1)``: pieces in a row, as Python objects or as text.
+"""``warmup(100) >> cosine(to=0.1)``: pieces in a row, as Python objects.
 
 A schedule is a pure function of the number of applied updates. It knows no trainer, keeps no state, and is never stepped.
+Two pieces listen to the run (``plateau``, ``loss_plateau``); what they have found is state of the run, not of the schedule.
 """
 
 from __future__ import annotations
 
-import ast
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
 from thalweg.core import RecipeError, did_you_mean
-from thalweg.schedules.shapes import SHAPES, Place, options_of
+from thalweg.schedules.shapes import LENGTHS, SHAPES, Place, options_of
+from thalweg.schedules.span import Length, Span, is_length
 
-Length = int | str | None
+#: Schedules of others, by the word before the dot: ``make(name, options, updates)`` gives their values.
+FOREIGN: dict[str, Callable[[str, Mapping[str, Any], int], Sequence[float]]] = {}
+
+
+@dataclass(frozen=True)
+class Listening:
+    """A piece whose value hangs on what the run finds, and from which update up to which it listens."""
+
+    shape: str
+    kind: str
+    options: Mapping[str, Any]
+    first: int
+    stop: int
+
+
+class _Laying:
+    """What laying out has found so far; values are appended piece by piece."""
+
+    def __init__(
+        self, span: Span, peak: float, *, offset: int = 0, before: int = 0, listening: list[Listening] | None = None
+    ) -> None:
+        self.span, self.peak, self.offset, self.before = span, peak, offset, before
+        self.values: list[float] = []
+        self.listening = [] if listening is None else listening
+
+    @property
+    def begin(self) -> float:
+        return self.values[-1] if self.values else self.peak
+
+    def within(self, num: int, *, anew: bool = True) -> _Laying:
+        """For the next ``num`` updates, as a run of their own; not ``anew``: one that knows what came before."""
+        here = len(self.values)
+        before = 0 if anew else self.before + here
+        offset = self.offset + here
+        return _Laying(self.span.part(here, num), self.peak, offset=offset, before=before, listening=self.listening)
 
 
 @dataclass(frozen=True)
 class Piece:
-    """One shape over a length: a number of updates, a share of the run such as "5%", or (None) the rest."""
+    """One shape over a length: updates, a share of the run such as "5%", an amount such as "3 epochs", or (None) the rest."""
 
     shape: str
     length: Length
     options: tuple[tuple[str, Any], ...]
 
     def __str__(self) -> str:
-        length = (
-            [] if self.length is None else [f"'{self.length}'" if isinstance(self.length, str) else f"{self.length}"]
-        )
-        return f"{self.shape}({', '.join([*length, *(f'{k}={v}' for k, v in self.options)])})"
+        return f"{self.shape}({', '.join([*_written(self.length), *(f'{k}={v!r}' for k, v in self.options)])})"
+
+    def lay(self, on: _Laying, num: int) -> None:
+        before, begin = on.before + len(on.values), on.begin
+        if "." in self.shape:
+            on.values += _foreign(self, num, begin)
+            return
+        shape = SHAPES[self.shape]
+        if shape.feedback:
+            first = on.offset + len(on.values)
+            given = {**options_of(self.shape), **dict(self.options)}
+            on.listening.append(Listening(self.shape, shape.feedback, given, first, first + num))
+        options = {f"{k}_" if k == "at" else k: _counted(k, v, on) for k, v in self.options}
+        for index in range(num):
+            x = (index + 1) / num if before else index / (num - 1) if num > 1 else 1.0
+            on.values.append(float(shape.value(Place(index, num, x, begin, before, on.peak), **options)))
+
+
+@dataclass(frozen=True)
+class Product:
+    """Schedules that are multiplied, update by update, and a number."""
+
+    factors: tuple[Schedule, ...]
+    scale: float = 1.0
+
+    @property
+    def length(self) -> Length:
+        return None
+
+    def __str__(self) -> str:
+        scale = [] if self.scale == 1 else [repr(self.scale)]
+        return " * ".join([*scale, *(str(f) if len(f.pieces) == 1 else f"({f})" for f in self.factors)])
+
+    def lay(self, on: _Laying, num: int) -> None:
+        products = [self.scale] * num
+        for factor in self.factors:
+            mine = on.within(num, anew=False)
+            _lay(factor, mine, num)
+            products = [a * b for a, b in zip(products, mine.values)]
+        on.values += products
+
+
+@dataclass(frozen=True)
+class Repeat:
+    """A schedule over and over; each time it begins anew, as a run of its own."""
+
+    what: Schedule
+    length: Length = None
+    times: int = 0
+    every: int | str = 0
+    factor: float = 1.0
+
+    def __str__(self) -> str:
+        counted = [f"times={self.times}"] if self.times else [f"every={self.every!r}"]
+        scaled = [] if self.factor == 1 else [f"factor={self.factor!r}"]
+        return f"repeat({', '.join([str(self.what), *_written(self.length), *counted, *scaled])})"
+
+    def lay(self, on: _Laying, num: int) -> None:
+        if not num:
+            return
+        if self.times:
+            ends = [round(num * k / self.times) for k in range(1, self.times + 1)]
+        else:
+            each = max(1, round(on.span.part(len(on.values), num).reach(0.0, self.every)))
+            ends = list(range(each, num + each, each))
+        begin, start = 0, len(on.values)
+        for number, end in enumerate(ends):
+            mine = on.within(end - begin)
+            if end > begin:
+                _lay(self.what, mine, end - begin)
+            on.values += [value * self.factor**number for value in mine.values]
+            begin = end
+        del on.values[start + num :]
+
+
+@dataclass(frozen=True)
+class First:
+    """The first ``length`` updates of a schedule that was laid out over ``of``: what a run that goes on elsewhere had."""
+
+    what: Schedule
+    length: int
+    of: int
+
+    def __str__(self) -> str:
+        return f"first({self.what}, {self.length}, of={self.of})"
+
+    def lay(self, on: _Laying, num: int) -> None:
+        mine = on.within(self.of)
+        _lay(self.what, mine, self.of)
+        on.values += mine.values[:num]
+
+
+Part = Piece | Product | Repeat | First
 
 
 @dataclass(frozen=True)
 class Schedule:
     """Pieces in a row. ``a >> b`` puts them together; each piece begins where the one before it ended.
 
+    ``a * b`` and ``0.5 * a`` multiply; ``repeat`` takes a schedule over and over.
+
     >>> from thalweg.schedules import warmup, cosine
     >>> [round(v, 3) for v in (warmup(2) >> cosine(to=0.1)).values(6)]
     [0.5, 1.0, 0.868, 0.55, 0.232, 0.1]
     """
 
-    pieces: tuple[Piece, ...]
+    pieces: tuple[Part, ...]
 
     def __rshift__(self, other: Schedule) -> Schedule:
         return Schedule(self.pieces + other.pieces)
 
+    def __mul__(self, other: Schedule | float) -> Schedule:
+        if isinstance(other, Schedule):
+            mine, theirs = self._product(), other._product()
+            return Schedule((Product(mine.factors + theirs.factors, mine.scale * theirs.scale),))
+        if isinstance(other, bool) or not isinstance(other, (int, float)) or not 0 <= other < 1e300:
+            raise RecipeError(
+                f"A schedule cannot be multiplied by {other!r}.",
+                "A factor is 0 or more.",
+                "Give a number or a schedule.",
+            )
+        mine = self._product()
+        scale = mine.scale * float(other)
+        return mine.factors[0] if scale == 1 and len(mine.factors) == 1 else Schedule((Product(mine.factors, scale),))
+
+    __rmul__ = __mul__
+
+    def _product(self) -> Product:
+        only = self.pieces[0]
+        return only if len(self.pieces) == 1 and isinstance(only, Product) else Product((self,))
+
     def __str__(self) -> str:
         return " >> ".join(map(str, self.pieces))
 
-    def values(self, steps: int) -> list[float]:
-        """The factor at each of ``steps`` updates. The last value of the last piece is exact, and held if steps remain.
+    def values(self, span: int | Span, *, peak: float = 1.0) -> list[float]:
+        """The value at each update of a run. The last value of the last piece is exact, and held if updates remain.
+
+        Args:
+            span: the run, or only its length in updates; lengths in other units need a ``Span``.
+            peak: what a warm-up rises to, and where a schedule begins that has none.
 
         Raises:
-            RecipeError: if the pieces are longer than the run, or one before the last has no length.
+            RecipeError: if the pieces are longer than the run, or it cannot count in one of their units.
         """
-        return list(_values(self, steps))
+        return list(self._laid(span, peak)[0])
 
-    def at(self, update: int, steps: int) -> float:
-        """The factor for update ``update`` (from 0) of ``steps``; beyond the end, the last value."""
-        return _values(self, steps)[min(update, steps - 1)]
+    def at(self, update: int, span: int | Span, *, peak: float = 1.0) -> float:
+        """The value at update ``update`` (from 0); beyond the end, the last value."""
+        values = self._laid(span, peak)[0]
+        return values[min(update, len(values) - 1)]
+
+    def listening(self, span: int | Span) -> tuple[Listening, ...]:
+        """The pieces that listen to the run, in order."""
+        return self._laid(span, 1.0)[1]
+
+    def _laid(self, span: int | Span, peak: float) -> tuple[tuple[float, ...], tuple[Listening, ...]]:
+        if isinstance(span, int):
+            return _of_updates(self, span, peak)
+        return _values(self, span, peak)
 
 
-@lru_cache(maxsize=16)
-def _values(schedule: Schedule, steps: int) -> tuple[float, ...]:
-    if steps < 1:
-        raise RecipeError(f"A schedule over {steps} steps has no value.", "A run has at least 1.", "Give more steps.")
-    values: list[float] = []
-    lengths = _lengths(schedule, steps)
-    known = sum(length or 0 for length in lengths)
-    if known > steps:
+def _values(schedule: Schedule, span: Span, peak: float) -> tuple[tuple[float, ...], tuple[Listening, ...]]:
+    if span.steps < 1:
+        raise RecipeError(
+            f"A schedule over {span.steps} steps has no value.", "A run has at least 1.", "Give more steps."
+        )
+    on = _Laying(span, peak)
+    try:
+        _lay(schedule, on, span.steps)
+        fine = all(math.isfinite(value) for value in on.values)
+    except (OverflowError, ZeroDivisionError):
+        fine = False
+    if not fine:
+        raise RecipeError(
+            f"The schedule '{str(schedule)[:200]}' leaves the range of numbers.",
+            f"Over {span.steps} updates one of its values is not finite.",
+            "Lower a factor or a power.",
+        )
+    return tuple(on.values), tuple(on.listening)
+
+
+@lru_cache(maxsize=32)
+def _of_updates(schedule: Schedule, steps: int, peak: float) -> tuple[tuple[float, ...], tuple[Listening, ...]]:
+    return _values(schedule, Span(steps), peak)
+
+
+def _lay(schedule: Schedule, on: _Laying, num: int) -> None:
+    """All pieces in a row over ``num`` updates; what is left at the end holds the last value."""
+    for part, length in zip(schedule.pieces, _lengths(schedule, on.span, num)):
+        if length:
+            part.lay(on, length)
+    on.values += [on.begin] * (num - len(on.values))
+
+
+def _lengths(schedule: Schedule, span: Span, steps: int) -> list[int]:
+    """Updates of each piece. Ends are rounded, not lengths, so that 50% and 50% are the whole. Pieces without a length
+    share equally what the others leave."""
+    known: list[int | None] = []
+    exact, begin = 0.0, 0
+    for part in schedule.pieces:
+        if part.length is None:
+            known.append(None)
+            continue
+        exact = span.reach(exact, part.length)
+        end = begin + part.length if isinstance(part.length, int) else max(begin + 1, round(exact))
+        if isinstance(part.length, str) and part.length.endswith("%"):
+            end = min(end, max(steps, begin))
+        known.append(end - begin)
+        begin = end
+    if begin > steps:
         raise RecipeError(
             f"The schedule '{schedule}' is longer than the run.",
-            f"Its pieces take {known} updates, the run has {steps}.",
+            f"Its pieces take {begin} updates, the run has {steps}.",
             "Shorten a piece, give its length as a share such as '5%', or raise train.steps.",
         )
-    for place, (piece, length) in enumerate(zip(schedule.pieces, lengths)):
-        if length is None and place < len(lengths) - 1:
-            raise RecipeError(
-                f"'{piece}' has no length, and '{schedule.pieces[place + 1]}' comes after it.",
-                f"Piece {place + 1} of {len(lengths)} in '{schedule}'.",
-                f"Give it one, such as {piece.shape}(100) or {piece.shape}('10%').",
-            )
-        num = steps - len(values) if length is None else length
-        value = SHAPES[piece.shape].value
-        before, begin, options = len(values), values[-1] if values else 1.0, dict(piece.options)
-        for index in range(num):
-            x = (index + 1) / num if before else index / (num - 1) if num > 1 else 1.0
-            values.append(float(value(Place(index, num, x, begin, before), **options)))
-    return tuple(values + [values[-1] if values else 1.0] * (steps - len(values)))
+    rests = sum(length is None for length in known)
+    shares = [round((steps - begin) * k / rests) for k in range(rests + 1)] if rests else []
+    free = iter(b - a for a, b in zip(shares, shares[1:]))
+    return [next(free) if length is None else length for length in known]
 
 
-def _lengths(schedule: Schedule, steps: int) -> list[int | None]:
-    """Updates of each piece. Shares are rounded where they end, not one by one, so that 50% and 50% are the whole."""
-    lengths: list[int | None] = []
-    exact, begin = 0.0, 0
-    for piece in schedule.pieces:
-        if piece.length is None:
-            lengths.append(None)
-            continue
-        if isinstance(piece.length, str):
-            exact += steps * float(piece.length.removesuffix("%")) / 100
-            end = min(max(begin + 1, round(exact)), max(steps, begin))
-        else:
-            exact += piece.length
-            end = begin + piece.length
-        lengths.append(end - begin)
-        begin = end
-    return lengths
+def _counted(name: str, value: Any, on: _Laying) -> Any:
+    """Options that are lengths, in updates: ``every`` from here on, ``at`` from the beginning of the run."""
+    if name not in LENGTHS:
+        return value
+    if isinstance(value, tuple):
+        return tuple(round(on.span.reach(0.0, one)) for one in value)
+    return value if value == 0 else max(1, round(on.span.reach(float(len(on.values)), value)) - len(on.values))
+
+
+def _foreign(piece: Piece, num: int, begin: float) -> list[float]:
+    room, _, name = piece.shape.partition(".")
+    if room not in FOREIGN:
+        raise RecipeError(
+            f"'{piece.shape}' names a schedule of {room}, and none are known here.",
+            f"Known: {', '.join(FOREIGN) or 'none'}.",
+            "Import thalweg.optim for those of torch.",
+        )
+    return [begin * value for value in FOREIGN[room](name, dict(piece.options), num)]
+
+
+def _written(length: Length) -> list[str]:
+    return [] if length is None else [repr(length)]
 
 
 def piece(name: str, length: Length = None, /, **options: Any) -> Schedule:
     """A schedule of one piece; its name, length and options are checked."""
-    known = options_of(name)
-    for key, value in options.items():
-        if key not in known:
-            raise RecipeError(
-                f"{name}() takes no option '{key}'.", f"Given: {key}={value!r}.", did_you_mean(key, known)
-            )
-        if not _fits(key, value, known[key]):
-            raise RecipeError(
-                f"{name}({key}={_short(value)}) is not possible.",
-                f"The default is {known[key]!r}.",
-                "Give a finite value of the same kind; a power is above 0, all else 0 or above.",
-            )
-    _check_length(name, length)
+    if "." not in name:
+        known = options_of(name)
+        for key, value in options.items():
+            if key not in known:
+                raise RecipeError(
+                    f"{name}() takes no option '{key}'.", f"Given: {key}={value!r}.", did_you_mean(key, known)
+                )
+            if isinstance(value, list):
+                options[key] = value = tuple(value)
+            if not _fits(name, key, value, known[key]):
+                raise RecipeError(
+                    f"{name}({key}={short(value)}) is not possible.",
+                    f"The default is {known[key]!r}.",
+                    "Give a finite value of the same kind; a power, and what a decay ends at, is above 0; all else 0 or above.",
+                )
+    check_length(name, length)
     return Schedule((Piece(name, length, tuple(options.items())),))
 
 
-def _fits(key: str, value: Any, default: Any) -> bool:
+#: Options that lie in an interval of their own: (above, up to, its ends included).
+_RANGES = {"power": (0.0, 1e300), "rise": (0.0, 1.0), "longer": (0.0, 1e300)}
+_COUNTS = ("patience", "times")
+
+
+def _fits(name: str, key: str, value: Any, default: Any) -> bool:
     """Whether an option is of its default's kind, finite, and in its range."""
+    if isinstance(default, tuple):
+        return isinstance(value, tuple) and all(is_length(one) for one in value)
+    if isinstance(value, str):
+        return key in LENGTHS and is_length(value)
     if isinstance(default, bool) or isinstance(value, bool):
         return isinstance(default, bool) and isinstance(value, bool)
     if not isinstance(value, (int, float)) or not abs(value) < 1e300:
         return False
-    return value > 0 if key == "power" else value >= 0
+    if isinstance(default, int) and not isinstance(value, int):
+        return False
+    listens = bool(SHAPES[name].feedback)
+    if key in _RANGES or (name == "exponential" and key == "to") or (listens and key == "factor"):
+        low, high = _RANGES.get(key, (0.0, 1.0 if listens else 1e300))
+        return low < value < high
+    if key == "smooth":
+        return 0 <= value < 1
+    if name == "cyclic" and key == "factor":
+        return 0 <= value <= 1
+    if key in _COUNTS or (name in ("decay", "step") and key == "every"):
+        return value >= 1
+    return value >= 0
 
 
-def _short(value: Any) -> str:
+def short(value: Any) -> str:
     """For messages: Python refuses to print very long numbers."""
     return "..." if isinstance(value, int) and abs(value) > 2**63 else repr(value)[:80]
 
 
-def _check_length(name: str, length: Length) -> None:
-    ok = length is None or (isinstance(length, int) and not isinstance(length, bool) and 1 <= length < 2**63)
-    if isinstance(length, str) and length.endswith("%"):
-        try:
-            ok = 0 < float(length[:-1]) <= 100
-        except ValueError:
-            ok = False
-    if not ok:
+def check_length(name: str, length: Length) -> None:
+    if length is not None and not is_length(length):
         raise RecipeError(
-            f"{name}({_short(length)}) has no length that can be counted.",
-            "A length is a whole number of updates, or a share of the run.",
-            f"Write {name}(100) or {name}('5%').",
+            f"{name}({short(length)}) has no length that can be counted.",
+            "A length is a whole number of updates, a share of the run, or an amount in updates, examples, tokens or epochs.",
+            f"Write {name}(100), {name}('5%') or {name}('2 epochs').",
         )
 
 
@@ -167,45 +382,61 @@ def _maker(name: str) -> Callable[..., Schedule]:
 
 warmup, hold, constant = _maker("warmup"), _maker("hold"), _maker("constant")
 linear, cosine, polynomial, inverse_sqrt = map(_maker, ("linear", "cosine", "polynomial", "inverse_sqrt"))
+exponential, decay, step, multistep = map(_maker, ("exponential", "decay", "step", "multistep"))
+power, cooldown, rex, one_cycle = map(_maker, ("power", "cooldown", "rex", "one_cycle"))
+cyclic, restarts, plateau, loss_plateau = map(_maker, ("cyclic", "restarts", "plateau", "loss_plateau"))
 
 
-def parse(text: str | Schedule) -> Schedule:
-    """Read the schedule language; percent lengths may stand without quotes: ``warmup(5%)``.
+def wsd(*, warm: Length = "5%", cool: Length = "20%", to: float = 0.0) -> Schedule:
+    """Warm-up, stable, decay (arXiv:2404.06395, 2405.18392): warmup(warm) >> hold() >> cooldown(cool, to=to)."""
+    return warmup(warm) >> hold() >> cooldown(cool, to=to)
 
-    >>> str(parse("warmup(5%) >> cosine(to=0.1)"))
-    "warmup('5%') >> cosine(to=0.1)"
+
+def repeat(
+    what: Schedule, length: Length = None, *, times: int = 0, every: int | str = 0, factor: float = 1.0
+) -> Schedule:
+    """``what`` over and over, each time begun anew; shares such as "5%" in it are shares of one time.
+
+    Args:
+        length: of all together; None: the rest of the run.
+        times: how often; or
+        every: the length of one time; the last one is cut where the length ends.
+        factor: each time is multiplied by so much more.
+
+    >>> repeat(linear(to=0.5), times=2).values(6)
+    [1.0, 0.75, 0.5, 1.0, 0.75, 0.5]
     """
-    if isinstance(text, Schedule):
-        return text
-    import re
-
-    quoted = re.sub(r"(?<!['\"\d.])(\d+(?:\.\d+)?%)(?!['\"])", r"'\1'", text)
-    try:
-        return _read(ast.parse(quoted.strip(), mode="eval").body, text)
-    except RecipeError:
-        raise
-    except (SyntaxError, ValueError, TypeError, RecursionError, MemoryError):
-        raise _unreadable(text, "It is not an expression.") from None
-
-
-def _unreadable(text: str, why: str) -> RecipeError:
-    return RecipeError(
-        f"The schedule {text[:200]!r} cannot be read.",
-        why,
-        "Write pieces in a row, such as 'warmup(100) >> cosine(to=0.1)'.",
-    )
+    check_length("repeat", length)
+    ok = isinstance(times, int) and isinstance(factor, (int, float)) and not isinstance(times, bool)
+    if not isinstance(what, Schedule) or not ok or times < 0 or not 0 <= factor < 1e300:
+        raise RecipeError(
+            "repeat() takes a schedule, a number of times and a factor.",
+            f"Given: times={short(times)}, factor={short(factor)}.",
+            "Write repeat(cosine(), times=3).",
+        )
+    if bool(times) == bool(every) or (every and not is_length(every)):
+        raise RecipeError(
+            "repeat() is told how often, or how long each time is.",
+            f"Given: times={short(times)}, every={short(every)}.",
+            "Write repeat(cosine(), times=3) or repeat(cosine(), every=100).",
+        )
+    return Schedule((Repeat(what, length, times, every, float(factor)),))
 
 
-def _read(node: ast.expr, text: str) -> Schedule:
-    if isinstance(node, ast.BinOp) and isinstance(node.op, ast.RShift):
-        return _read(node.left, text) >> _read(node.right, text)
-    if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and len(node.args) <= 1:
-        if len({k.arg for k in node.keywords}) < len(node.keywords):
-            raise _unreadable(text, f"An option of {node.func.id} is given twice.")
-        try:
-            lengths = [ast.literal_eval(arg) for arg in node.args]
-            options = {k.arg or "**": ast.literal_eval(k.value) for k in node.keywords}
-        except (ValueError, TypeError):
-            raise _unreadable(text, f"The arguments of {node.func.id} are not plain values.") from None
-        return piece(node.func.id, *lengths, **options)
-    raise _unreadable(text, f"'{ast.unparse(node)[:80]}' is not a piece.")
+_LONGEST = 10**8  # updates; what ``first`` leaves out is laid out too
+
+
+def first(what: Schedule, length: int, *, of: int) -> Schedule:
+    """The first ``length`` updates of a schedule laid out over ``of`` updates."""
+    whole = all(isinstance(n, int) and not isinstance(n, bool) for n in (length, of))
+    if not isinstance(what, Schedule) or not whole or not 1 <= length <= of <= _LONGEST:
+        raise RecipeError(
+            "first() takes a schedule, and how many of its updates.",
+            f"Given: {short(length)} of {short(of)}.",
+            "Write first(cosine(), 60, of=100).",
+        )
+    return Schedule((First(what, length, of),))
+
+
+#: What is built of the shapes, and takes schedules or makes several pieces.
+COMPOSITIONS: dict[str, Callable[..., Schedule]] = {"wsd": wsd, "repeat": repeat, "first": first}
