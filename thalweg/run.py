@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import signal
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,7 @@ from thalweg.core import (
     Task,
 )
 from thalweg.engine import GIVE_UP_AFTER, Loop, Resolved, build, evaluate, resolve
+from thalweg.regularize import PreciseStatistics
 from thalweg.report import write_report
 from thalweg.watch import JsonLines, Memory
 
@@ -215,10 +217,17 @@ class _Run:
             (self.folder.path / "outcome.json").unlink(missing_ok=True)
         sinks = self._sinks(snapshot)
         with _asked_to_stop() as stop:
-            loop = Loop(plan, step, resolved.feed, sinks, evaluate=self._evaluation(resolved, step), stop=stop)
-            loop.save = lambda: self._save(loop)
+            precise = self._precise(resolved)
+            loop = Loop(plan, step, resolved.feed, sinks, evaluate=self._evaluation(resolved, step, precise), stop=stop)
+            keeper = BestWeights(step.state, precise) if plan.recipe.evaluate.patience else None
+            loop.save = lambda: self._save(loop, keeper)
+            if keeper is not None:
+                loop.best = keeper.keep
             if snapshot is not None:
                 loop.ranking = [(value, at) for value, at in snapshot.facts["ranking"]]
+                loop.early.restore(snapshot.facts["early"])
+                if keeper is not None:
+                    keeper.values = dict(snapshot.groups.get("best", {}))
                 loop.streak = snapshot.facts["streak"] % GIVE_UP_AFTER  # one that gave up gets another try
             for sink in sinks:
                 sink.start(plan, step.state.step)
@@ -227,10 +236,16 @@ class _Run:
             reason = StopReason.FAILED
             try:
                 reason = loop.run()
+                if keeper is not None and keeper.values:
+                    loop.tell("best weights", f"The model is that of step {loop.best_steps()[0]}.")
             finally:
                 for sink in sinks:
                     sink.stop(reason)
         step.state.adopt_average()
+        if precise is not None:
+            precise.estimate().put(step.state.model)
+        if keeper is not None:
+            keeper.adopt()
         sample = self._sample(step.state.model, reason)
         if self.folder:
             outcome = {"reason": reason.value, "advice": reason.advice, "sample": sample}
@@ -273,19 +288,48 @@ class _Run:
             sinks.append(self.lines)
         return [*sinks, *self.given_sinks]
 
-    def _evaluation(self, resolved: Resolved, step: Any) -> Callable[[], dict[str, float]] | None:
+    def _precise(self, resolved: Resolved) -> PreciseStatistics | None:
+        """What measures batch statistics for averaged weights, from the first batches of the run."""
+        recipe, feed = resolved.plan.recipe, resolved.feed
+        num = recipe.regularize.precise
+        if not num:
+            return None
+
+        def batches() -> Iterator[Any]:
+            parts = (part for window in feed.windows(0, resolved.plan.steps) for part in window)
+            return itertools.islice(parts, num)
+
+        def forward(model: nn.Module, batch: Any) -> None:
+            with resolved.policy.context(resolved.device):
+                resolved.loss(model, batch)
+
+        return PreciseStatistics(resolved.model, batches, forward)
+
+    def _evaluation(
+        self, resolved: Resolved, step: Any, precise: PreciseStatistics | None
+    ) -> Callable[[], dict[str, float]] | None:
         test, wanted = resolved.test, resolved.plan.recipe.evaluate
         if test is None:
             return None
         batch = wanted.batch or 1
-        return lambda: evaluate(step.state, test, resolved.loss, self.task.metrics, resolved.policy, batch=batch)
+        return lambda: evaluate(
+            step.state, test, resolved.loss, self.task.metrics, resolved.policy, batch=batch, precise=precise
+        )
 
-    def _save(self, loop: Loop) -> None:
+    def _save(self, loop: Loop, keeper: BestWeights | None) -> None:
         if self.folder is None or self.lines is None:
             return
         state, wanted = loop.step.state, loop.plan.recipe.checkpoint
-        facts = {"ranking": loop.ranking, "streak": loop.streak, "records_bytes": self.lines.durable_bytes()}
-        self.folder.store.save(state.step, state.snapshot(facts))
+        facts = {
+            "ranking": loop.ranking,
+            "early": loop.early.facts(),
+            "streak": loop.streak,
+            "records_bytes": self.lines.durable_bytes(),
+        }
+        snapshot = state.snapshot(facts)
+        if keeper is not None and keeper.values:
+            snapshot = replace(snapshot, groups={**snapshot.groups, "best": keeper.values})
+        self.folder.store.save(state.step, snapshot)
         self.folder.store.retain(
             last=wanted.keep_last, every=wanted.keep_every, best=loop.best_steps()[: wanted.keep_best]
         )
@@ -295,6 +339,28 @@ class _Run:
             return ""
         model.eval()
         return self.task.sample(model)
+
+
+class BestWeights:
+    """The weights of the best evaluation so far, as they were evaluated: averaged where there is an average.
+
+    Attributes:
+        values: by name, as in the model's state dict; empty before the first.
+    """
+
+    def __init__(self, state: Any, precise: PreciseStatistics | None) -> None:
+        self.state, self.precise = state, precise
+        self.values: dict[str, Any] = {}
+
+    def keep(self) -> None:
+        with self.state.averaged(), nullcontext() if self.precise is None else self.precise.put_in(self.state.step):
+            self.values = {name: tensor.clone() for name, tensor in self.state.weights().items()}
+
+    def adopt(self) -> None:
+        """Leave them in the model."""
+        live = self.state.weights()
+        for name, tensor in self.values.items():
+            live[name].copy_(tensor)
 
 
 @contextmanager

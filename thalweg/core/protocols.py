@@ -61,6 +61,8 @@ class Task:
         sample: ``sample(model)`` gives a text to show at the end of a run.
         unit: what a weight of 1 is, for people: "tokens" or "samples".
         recipe: what differs from the default recipe, by dotted path.
+        inputs, targets: where a batch has what augmentation and mixing change: a key, or a place in a tuple.
+        classes: number of classes; 0: counted in the labels of in-memory data, where it is asked for.
         about: one line for ``thalweg tasks``.
     """
 
@@ -72,6 +74,9 @@ class Task:
     recipe: Mapping[str, Any] = field(default_factory=dict)
     about: str = ""
     unit: str = "samples"
+    inputs: str | int = "images"
+    targets: str | int = "labels"
+    classes: int = 0
     name: str = "task"
 
 

@@ -112,7 +112,7 @@ class Train:
         )
 
 
-DECAY_FORMS = ("decoupled", "coupled", "independent", "corrected", "cautious")
+DECAY_FORMS = ("decoupled", "coupled", "independent", "corrected", "cautious", "initial")
 SLOT_FORMS = ("full", "bf16", "bf16+error", "int8")
 ROUNDINGS = ("nearest", "stochastic", "kahan")
 WAYS = ("eager", "stacked", "compiled", "fused")
@@ -127,13 +127,14 @@ class Optimizer:
         lr: the peak learning rate; None: the rule's published default.
         weight_decay: strength of weight decay; 0 switches it off.
         decay_form: "decoupled" (weights shrink by 1 - lr*weight_decay), "coupled" (L2: weight_decay*p joins the
-            gradient), "independent", "corrected", "cautious" (docs/weight-decay.md), or None: the rule's own.
+            gradient), "independent", "corrected", "cautious", "initial" (docs/weight-decay.md), or None: the rule's own.
         no_decay: what is not decayed: the words "bias", "norm", "1d", "embedding", "token" (positional, class and mask
             tokens), or patterns of parameter names such as "head.*".
         options: the rule's own hyper-parameters, such as ``b1``.
         otherwise, otherwise_lr: for a rule of hidden matrices: the rule that takes embeddings, the output layer and
             vectors, and its rate; None: that rule's published default.
-        groups: what differs for some parameters, by pattern: {pattern: {rule, lr, lr_scale, weight_decay, options, fold}}.
+        groups: what differs for some parameters, by pattern:
+            {pattern: {rule, lr, lr_scale, weight_decay, options, fold, schedule}}.
             A pattern is of names ("blocks.*.attn.*"), or "type:Embedding", "ndim:1", "shape:10x*".
         layer_decay: factor on the rate for each layer further from the output; 1 switches it off.
         stages: what combines with the rule, with its options: {"cautious": {}, "clip_update_rms": {"most": 1.0}}.
@@ -195,24 +196,103 @@ class Optimizer:
 
 @dataclass(frozen=True, kw_only=True)
 class Schedule:
-    """What changes over the run: a factor on the peak value, in the schedule language (``thalweg.schedules``)."""
+    """What changes over the run, each value in the schedule language (``thalweg.schedules``); None: it does not change.
+
+    A schedule is a factor on the recipe's value, but for ``options`` and ``average``, whose schedules give the value itself.
+
+    Args:
+        lr: of ``optimizer.lr``.
+        weight_decay: of ``optimizer.weight_decay`` and that of each group.
+        clip: of ``train.clip``.
+        average: the decay of the weight average, from ``regularize.average``.
+        batch: of ``train.batch``; counted in steps, skipped or not, like ``sequence``.
+        sequence: of the length of sequences: they are cut.
+        dropout, stochastic_depth: of the rate of each layer.
+        options: the rule's own, by name: {b1: "warmup(300, start=0.85)"}.
+        loss: of arguments of the task's loss, by name: {label_smoothing: "linear()"}.
+        penalties: of ``regularize.penalties``, by name.
+    """
 
     lr: str = "warmup(5%) >> cosine(to=0.1)"
+    weight_decay: str | None = None
+    clip: str | None = None
+    average: str | None = None
+    batch: str | None = None
+    sequence: str | None = None
+    dropout: str | None = None
+    stochastic_depth: str | None = None
+    options: dict[str, Any] = field(default_factory=dict)
+    loss: dict[str, Any] = field(default_factory=dict)
+    penalties: dict[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        for name in ("options", "loss", "penalties"):
+            for key, text in getattr(self, name).items():
+                _check(
+                    isinstance(text, str),
+                    f"schedule.{name}.{key}={text!r} is no schedule.",
+                    f"It is a {type(text).__name__}.",
+                    "Write a text in the schedule language, such as 'linear(to=0.5)'.",
+                )
+
+
+AVERAGES = ("ema", "swa", "window")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Regularize:
-    """What the engine itself regularizes with; dropout and label smoothing are arguments of the task's model and loss.
+    """What the engine itself regularizes with; what is no part of a recipe is an argument of the task's model and loss.
 
     Args:
         average: decay of the exponential moving average of the weights, at most; 0 switches it off. Evaluation uses the average.
+        average_form: "ema"; "swa": the plain mean of the weights at every ``average_every`` from ``average_start`` on;
+            "window": the mean of the last ``average_window`` of them (LAWA).
+        average_start: a length in the schedule language, such as "75%", for "swa" and "window".
+        average_every: likewise: "1 epochs", "50"; for "swa" and "window".
+        average_window: weights in the window.
+        precise: batches of training data from which batch normalization takes its statistics anew before averaged weights
+            are evaluated; 0: the average of the running statistics.
         sharpness: distance (rho) of the neighbour at which gradients are taken: SAM, at twice the passes; 0 switches it off.
         sharpness_scaled: measure that distance in units of each weight (ASAM).
+        dropout: rate of dropout that is put into the model; 0: none is.
+        dropout_at: where: "residual", behind each residual branch; "head", before the last linear layer; or patterns of
+            modules' names.
+        stochastic_depth: rate at which the last residual branch is left out, falling in a line towards the first; 0: never.
+        stochastic_depth_mode: "row": for each sample; "batch": for a whole step.
+        by_sample: masks of dropout are a function of (seed, step, sample), so that the micro-batch does not matter.
+        batchnorm: "pooled"; "frozen": running statistics are used and kept.
+        ghost: samples that batch normalization normalises together, whatever the micro-batch; 0: the micro-batch.
+        mixup, cutmix: alpha of the Beta distribution that mixes pairs of samples; 0 switches it off.
+        mix_share: share of the steps that are mixed.
+        augment: transforms of the images, in order: ["crop(4)", "flip", "cutout(8)"].
+        penalties: strengths of terms that join the loss, by name: {l1: 1e-5}.
     """
 
     average: float = 0.0
+    average_form: str = "ema"
+    average_start: str = "75%"
+    average_every: str = "1%"
+    average_window: int = 5
+    precise: int = 0
     sharpness: float = 0.0
     sharpness_scaled: bool = False
+    dropout: float = 0.0
+    dropout_at: tuple[str, ...] = ("residual",)
+    stochastic_depth: float = 0.0
+    stochastic_depth_mode: str = "row"
+    by_sample: bool = False
+    batchnorm: str = "pooled"
+    ghost: int = 0
+    mixup: float = 0.0
+    cutmix: float = 0.0
+    mix_share: float = 1.0
+    augment: tuple[str, ...] = ()
+    penalties: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def averages(self) -> bool:
+        """Whether there is a weight average."""
+        return self.average > 0 or self.average_form != "ema"
 
     def __post_init__(self) -> None:
         _check(
@@ -220,6 +300,57 @@ class Regularize:
             f"regularize.average={self.average} is no decay.",
             "The average is average*old + (1 - average)*new.",
             "Give a value in [0, 1), such as 0.999.",
+        )
+        for name, known in (
+            ("average_form", AVERAGES),
+            ("stochastic_depth_mode", ("row", "batch")),
+            ("batchnorm", ("pooled", "frozen")),
+        ):
+            value = getattr(self, name)
+            _check(
+                value in known,
+                f"regularize.{name}={value!r} is not known.",
+                f"{len(known)} are.",
+                did_you_mean(value, known),
+            )
+        _check(
+            self.average == 0 or self.average_form == "ema",
+            f"regularize.average={self.average} and average_form='{self.average_form}' are two averages.",
+            "One is kept.",
+            "Leave average out, or use average_form='ema'.",
+        )
+        for name, least in (("average_window", 1), ("precise", 0), ("ghost", 0)):
+            _check(
+                getattr(self, name) >= least,
+                f"regularize.{name}={getattr(self, name)} is too small.",
+                f"It is {least} or more.",
+                f"Give {least} or more.",
+            )
+        for name in ("dropout", "stochastic_depth"):
+            _check(
+                0 <= getattr(self, name) < 1,
+                f"regularize.{name}={getattr(self, name)} is no rate.",
+                "A rate lies in [0, 1).",
+                "Give one such as 0.1, or 0 to switch it off.",
+            )
+        for name in ("mixup", "cutmix"):
+            _check(
+                getattr(self, name) >= 0,
+                f"regularize.{name}={getattr(self, name)} is negative.",
+                "It is the alpha of a Beta distribution.",
+                "Give one such as 0.2, or 0 to switch it off.",
+            )
+        _check(
+            0 <= self.mix_share <= 1,
+            f"regularize.mix_share={self.mix_share} is no share.",
+            "It lies in [0, 1].",
+            "Give one such as 0.8.",
+        )
+        _check(
+            self.ghost != 1 and not (self.ghost and self.batchnorm == "frozen"),
+            f"regularize.ghost={self.ghost} with batchnorm='{self.batchnorm}' normalises nothing.",
+            "A group has 2 or more samples, and frozen layers do not look at the batch.",
+            "Give 2 or more, such as 32, and batchnorm='pooled'.",
         )
         _check(
             self.sharpness >= 0,
@@ -265,12 +396,17 @@ class Evaluate:
         batch: samples in one evaluation batch; None: the micro-batch.
         best: the metric that chooses the best checkpoint.
         goal: "min" or "max"; None: by the metric's name.
+        patience: evaluations in a row without a better ``best`` after which the run stops, and its best weights are
+            taken; 0: it goes to its end.
+        min_delta: better means: by more than this.
     """
 
     every: int | None = None
     batch: int | None = None
     best: str = "loss"
     goal: str | None = None
+    patience: int = 0
+    min_delta: float = 0.0
 
     def __post_init__(self) -> None:
         _check(
@@ -291,6 +427,13 @@ class Evaluate:
             "A metric is better when it is smaller or larger.",
             "Use 'min' or 'max'.",
         )
+        for name in ("patience", "min_delta"):
+            _check(
+                getattr(self, name) >= 0,
+                f"evaluate.{name}={getattr(self, name)} is negative.",
+                "It is 0 or more.",
+                "Give 0 to switch it off, or more.",
+            )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -361,6 +504,7 @@ class Recipe:
             ("optimizer.options", self.optimizer.options),
             ("optimizer.groups", self.optimizer.groups),
             ("optimizer.stages", self.optimizer.stages),
+            ("regularize.penalties", self.regularize.penalties),
         ):
             check_options(path, table)
         _check(

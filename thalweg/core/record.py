@@ -15,6 +15,7 @@ class StopReason(enum.Enum):
     """Why a run ended; ``advice`` is a sentence that a person can act on."""
 
     FINISHED = "finished"
+    STOPPED_EARLY = "stopped early"
     INTERRUPTED = "interrupted"
     DIVERGED = "diverged"
     FAILED = "failed"
@@ -23,6 +24,7 @@ class StopReason(enum.Enum):
     def advice(self) -> str:
         return {
             StopReason.FINISHED: "All steps are done.",
+            StopReason.STOPPED_EARLY: "Evaluations stopped improving (evaluate.patience); the model is the best of them.",
             StopReason.INTERRUPTED: "Stopped between two steps. With a run folder, the state is saved and --resume goes on.",
             StopReason.DIVERGED: "Gradients were not finite for many steps in a row, and none of those steps was applied. "
             "Lower optimizer.lr, lengthen the warm-up, or look for NaN or infinity in the data.",
@@ -31,7 +33,7 @@ class StopReason(enum.Enum):
 
     @property
     def exit_code(self) -> int:
-        return {"finished": 0, "interrupted": 130, "diverged": 3, "failed": 1}[self.value]
+        return {"finished": 0, "stopped early": 0, "interrupted": 130, "diverged": 3, "failed": 1}[self.value]
 
 
 @dataclass(frozen=True)
@@ -49,6 +51,7 @@ class Record:
         skipped: whether this step's gradient was not finite, so that nothing was moved.
         scale: the loss scale; 1 but for fp16.
         seconds: wall time since the run (this attempt) began; the one field that two equal runs do not share.
+        values: what else is scheduled, by name.
     """
 
     step: int
@@ -61,9 +64,11 @@ class Record:
     skipped: bool
     scale: float
     seconds: float
+    values: dict[str, float] = field(default_factory=dict)
 
     def to_dict(self) -> dict[str, Any]:
-        return {"kind": "step", **_jsonable(vars(self))}
+        told = {k: v for k, v in vars(self).items() if k != "values"}
+        return {"kind": "step", **_jsonable(told), **({"values": _jsonable(self.values)} if self.values else {})}
 
 
 @dataclass(frozen=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import re
 import tomllib
 import types
 import typing
@@ -111,7 +112,7 @@ def _convert(value: Any, wanted: Any, path: str) -> Any:
             raise RecipeError(
                 f"{path}={value!r} is no list of texts.", f"Got {type(value).__name__}.", f'Write {path} = ["a", "b"].'
             )
-        items = value.split(",") if isinstance(value, str) else value
+        items = re.split(r",(?![^(]*\))", value) if isinstance(value, str) else value  # not between parentheses
         return tuple(str(item).strip() for item in items if str(item).strip())
     try:
         if wanted is bool:

@@ -1,59 +1,120 @@
-"""Plan -> State and Step: arenas, schedules as tables on the device, the loss scale."""
+"""Plan -> State and Step: arenas, schedules as one table on the device, the loss scale."""
 
 from __future__ import annotations
 
 import math
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from thalweg.core import Plan, seed_for
 from thalweg.device import Device
 from thalweg.engine.preflight import ModelLoss
+from thalweg.engine.regularizers import TaskLoss, make_streams
+from thalweg.engine.scheduled import Scheduled, batch_sizes, length_of, scheduled, sequence_lengths, span_of
 from thalweg.engine.state import State
 from thalweg.engine.step import Step, StepOptions
+from thalweg.engine.timetable import Timetable
 from thalweg.optim import make_arenas, named_trainable
 from thalweg.optim.arena import How
+from thalweg.optim.weights import average_share
 from thalweg.precision import Policy
+from thalweg.regularize import swa_shares
 from thalweg.rules import RULES
-from thalweg.schedules import parse
+from thalweg.schedules import Span
 
 
 def build(plan: Plan, model: nn.Module, loss: ModelLoss, device: Device, policy: Policy) -> Step:
     """The step of a plan; the model's parameters become views of flat buffers."""
     recipe = plan.recipe
-    optimizer = recipe.optimizer
-    average = recipe.regularize.average > 0
+    optimizer, regularize = recipe.optimizer, recipe.regularize
+    in_update = regularize.averages and regularize.average_form != "window"
     peak = optimizer.lr if optimizer.lr is not None else RULES[optimizer.rule].lr
     how = How(
         slots=optimizer.slots,
         rounding=optimizer.rounding,
-        average=average,
+        average=in_update,
         peak=peak or 1.0,
         seed=seed_for(recipe.seed, "rounding"),
         way=optimizer.way,
     )
     arenas = make_arenas(named_trainable(model), plan.parameters, optimizer, how)
-    state = State(model, arenas, device, scaled=policy.scaled, average=average, clip_history=recipe.train.clip_history)
-    factors = parse(recipe.schedule.lr).values(plan.steps)
+    span = run_span(plan)
+    timetable = make_timetable(plan, span, device, loss)
+    state = State(
+        model,
+        arenas,
+        device,
+        timetable,
+        scaled=policy.scaled,
+        average=in_update,
+        clip_history=recipe.train.clip_history,
+        window=average_times(plan, span) if regularize.average_form == "window" else None,
+    )
+    if isinstance(loss, TaskLoss):
+        loss.move(timetable.now)
     options = StepOptions(
         seed=recipe.seed,
         clip=recipe.train.clip,
         loss_divisor=plan.loss_divisor,
-        lrs=torch.tensor([peak * factor for factor in factors], dtype=device.exact, device=device.torch_device),
-        shares=average_shares(recipe.regularize.average, plan.steps, device) if average else None,
-        sharpness=recipe.regularize.sharpness,
-        sharpness_scaled=recipe.regularize.sharpness_scaled,
+        sharpness=regularize.sharpness,
+        sharpness_scaled=regularize.sharpness_scaled,
     )
-    return Step(state, loss, policy, options)
+    streams = make_streams(model, recipe, device.torch_device, timetable.now)
+    return Step(state, loss, policy, options, streams)
 
 
-def average_shares(decay: float, steps: int, device: Device) -> Tensor:
-    """1 - min(decay, (1 + t)/(10 + t)) for update t = 1, 2, ...: young averages forget their beginning faster.
+def run_span(plan: Plan) -> Span:
+    """The run as its schedules see it."""
+    recipe = plan.recipe
+    return span_of(
+        plan.steps,
+        plan.per_step,
+        plan.why_not,
+        sizes=batch_sizes(recipe, plan.steps),
+        lengths=sequence_lengths(recipe, plan.steps, plan.sequence),
+        batch=recipe.train.batch,
+        whole=max(plan.sequence, 1),
+    )
 
-    The table reaches at least to where the decay is full, so that a loop without a known end keeps it from there on.
+
+def make_timetable(plan: Plan, span: Span, device: Device, loss: ModelLoss) -> Timetable:
+    """A row for each number of applied updates; beyond the end, the last one stays."""
+    moved = scheduled(plan.recipe, loss.known if isinstance(loss, TaskLoss) else None)
+    rows = {one.name: one.row(span) for one in moved if one.name != "average"}
+    shares = average_shares(plan, span, next((one for one in moved if one.name == "average"), None))
+    if shares:
+        rows["share"] = shares
+    heard = [(one.name, piece) for one in moved if one.name != "average" for piece in one.schedule.listening(span)]
+    scales = {one.name: one.base if one.relative else 1.0 for one in moved if one.name not in ("lr", "average")}
+    return Timetable(rows, device, heard, scales)
+
+
+def average_shares(plan: Plan, span: Span, moved: Scheduled | None) -> list[float]:
+    """How far the average moves towards the weights at each update; empty where none moves in the update.
+
+    An exponential average's table reaches at least to where its decay is full, so that a loop without a known end keeps it
+    from there on.
     """
-    full = math.ceil((10 * decay - 1) / (1 - decay))
-    updates = torch.arange(1, max(steps, full) + 1, dtype=torch.float64)
-    shares = 1 - torch.minimum(torch.tensor(decay, dtype=torch.float64), (1 + updates) / (10 + updates))
-    return shares.to(device.torch_device, device.exact)
+    wanted = plan.recipe.regularize
+    if wanted.average_form == "swa":
+        _, start, every = average_times(plan, span)
+        return swa_shares(plan.steps, start, every)
+    if not wanted.average:
+        return []
+    full = math.ceil((10 * wanted.average - 1) / (1 - wanted.average))
+    updates = torch.arange(1, max(plan.steps, full) + 1, dtype=torch.float64)
+    shares: list[float] = average_share(wanted.average, updates).tolist()
+    if moved is not None:
+        decays = moved.values(span)
+        decays += [decays[-1]] * (len(shares) - len(decays))
+        shares = [float(average_share(decay, t)) for decay, t in zip(decays, updates)]
+    return shares
+
+
+def average_times(plan: Plan, span: Span) -> tuple[int, int, int]:
+    """(weights in the window, first update or step whose weights count, updates between two)."""
+    wanted = plan.recipe.regularize
+    start = max(1, round(span.reach(0.0, length_of("regularize.average_start", wanted.average_start))))
+    every = max(1, round(span.reach(0.0, length_of("regularize.average_every", wanted.average_every))))
+    return wanted.average_window, start, every

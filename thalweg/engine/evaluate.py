@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -14,6 +15,7 @@ from thalweg.engine.losses import sum_and_weight
 from thalweg.engine.preflight import ModelLoss, in_evaluation_mode
 from thalweg.engine.state import State
 from thalweg.precision import Policy
+from thalweg.regularize import PreciseStatistics
 
 
 def evaluate(
@@ -24,16 +26,19 @@ def evaluate(
     policy: Policy,
     *,
     batch: int,
+    precise: PreciseStatistics | None = None,
 ) -> dict[str, float]:
     """Exactly weighted means over all of ``source``, read from the device once, at the end.
 
     Args:
+        precise: measures the statistics of batch normalization for the averaged weights.
         metrics: gives further (sum, weight) pairs by name.
         batch: samples a batch; the result does not depend on it but for rounding.
     """
     model = state.model
     sums: dict[str, list[Tensor]] = {}
-    with in_evaluation_mode(model), state.averaged(), torch.no_grad():
+    statistics = nullcontext() if precise is None else precise.put_in(version=state.step)
+    with in_evaluation_mode(model), state.averaged(), statistics, torch.no_grad():
         for samples in held_out(source, batch, state.device.torch_device):
             with policy.context(state.device):
                 found = {"loss": sum_and_weight(loss(model, samples), samples)}

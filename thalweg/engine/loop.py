@@ -5,8 +5,11 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 
+import torch
+
 from thalweg.core import Evaluation, Event, Feed, Plan, Record, Sink, StopReason, ThalwegError
 from thalweg.engine.step import FIELDS, RING, Step
+from thalweg.engine.stopping import EarlyStop
 
 _FLUSH_SECONDS = 0.25
 GIVE_UP_AFTER = 50  # steps in a row without a finite gradient
@@ -19,6 +22,7 @@ class Loop:
         evaluate: gives metrics, or None where there is no held-out data.
         save: writes a checkpoint of this moment, told the facts to keep.
         stop: asked between steps: whether someone wants the run to end.
+        best: told after an evaluation better than all before.
     """
 
     def __init__(
@@ -31,9 +35,13 @@ class Loop:
         evaluate: Callable[[], dict[str, float]] | None = None,
         save: Callable[[], None] = lambda: None,
         stop: Callable[[], bool] = lambda: False,
+        best: Callable[[], None] = lambda: None,
     ) -> None:
         self.plan, self.step, self.feed, self.sinks = plan, step, feed, sinks
-        self.evaluate, self.save, self.stop = evaluate, save, stop
+        self.evaluate, self.save, self.stop, self.best = evaluate, save, stop, best
+        wanted = plan.recipe.evaluate
+        self.early = EarlyStop(wanted.patience, wanted.goal or "min", wanted.min_delta)
+        self.had_enough = False
         self.ranking: list[tuple[float, int]] = []  # (value of the chosen metric, step), best first
         self.streak = 0  # skipped steps in a row
         self._began = time.perf_counter()
@@ -57,6 +65,9 @@ class Loop:
                     self._evaluate()
                 if due(recipe.checkpoint.every) or self._is_best_now():
                     self._save()
+                if self.had_enough and state.step < self.plan.steps:
+                    self._save()
+                    return self._end(StopReason.STOPPED_EARLY)
                 if self.streak >= GIVE_UP_AFTER:
                     return self._end(StopReason.DIVERGED)
                 if self.stop() and state.step < self.plan.steps:
@@ -97,6 +108,7 @@ class Loop:
     def _record(self, step: int, row: list[float], seconds: float) -> Record:
         value = dict(zip(FIELDS, row))
         weight = value["weight"]
+        told = self.step.state.timetable.told
         return Record(
             step=step,
             epoch=self.feed.epoch_of(step - 1),
@@ -108,6 +120,7 @@ class Loop:
             skipped=bool(value["skipped"]),
             scale=value["scale"],
             seconds=round(seconds, 4),
+            values={name: number * scale for (name, scale), number in zip(told.items(), row[len(FIELDS) :])},
         )
 
     def _evaluate(self) -> None:
@@ -121,9 +134,20 @@ class Loop:
             self.ranking.append((value, now))
             self.ranking.sort(key=lambda pair: (pair[0] if wanted.goal == "min" else -pair[0], pair[1]))
         seconds = round(time.perf_counter() - self._began, 4)
+        self._listen(value if wanted.goal == "min" else -value)
+        self.had_enough = self.early.tell(value)
         evaluation = Evaluation(now, metrics, self.best_steps()[:1] == [now], seconds)
+        if evaluation.best:
+            self.best()
         for sink in self.sinks:
             sink.evaluation(evaluation)
+
+    def _listen(self, value: float) -> None:
+        """Schedules that follow evaluations hear of this one; the update before decides whether their piece still lasts."""
+        state = self.step.state
+        if state.timetable.feedback.hears("evaluation"):
+            heard = torch.full((), value, dtype=state.device.exact, device=state.device.torch_device)
+            state.timetable.feedback.hear("evaluation", heard, (state.applied - 1).clamp(min=0))
 
     def best_steps(self) -> list[int]:
         """Steps of the best evaluations so far, best first."""

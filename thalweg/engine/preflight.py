@@ -16,12 +16,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from thalweg.core import DataError, ModelError, seed_for
+from thalweg.core import DataError, ModelError, ThalwegError, seed_for
 from thalweg.data import Source, Tensors, tensors
 from thalweg.device import Device, half_precision_gain
 from thalweg.engine.losses import check_loss, sum_and_weight
 from thalweg.optim import named_trainable
 from thalweg.precision import POLICIES
+from thalweg.regularize import checking, soft_target_error
 
 ModelLoss = Callable[[nn.Module, Any], Any]
 
@@ -63,8 +64,20 @@ def in_evaluation_mode(model: nn.Module) -> Iterator[None]:
             module.training = training
 
 
-def preflight(model: nn.Module, loss: ModelLoss, batch: Any, source: Source | None, device: Device, seed: int) -> Probe:
+def preflight(
+    model: nn.Module,
+    loss: ModelLoss,
+    batch: Any,
+    source: Source | None,
+    device: Device,
+    seed: int,
+    *,
+    mixed: bool = False,
+) -> Probe:
     """Try the model and the loss on one micro-batch.
+
+    Args:
+        mixed: whether its samples are mixed, and its targets soft.
 
     Raises:
         LossError, DataError, ModelError: each names what is wrong, with its numbers.
@@ -75,8 +88,13 @@ def preflight(model: nn.Module, loss: ModelLoss, batch: Any, source: Source | No
     for p in model.parameters():  # the engine owns gradients from here on
         p.grad = None
     with untouched(model, device, seed):
-        with watch:
-            value = loss(model, batch)
+        with watch, checking():
+            try:
+                value = loss(model, batch)
+            except (RuntimeError, TypeError, IndexError, ValueError) as err:
+                if mixed and not isinstance(err, ThalwegError):
+                    raise soft_target_error(err) from err
+                raise
         check_loss(value)
         total, weight = sum_and_weight(value, batch)
         named = named_trainable(model)

@@ -10,7 +10,6 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.data import DataLoader
 
 from thalweg.core import (
@@ -26,13 +25,27 @@ from thalweg.core import (
     did_you_mean,
     seed_for,
 )
-from thalweg.data import Items, Source, Stream, Tensors, as_source, held_out, make_feed
+from thalweg.data import (
+    ChangedFeed,
+    Items,
+    Source,
+    Stream,
+    Tensors,
+    as_source,
+    batch_size,
+    held_out,
+    make_feed,
+    sequence_length,
+    shortened,
+)
 from thalweg.device import Device, choose, facts
 from thalweg.engine.preflight import ModelLoss, Probe, gain_of_half, in_evaluation_mode, preflight, untouched
+from thalweg.engine.regularizers import TaskLoss, WindowChange, augmentation, change_model, check_values, mixing
+from thalweg.engine.scheduled import batch_sizes, scheduled, sequence_lengths, span_of
 from thalweg.optim import parameter_table
 from thalweg.precision import Policy, policy_for
+from thalweg.regularize import Change, check_batch, watch_batch
 from thalweg.rules import RULES, STAGES
-from thalweg.schedules import parse
 
 _GAIN = 1.1  # half precision is taken where it is at least this much faster
 
@@ -78,7 +91,8 @@ def resolve(task: Task, recipe: Recipe, *, saved: Plan | None = None) -> Resolve
     if saved is not None:
         recipe = saved.recipe
     recipe = settle_optimizer(recipe, decide)
-    schedule = parse(recipe.schedule.lr)
+    loss = task_loss(task.loss, recipe)
+    moved = scheduled(recipe, loss.known)
     device, why = choose(recipe.device)
     if recipe.device == "auto":
         recipe = replace(recipe, device=decide.take("device", str(device.torch_device), why))
@@ -88,7 +102,7 @@ def resolve(task: Task, recipe: Recipe, *, saved: Plan | None = None) -> Resolve
     source = as_source(split.train)
     test = None if split.test is None else as_source(split.test)
     recipe, steps, samples = _settle_length(recipe, source, decide)
-    schedule.values(steps)
+    sizes = batch_sizes(recipe, steps)
     if saved is not None:
         _check_same_data(saved, samples, split.facts)
     if recipe.data.workers and not isinstance(source, Items):
@@ -104,8 +118,7 @@ def resolve(task: Task, recipe: Recipe, *, saved: Plan | None = None) -> Resolve
             "its data set and collate function are used; batch, order and workers are the recipe's",
         )
     model = _model(task, recipe).to(device.torch_device)
-    loss = _with_options(task.loss, recipe.loss, "loss", skip=2)
-    _check_last_batch(model, recipe, samples)
+    mix = mixing(recipe, task, source)
     source, test = _near(source, device, decide), None if test is None else _near(test, device, None)
     feed = make_feed(
         source,
@@ -115,15 +128,27 @@ def resolve(task: Task, recipe: Recipe, *, saved: Plan | None = None) -> Resolve
         keep_last=recipe.train.last == "keep",
         device=device.torch_device,
         workers=recipe.data.workers,
-        augment=split.augment,
+        augment=augmentation(recipe, task, split.augment),
+        sizes=sizes,
     )
+    whole = sequence_length(_first_window(feed, steps)[0])
+    lengths = sequence_lengths(recipe, steps, whole)
+    feed = _changed(feed, mix, lengths)
     first = _first_window(feed, steps)
-    probe = preflight(model, loss, first[0], source, device, recipe.seed)
+    changes = changed_model(model, loss, first[0], device, recipe, decide)
+    with watch_batch(model, batch_size(first[0])) as values:
+        probe = preflight(model, loss, first[0], source, device, recipe.seed, mixed=mix is not None)
+    _check_smallest_batch(model, recipe, samples, sizes, values)
+    per_step, why_not = _units(task, recipe, samples, probe, batch_size(first[0]), whole)
+    span = span_of(
+        steps, per_step, why_not, sizes=sizes, lengths=lengths, batch=recipe.train.batch, whole=max(whole, 1)
+    )
+    check_values(moved, recipe, span)
     recipe = settle_precision(recipe, model, loss, first[0], device, decide)
     recipe = _settle_evaluation(recipe, task, test is not None, steps, decide)
     if test is not None:
         _check_metric(task, recipe, model, test, device)
-    rows = parameter_table(model, optimizer=recipe.optimizer)
+    rows = parameter_table(model, optimizer=recipe.optimizer, schedule=recipe.schedule)
     divisor = saved.loss_divisor if saved else loss_divisor(probe, len(first))
     if recipe.train.steps != steps and saved is None:
         recipe = replace(recipe, train=replace(recipe.train, steps=steps))
@@ -138,6 +163,10 @@ def resolve(task: Task, recipe: Recipe, *, saved: Plan | None = None) -> Resolve
         unit=task.unit,
         sizes={},
         machine={**facts(device), "data": split.facts, "first_loss": probe.loss},
+        per_step=per_step,
+        why_not=why_not,
+        sequence=whole,
+        changes=tuple(map(str, changes)),
     )
     return Resolved(plan, model, loss, feed, test, device, policy_for(recipe.precision, device))
 
@@ -313,6 +342,12 @@ def _no_options(table: str, given: Mapping[str, Any], why: str) -> None:
     raise RecipeError(f"[{table}] has no use here: {why}.", f"Given: {', '.join(given)}.", "Remove the table.")
 
 
+def task_loss(function: Callable[..., Any], recipe: Recipe) -> TaskLoss:
+    """The loss function with the recipe's arguments and penalties; their names are checked."""
+    _with_options(function, recipe.loss, "loss", skip=2)
+    return TaskLoss(function, recipe.loss, recipe.regularize.penalties)
+
+
 def _with_options(function: Callable[..., Any], given: Mapping[str, Any], table: str, *, skip: int) -> Any:
     """``function`` with recipe options bound; their names are checked against its signature."""
     parameters = list(inspect.signature(function).parameters.values())[skip:]
@@ -345,16 +380,61 @@ def _first_window(feed: Feed, steps: int) -> list[Any]:
     raise DataError("The data holds no sample.", "The first window is empty.", "Give at least one sample.")
 
 
-def _check_last_batch(model: nn.Module, recipe: Recipe, samples: int) -> None:
+def _changed(feed: Feed, mix: WindowChange | None, lengths: list[int] | None) -> Feed:
+    """The feed with what is done to whole windows."""
+    changes = [*([] if mix is None else [mix]), *([] if lengths is None else [shortened(lengths)])]
+    return ChangedFeed(feed, changes) if changes else feed
+
+
+def changed_model(
+    model: nn.Module, loss: ModelLoss, batch: Any, device: Device, recipe: Recipe, decide: Decisions
+) -> list[Change]:
+    """Layers as the recipe asks, and what cannot be as it asks, by name."""
+    model.train(model.training or not any(module.training for module in model.modules()))
+
+    def run() -> None:
+        with untouched(model, device, recipe.seed):
+            loss(model, batch)
+
+    changes, left = change_model(model, run, recipe)
+    for name in left:
+        decide.take("regularize.dropout", name, "stays torch's own: its masks follow the micro-batch and no schedule")
+    return changes
+
+
+def _units(
+    task: Task, recipe: Recipe, samples: int, probe: Probe, num: int, whole: int
+) -> tuple[dict[str, float], dict[str, str]]:
+    """(what a whole batch takes of each unit, why others are not known)."""
+    batch, per_step, why_not = float(recipe.train.batch), {}, {}
+    per_step["examples"] = batch
+    if task.unit == "tokens":
+        per_step["tokens"] = probe.weight / num * batch
+    else:
+        why_not["tokens"] = f"A weight of 1 is one of the task's {task.unit}, and no token."
+    if samples:
+        windows = samples / recipe.train.batch
+        whole_windows = math.ceil(windows) if recipe.train.last == "keep" else math.floor(windows)
+        per_step["epochs"] = 1.0 / max(1, whole_windows)
+        if recipe.schedule.batch is not None:
+            per_step["epochs"] = batch / samples
+    else:
+        why_not["epochs"] = "The data is a stream that does not say how long an epoch is."
+    return per_step, why_not
+
+
+def _check_smallest_batch(
+    model: nn.Module, recipe: Recipe, samples: int, sizes: list[int] | None, values: Mapping[str, float]
+) -> None:
     """BatchNorm cannot train on a single value a channel: find that now, not at the end of the first epoch."""
-    rest = samples % recipe.train.batch % _set(recipe.train.micro_batch)
-    alone = recipe.train.micro_batch == 1 or (rest == 1 and recipe.train.last == "keep")
-    if alone and any(isinstance(m, _BatchNorm) for m in model.modules()):
-        raise DataError(
-            "A micro-batch would hold 1 sample, and this model has batch normalization.",
-            f"{samples} samples, train.batch={recipe.train.batch}, train.micro_batch={recipe.train.micro_batch}.",
-            "Use train.last='drop', or sizes that leave more than 1.",
-        )
+    train = recipe.train
+    micro = _set(train.micro_batch)
+    told = f"{samples} samples, train.batch={train.batch}, train.micro_batch={micro}"
+    rests = [size % micro for size in sizes or [train.batch]]
+    if train.last == "keep" and sizes is None:
+        rests.append(samples % train.batch % micro)
+    for num in (micro, *(rest for rest in sorted({*rests}) if rest)):
+        check_batch(model, num, values, told)
 
 
 def loss_divisor(probe: Probe, micro_batches: int) -> float:

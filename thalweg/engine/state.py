@@ -12,10 +12,12 @@ from torch import Tensor, nn
 from thalweg.checkpoint import Snapshot
 from thalweg.core import CheckpointError, Decision
 from thalweg.device import Device
+from thalweg.engine.timetable import Timetable
 from thalweg.optim import Arena, plain_name
 from thalweg.optim.history import NormHistory
+from thalweg.optim.weights import restored
 from thalweg.precision import LossScale
-from thalweg.regularize import PooledStatistics
+from thalweg.regularize import PooledStatistics, WindowAverage
 
 
 class State:
@@ -25,6 +27,8 @@ class State:
         step: steps attempted, on the host; names the random streams and the data position.
         applied: updates applied, on the device, of shape (1,); the schedule and the averages follow it.
         t: the number of the next update, from 1, 0-dim float32.
+        timetable: the scheduled values of this step; what its schedules have heard is state.
+        window: the last few weights, where their mean is the average.
     """
 
     def __init__(
@@ -32,12 +36,14 @@ class State:
         model: nn.Module,
         arenas: list[Arena],
         device: Device,
+        timetable: Timetable,
         *,
         scaled: bool,
         average: bool,
         clip_history: float = 0.0,
+        window: tuple[int, int, int] | None = None,
     ) -> None:
-        self.model, self.arenas, self.device = model, arenas, device
+        self.model, self.arenas, self.device, self.timetable = model, arenas, device, timetable
         self.statistics = PooledStatistics(model, device.exact)
         self.history = NormHistory(clip_history, device.torch_device, device.exact) if clip_history else None
         self.scale = LossScale.start(device) if scaled else None
@@ -45,9 +51,15 @@ class State:
         self.t = torch.ones((), dtype=torch.float32, device=device.torch_device)
         self.step = 0
         self.averaged_statistics = [b.clone() for b in self.statistics.buffers()] if average else []
+        self.window: WindowAverage | None = None
+        if window is not None:
+            self.window = WindowAverage([*(a.params for a in arenas), *self.statistics.buffers()], *window)
 
     def averages(self) -> Iterator[tuple[Tensor, Tensor]]:
         """(average, live) tensors: parameters, and the float statistics that belong to them."""
+        if self.window is not None:
+            yield from zip(self.window.means(self.step), self.window.tensors)
+            return
         for arena in self.arenas:
             yield from arena.averages()
         yield from zip(self.averaged_statistics, self.statistics.buffers())
@@ -61,17 +73,12 @@ class State:
     @contextmanager
     def averaged(self) -> Iterator[None]:
         """The model holds the averaged weights and statistics; afterwards the live ones, to the bit."""
-        kept = []
-        with torch.no_grad():
-            for average, live in self.averages():
-                kept.append((live, live.clone()))
-                live.copy_(average)
-        try:
-            yield
-        finally:
+        pairs = list(self.averages())
+        with restored([live for _, live in pairs]):
             with torch.no_grad():
-                for live, before in kept:
-                    live.copy_(before)
+                for average, live in pairs:
+                    live.copy_(average)
+            yield
 
     def adopt_average(self) -> None:
         """Leave the averaged weights in the model for good, as at the end of a run."""
@@ -81,7 +88,7 @@ class State:
 
     def snapshot(self, facts: Mapping[str, Any]) -> Snapshot:
         """All of the state, for a checkpoint; tensors are named after the model's parameters, never by place."""
-        weights = self._weights()
+        weights = self.weights()
         groups = {"weights": weights, "state": dict(self._slots())}
         if averages := self._averages():
             groups["average"] = {**weights, **averages}
@@ -93,18 +100,18 @@ class State:
         Raises:
             CheckpointError: if names or shapes differ; nothing has been changed then.
         """
-        pairs = [*_matched(self._weights(), snapshot.groups["weights"], "weights")]
+        pairs = [*_matched(self.weights(), snapshot.groups["weights"], "weights")]
         pairs += _matched(dict(self._slots()), snapshot.groups["state"], "state")
-        if averages := self._averages():
+        self.step = int(snapshot.facts["step"])
+        if self.window is None and (averages := self._averages()):
             saved = snapshot.groups.get("average", {})
             pairs += _matched(averages, {name: t for name, t in saved.items() if name in averages}, "average")
         with torch.no_grad():
             for mine, theirs in pairs:
                 mine.copy_(theirs)
         self.t.copy_(self.applied[0] + 1)
-        self.step = int(snapshot.facts["step"])
 
-    def _weights(self) -> dict[str, Tensor]:
+    def weights(self) -> dict[str, Tensor]:
         """Parameters and saved buffers by plain name; tied ones once."""
         wanted = self.model.state_dict(keep_vars=True)
         seen: set[int] = set()
@@ -116,11 +123,15 @@ class State:
         return named
 
     def _averages(self) -> dict[str, Tensor]:
-        """Averaged parameters and statistics, as views of the flat averages."""
-        named = {}
+        """Averaged parameters and statistics: views of the flat averages, or means of the window."""
+        named: dict[str, Tensor] = {}
+        if self.window is not None and (means := self.window.means(self.step)):
+            for arena, mean in zip(self.arenas, means):
+                named.update({name: arena.view(mean, name) for name in arena.places})
+            return named | (self.statistics.views(*means[len(self.arenas) :]) if self.statistics.layers else {})
         for arena in self.arenas:
             if arena.how.average:
-                named.update({name: arena.average_view(name) for name in arena.places})
+                named.update(arena.average_views())
         if self.averaged_statistics:
             named.update(self.statistics.views(*self.averaged_statistics))
         return named
@@ -131,6 +142,11 @@ class State:
         for rule, numbers in self.arenas[0].shared.items():
             yield from ((f"shared.{rule}/{name}", number) for name, number in numbers.items())
         yield "applied", self.applied
+        if self.timetable.feedback.pieces:
+            yield "heard", self.timetable.feedback.values
+        if self.window is not None:
+            for k, ring in enumerate(self.window.rings):
+                yield f"window/{k}", ring
         if self.history is not None:
             yield "norm_history", self.history.values
         if self.scale is not None:

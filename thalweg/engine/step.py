@@ -10,11 +10,15 @@ import torch
 from torch import Tensor, nn
 
 from thalweg.core import seed_for
+from thalweg.data import batch_size
 from thalweg.engine.losses import sum_and_weight
 from thalweg.engine.sharpness import Sharpness
 from thalweg.engine.state import State
 from thalweg.optim.arena import update
+from thalweg.optim.history import excess
+from thalweg.optim.norm import global_norm
 from thalweg.precision import Policy
+from thalweg.regularize import Streams
 
 #: What a step writes into its row of the ring, in this order.
 FIELDS = ("loss_sum", "weight", "grad_norm", "skipped", "lr", "scale", "applied")
@@ -29,16 +33,12 @@ class StepOptions:
         seed: names the random streams.
         clip: largest global gradient norm; 0: no clipping.
         loss_divisor: a power of two near the weight of a window, divided out of sums before the backward pass.
-        lrs: the learning rate for each number of applied updates, (updates,), on the device.
-        shares: how far the average moves towards the weights, likewise; None: no average.
         sharpness, sharpness_scaled: as in ``thalweg.engine.sharpness``; 0: gradients are taken where the weights are.
     """
 
     seed: int
     clip: float
     loss_divisor: float
-    lrs: Tensor
-    shares: Tensor | None
     sharpness: float = 0.0
     sharpness_scaled: bool = False
 
@@ -52,9 +52,14 @@ class Step:
     """
 
     def __init__(
-        self, state: State, loss: Callable[[nn.Module, Any], Any], policy: Policy, options: StepOptions
+        self,
+        state: State,
+        loss: Callable[[nn.Module, Any], Any],
+        policy: Policy,
+        options: StepOptions,
+        streams: Streams | None = None,
     ) -> None:
-        self.state, self.loss, self.policy, self.options = state, loss, policy, options
+        self.state, self.loss, self.policy, self.options, self.streams = state, loss, policy, options, streams
         self.generators = state.device.generators()
         self.sharpness: Sharpness | None = None
         if options.sharpness:
@@ -64,9 +69,13 @@ class Step:
         self.sum_of_losses, self.sum_of_weights = self.sums[0], self.sums[1]
         self.one = torch.ones((), dtype=torch.float32, device=device)
         self.unit = 1.0 / options.loss_divisor  # a power of two: exact
-        self.ring = torch.zeros(RING, len(FIELDS), dtype=exact, device=device)
+        now = state.timetable.now
+        self.lr, self.clip, self.share = now["lr"], now.get("clip", options.clip), now.get("share")
+        self.told = [now[name] for name in state.timetable.told]
+        self.fields = (*FIELDS, *state.timetable.told)
+        self.ring = torch.zeros(RING, len(self.fields), dtype=exact, device=device)
         self.rows: list[tuple[Tensor, tuple[Tensor, ...]]] = [
-            (row, (row[:2], row[2], row[3], row[4], row[5], row[6:])) for row in self.ring
+            (row, (row[:2], *row[2:6].unbind(), row[6:7], *row[7:].unbind())) for row in self.ring
         ]
         self._seeds: dict[torch.dtype, Tensor] = {}
 
@@ -79,7 +88,7 @@ class Step:
         Returns:
             The row of ``FIELDS``, on the device; it is overwritten ``RING`` steps later.
         """
-        state, options = self.state, self.options
+        state = self.state
         self._begin()
         self._accumulate(window)
         if self.sharpness is not None:
@@ -91,20 +100,20 @@ class Step:
             ok = torch.isfinite(norm + self.sum_of_losses)
             skipped = (~ok).to(torch.float32)
             divisor = mass * self._excess(norm, ok)
-            lr = self._now(options.lrs)
-            share = None if options.shares is None else self._now(options.shares)
-            update(state.arenas, lr=lr, t=state.t, divisor=divisor, skipped=skipped, share=share, due=state.step)
+            given = {"lr": self.lr, "t": state.t, "divisor": divisor, "skipped": skipped}
+            update(state.arenas, **given, share=self.share, moved=state.timetable.now, due=state.step)
             if state.statistics.layers:
                 state.statistics.end(ok)
-                state.average_statistics(share, ok)
-            row = self._record(norm, skipped, lr, scale)
+                state.average_statistics(self.share, ok)
+            row = self._record(norm, skipped, scale)
             self._finish(ok, skipped)
         return row
 
     def _accumulate(self, window: Sequence[Any], *, counted: bool = True) -> None:
         """The summed gradients of all micro-batches; ``counted``: their losses, weights and statistics too."""
+        first = 0
         for index, batch in enumerate(window):
-            self._seed(self.state.step, index)
+            first += self._seed(index, first, batch)
             with self.policy.context(self.state.device):
                 total, weight = sum_and_weight(self.loss(self.state.model, batch), batch)
             torch.autograd.backward(total, self._backward_seed(total))
@@ -126,15 +135,22 @@ class Step:
 
     def _begin(self) -> None:
         self.sums.zero_()
+        self.state.timetable.turn(self.state.applied, self.state.step)
         for arena in self.state.arenas:
             arena.clear_gradients()
         if self.state.statistics.layers:
             self.state.statistics.begin()
 
-    def _seed(self, step: int, index: int) -> None:
-        name = seed_for(self.options.seed, "step", step, index)
+    def _seed(self, index: int, first: int, batch: Any) -> int:
+        """Name the random streams of a micro-batch whose samples stand from ``first`` on in the window; how many they are."""
+        name = seed_for(self.options.seed, "step", self.state.step, index)
         for generator in self.generators:
             generator.manual_seed(name)
+        if self.streams is None:
+            return 0
+        num = batch_size(batch)
+        self.streams.begin(self.state.step, index, first, num)
+        return num
 
     def _backward_seed(self, total: Tensor) -> Tensor:
         """The gradient that the backward pass starts from: loss scale over loss divisor, both powers of two."""
@@ -152,41 +168,30 @@ class Step:
 
     def _gradient_norm(self) -> Tensor:
         """Global norm of the summed gradients, over all arenas."""
-        norms = []
         for arena in self.state.arenas:
             arena.hold_gradients()
-            wide = torch.promote_types(arena.dtype, torch.float32)
-            norms.append(torch.linalg.vector_norm(arena.grads, dtype=wide))
-        total: Tensor = norms[0] if len(norms) == 1 else torch.linalg.vector_norm(torch.stack(norms))
-        return total
+        return global_norm([arena.grads for arena in self.state.arenas])
 
     def _excess(self, norm: Tensor, ok: Tensor) -> Tensor:
         """How many times too long the gradient is."""
-        clip, history = self.options.clip, self.state.history
-        if history is None:
-            return (norm / clip).clamp(min=1) if clip else self.one
-        most = history.limited(norm, ok)
-        if clip:
-            most = most.clamp(max=clip)
-        return torch.where(most < norm, norm / most, 1.0)
+        if self.state.history is not None:
+            return excess(norm, self.clip, self.state.history, ok)
+        return (norm / self.clip).clamp(min=1) if self.options.clip else self.one
 
-    def _now(self, table: Tensor) -> Tensor:
-        """The scheduled value for the updates applied so far; looked up on the device, so that a skip needs no read."""
-        place = self.state.applied
-        if self.state.step >= table.shape[0]:
-            place = place.clamp(max=table.shape[0] - 1)
-        return table.take(place).view(())
-
-    def _record(self, norm: Tensor, skipped: Tensor, lr: Tensor, scale: Tensor) -> Tensor:
+    def _record(self, norm: Tensor, skipped: Tensor, scale: Tensor) -> Tensor:
         row, places = self.rows[self.state.step % RING]
-        for place, value in zip(places, (self.sums, norm, skipped, lr, scale, self.state.applied)):
+        for place, value in zip(places, (self.sums, norm, skipped, self.lr, scale, self.state.applied, *self.told)):
             place.copy_(value)
         return row
 
     def _finish(self, ok: Tensor, skipped: Tensor) -> None:
         state = self.state
+        if state.timetable.feedback.pieces:
+            state.timetable.feedback.hear("loss", self.sum_of_losses / self.sum_of_weights, state.applied, ok)
         state.applied.add_(ok)
         state.t.add_(ok)
         state.step += 1
+        if state.window is not None:
+            state.window.keep(state.step)
         if state.scale is not None:
             state.scale.update(skipped)

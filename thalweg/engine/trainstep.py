@@ -15,11 +15,43 @@ from thalweg.data import batch_size, split, to_device
 from thalweg.device import choose, facts
 from thalweg.engine.build import build
 from thalweg.engine.preflight import ModelLoss, preflight
-from thalweg.engine.resolve import Decisions, loss_divisor, settle_optimizer, settle_precision
+from thalweg.engine.regularizers import check_values
+from thalweg.engine.resolve import (
+    Decisions,
+    changed_model,
+    loss_divisor,
+    settle_optimizer,
+    settle_precision,
+    task_loss,
+)
+from thalweg.engine.scheduled import scheduled, span_of
 from thalweg.engine.step import FIELDS, Step
 from thalweg.optim import parameter_table
 from thalweg.precision import policy_for
-from thalweg.schedules import parse
+
+
+_WHY_NOT = dict.fromkeys(("examples", "tokens", "epochs"), "TrainStep does not see the data ahead of it.")
+
+
+def _check_in_reach(recipe: Recipe) -> None:
+    """Refuse what only a loop that owns the data can do."""
+    wanted, schedule = recipe.regularize, recipe.schedule
+    asked = {
+        "schedule.batch": schedule.batch,
+        "schedule.sequence": schedule.sequence,
+        "regularize.mixup": wanted.mixup,
+        "regularize.cutmix": wanted.cutmix,
+        "regularize.augment": wanted.augment,
+        "regularize.precise": wanted.precise,
+        "evaluate.patience": recipe.evaluate.patience,
+    }
+    for path, value in asked.items():
+        if value:
+            raise RecipeError(
+                f"{path} is out of TrainStep's reach.",
+                f"It is {value!r}, and the data and its evaluation are your loop's.",
+                "Use thalweg.train, or do it in your loop: thalweg.regularize has the pieces.",
+            )
 
 
 @dataclass(frozen=True)
@@ -78,17 +110,20 @@ class TrainStep:
         self._decide = Decisions()
         self.recipe = settle_optimizer(given, self._decide)
         self.steps = steps or self.recipe.train.steps
-        schedule = parse(self.recipe.schedule.lr)
-        if self.steps is None and {piece.shape for piece in schedule.pieces} - {"constant", "hold"}:
-            raise RecipeError(
-                f"The schedule '{schedule}' needs the length of the run.",
-                "TrainStep was given no steps.",
-                "Give steps=..., or schedule.lr='constant()'.",
-            )
-        schedule.values(self.steps or 1)
+        _check_in_reach(self.recipe)
+        self.loss = task_loss(loss, self.recipe)
+        self._moved = scheduled(self.recipe, self.loss.known)
+        for one in self._moved:
+            if self.steps is None and len(set(one.schedule.values(7))) > 1:
+                raise RecipeError(
+                    f"The schedule '{one.schedule}' needs the length of the run.",
+                    "TrainStep was given no steps.",
+                    f"Give steps=..., or schedule.{one.name}='constant()'.",
+                )
         self.device, _ = choose(self.recipe.device)
-        self.model, self.loss = model.to(self.device.torch_device), loss
-        self.rows = parameter_table(model, optimizer=self.recipe.optimizer)
+        self.model = model.to(self.device.torch_device)
+        self.rows = parameter_table(model, optimizer=self.recipe.optimizer, schedule=self.recipe.schedule)
+        check_values(self._moved, self.recipe, span_of(self.steps or 1, {}, _WHY_NOT))
         if self.recipe.precision != "auto":
             policy_for(self.recipe.precision, self.device)
         self._step: Step | None = None
@@ -126,6 +161,8 @@ class TrainStep:
 
     def _build(self, window: list[Any]) -> Step:
         seed, steps = self.recipe.seed, self.steps or 1
+        changes = changed_model(self.model, self.loss, window[0], self.device, self.recipe, self._decide)
+        self.rows = parameter_table(self.model, optimizer=self.recipe.optimizer, schedule=self.recipe.schedule)
         probe = preflight(self.model, self.loss, window[0], None, self.device, seed)
         recipe = settle_precision(self.recipe, self.model, self.loss, window[0], self.device, self._decide)
         self.recipe = replace(recipe, train=replace(recipe.train, steps=steps))
@@ -140,6 +177,8 @@ class TrainStep:
             unit="samples",
             sizes={},
             machine=facts(self.device),
+            why_not=_WHY_NOT,
+            changes=tuple(map(str, changes)),
         )
         policy = policy_for(self.recipe.precision, self.device)
         return build(self.plan, self.model, self.loss, self.device, policy)

@@ -18,7 +18,8 @@ def header(run: Run) -> str:
     """Task, run folder and how the run ended."""
     reason = run.outcome.get("reason", "not finished")
     advice = run.outcome.get("advice", "The folder has no outcome: the run goes on, or was cut off.")
-    known = reason if reason in ("finished", "interrupted", "diverged") else "open"
+    pills = {"finished": "finished", "stopped early": "finished", "interrupted": "interrupted", "diverged": "diverged"}
+    known = pills.get(reason, "open")
     ended = tag("span", reason, class_=f"pill {known}")
     title = wrap("h1", tag("span", run.plan.task) + " " + tag("small", f"run folder {run.name}"))
     return wrap("header", title + wrap("p", f"{ended} " + tag("span", advice), class_="outcome")) + "\n"

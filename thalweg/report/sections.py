@@ -28,7 +28,9 @@ def decisions(run: Run) -> str:
     """Every value that the user did not give."""
     rows = [(d.path, d.value, d.reason) for d in run.plan.decisions]
     intro = tag("p", "Values that were not given, decided before step 1.", class_="note")
-    return section("Plan", intro, table(("value", "is", "because"), rows, names=[0])) if rows else ""
+    changed = details("changes of the model", wrap("pre", "\n" + tag("code", "\n".join(run.plan.changes))))
+    parts = [table(("value", "is", "because"), rows, names=[0]), *([changed] if run.plan.changes else [])]
+    return section("Plan", intro, *parts) if rows or run.plan.changes else ""
 
 
 def recipe(run: Run) -> str:

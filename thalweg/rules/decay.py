@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from thalweg.rules.registry import stage
+from thalweg.rules.registry import Slot, stage
 
 
 @stage(kind="gradient", paper="L2 penalty")
@@ -38,6 +38,17 @@ def cautious_decay(p: Tensor, g: Tensor, d: Tensor, *, lr: Tensor, wd: Tensor) -
     return (d - torch.where(d * p < 0, lr * wd * p, 0.0),)
 
 
+@stage(
+    kind="decay",
+    name="initial_decay",
+    slots=(Slot("initial", start="param", compressible=False),),
+    paper="Li et al. 2018 (L2-SP), arXiv:1802.01483, decoupled",
+)
+def initial_decay(p: Tensor, g: Tensor, d: Tensor, initial: Tensor, *, lr: Tensor, wd: Tensor) -> tuple[Tensor, Tensor]:
+    """p <- p - lr*wd*(p - initial): towards where the weights began, as for fine-tuning."""
+    return d - lr * wd * (p - initial), initial.clone()
+
+
 #: What ``decay_form`` may be, and the stage that does it.
 DECAYS = {
     "coupled": "coupled",
@@ -45,4 +56,5 @@ DECAYS = {
     "independent": "independent",
     "corrected": "corrected",
     "cautious": "cautious_decay",
+    "initial": "initial_decay",
 }

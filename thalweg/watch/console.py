@@ -152,5 +152,7 @@ class Terminal:
         ]
         headings = ("parameters", "tensors", "rule", "peak rate", "decay", "because")
         print_table(headings, rows, title="what becomes of the parameters", console=self.console)
+        for change in plan.changes:
+            self.console.print(f"  model: {change}", soft_wrap=True)
         sizes = ", ".join(f"{name} {human_bytes(size)}" for name, size in plan.sizes.items() if size)
         self.console.print(f"  memory: {sizes}", soft_wrap=True)

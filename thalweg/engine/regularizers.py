@@ -1,0 +1,197 @@
+"""What a recipe asks of regularization, put in its place: layers of the model, windows of the data, terms of the loss."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Mapping
+from functools import partial
+from typing import Any
+
+from torch import Tensor, nn
+
+from thalweg.core import Recipe, RecipeError, Task, seed_for
+from thalweg.data import Augment, Tensors, tensors
+from thalweg.engine.preflight import ModelLoss
+from thalweg.engine.scheduled import Scheduled, rules_of
+from thalweg.regularize import (
+    Change,
+    Mixing,
+    Streams,
+    add_dropout,
+    add_stochastic_depth,
+    connect,
+    convert_batchnorm,
+    convert_dropout,
+    not_converted,
+    penalised,
+    pipeline,
+    set_factors,
+)
+from thalweg.regularize.streams import Keyed
+from thalweg.schedules import Span
+
+WindowChange = Callable[[int, list[Any]], list[Any]]
+
+
+class TaskLoss:
+    """The task's loss with the recipe's arguments and penalties; those that are scheduled are numbers on the device.
+
+    Args:
+        function: ``function(model, batch, **arguments)``.
+        arguments: given in the recipe.
+        penalties: strengths by name.
+
+    Attributes:
+        known: every argument that the function has beyond model and batch, and its value in the recipe.
+    """
+
+    def __init__(
+        self, function: Callable[..., Any], arguments: Mapping[str, Any], penalties: Mapping[str, Any]
+    ) -> None:
+        self.function, self.arguments, self.penalties = function, dict(arguments), dict(penalties)
+        self.known = arguments_of(function, arguments)
+        self._call = self._made()
+
+    def __call__(self, model: nn.Module, batch: Any) -> Any:
+        return self._call(model, batch)
+
+    def move(self, now: Mapping[str, Tensor]) -> None:
+        """From now on, take what is scheduled from the timetable."""
+        for table, values in (("loss", self.arguments), ("penalties", self.penalties)):
+            for name in now:
+                if name.startswith(f"{table}."):
+                    values[name.removeprefix(f"{table}.")] = now[name]
+        self._call = self._made()
+
+    def _made(self) -> ModelLoss:
+        loss = penalised(self.function, self.penalties) if self.penalties else self.function
+        return partial(loss, **self.arguments) if self.arguments else loss
+
+
+def arguments_of(function: Callable[..., Any], given: Mapping[str, Any]) -> dict[str, Any]:
+    """A loss function's arguments beyond model and batch, with the values that they will have."""
+    parameters = list(inspect.signature(function).parameters.values())[2:]
+    named = {p.name: p.default for p in parameters if p.kind not in (p.VAR_KEYWORD, p.VAR_POSITIONAL)}
+    return {**named, **given}
+
+
+def change_model(model: nn.Module, run: Callable[[], object], recipe: Recipe) -> tuple[list[Change], list[str]]:
+    """Change the model's layers as the recipe asks.
+
+    Args:
+        run: one forward pass of the model, in which residual branches are found.
+
+    Returns:
+        What was changed; what could not be, by name.
+
+    Raises:
+        ModelError: for layers that cannot be changed, or a model in which there is no place for what is asked.
+    """
+    wanted, schedule = recipe.regularize, recipe.schedule
+    changes: list[Change] = []
+    left: list[str] = []
+    if wanted.ghost:
+        changes += convert_batchnorm(model, to="ghost", size=wanted.ghost)
+    if wanted.batchnorm == "frozen":
+        changes += convert_batchnorm(model, to="frozen")
+    moves = schedule.dropout is not None or schedule.stochastic_depth is not None
+    if wanted.by_sample or moves:
+        changes += convert_dropout(model)
+        left = not_converted(model)
+    if wanted.stochastic_depth:
+        changes += add_stochastic_depth(model, run, wanted.stochastic_depth, mode=wanted.stochastic_depth_mode)
+    if wanted.dropout:
+        places = wanted.dropout_at
+        named = len(places) == 1 and places[0] in ("residual", "head")
+        changes += add_dropout(model, run, wanted.dropout, at=places[0] if named else places)
+    for name in ("dropout", "stochastic_depth"):
+        if getattr(schedule, name) is not None and not any(
+            isinstance(layer, Keyed) and layer.rate == name for layer in model.modules()
+        ):
+            raise RecipeError(
+                f"schedule.{name} moves the rate of no layer.",
+                f"The model has no layer of {name.replace('_', ' ')}.",
+                f"Give regularize.{name}, or put such layers into the model.",
+            )
+    return changes, left
+
+
+def make_streams(model: nn.Module, recipe: Recipe, device: Any, now: Mapping[str, Tensor]) -> Streams | None:
+    """The random numbers of the model's dropout layers, connected; None where it has none of ours."""
+    streams = Streams(recipe.seed, device, by_sample=recipe.regularize.by_sample)
+    if not connect(model, streams):
+        return None
+    set_factors(model, {name: now[name] for name in ("dropout", "stochastic_depth") if name in now})
+    return streams
+
+
+def augmentation(recipe: Recipe, task: Task, given: Augment | None) -> Augment | None:
+    """The task's own augmentation, then the recipe's."""
+    if not recipe.regularize.augment:
+        return given
+    ours = pipeline(recipe.regularize.augment, inputs=task.inputs)
+    if given is None:
+        return ours
+    theirs = given
+    return lambda batch, draw: ours(theirs(batch, draw), draw)
+
+
+def mixing(recipe: Recipe, task: Task, source: Any) -> WindowChange | None:
+    """What mixes the windows of the data, for ``ChangedFeed``; None where nothing is mixed."""
+    wanted = recipe.regularize
+    if not (wanted.mixup or wanted.cutmix) or not wanted.mix_share:
+        return None
+    mix = Mixing(
+        num_classes=_classes(task, source),
+        inputs=task.inputs,
+        targets=task.targets,
+        mixup=wanted.mixup,
+        cutmix=wanted.cutmix,
+        share=wanted.mix_share,
+    )
+    return lambda step, window: mix(window, seed_for(recipe.seed, "mix", step))
+
+
+def _classes(task: Task, source: Any) -> int:
+    """How many classes there are: the task says so, or the labels of in-memory data do."""
+    if task.classes:
+        return task.classes
+    found = None
+    if isinstance(source, Tensors):
+        found = dict(tensors(source.tree)).get(str(task.targets))
+    if found is None or found.is_floating_point() or not found.numel():
+        raise RecipeError(
+            "Mixing makes soft targets, and it is not known of how many classes.",
+            f"The task says classes={task.classes}, and its data has no integer labels in memory under '{task.targets}'.",
+            "Give Task(classes=..., inputs=..., targets=...).",
+        )
+    return int(found.max()) + 1
+
+
+def check_values(moved: list[Scheduled], recipe: Recipe, span: Span) -> None:
+    """Every scheduled value lies in the range of what it moves, over the whole run.
+
+    Raises:
+        RecipeError: naming the value and where it leaves its range.
+    """
+    for one in moved:
+        values = one.values(span)
+        low, high = min(values), max(values)
+        kind, _, name = one.name.rpartition(".")
+        if one.name == "clip" and low <= 0:
+            raise _outside(one, low, "above 0, for 0 would stop every update")
+        if one.name == "average" and high >= 1:
+            raise _outside(one, high, "below 1")
+        if kind == "options" or (kind.startswith("groups") and name not in ("lr", "weight_decay")):
+            for rule in rules_of(recipe):
+                if name in rule.defaults:
+                    rule.options({name: low})
+                    rule.options({name: high})
+
+
+def _outside(one: Scheduled, value: float, range_: str) -> RecipeError:
+    return RecipeError(
+        f"schedule.{one.name} leaves the range of what it moves.",
+        f"'{one.schedule}' gives {value:g}, and it must stay {range_}.",
+        "Change the schedule's end or its start.",
+    )

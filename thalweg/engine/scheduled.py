@@ -1,0 +1,254 @@
+"""What a recipe schedules: each value with its schedule, as numbers over the run."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from thalweg.core import Recipe, RecipeError, did_you_mean
+from thalweg.rules import RULES, STAGES, Rule
+from thalweg.schedules import Schedule, Span, parse
+from thalweg.schedules.span import is_length
+
+#: Values that must be known to the host before a step, and so go by steps attempted.
+BY_STEPS = ("batch", "sequence")
+_SEQUENCE_UNIT = 8  # tokens; lengths of sequences are whole multiples of it
+
+
+@dataclass(frozen=True)
+class Scheduled:
+    """A value that moves.
+
+    Attributes:
+        name: "lr", "weight_decay", "options.b1", "groups.head.*.lr", ...
+        base: what the recipe gives.
+        factor: whether the schedule is a factor on ``base``, or gives the value itself.
+        relative: whether the engine takes the factor alone, because the bases differ between parameters or layers.
+    """
+
+    name: str
+    schedule: Schedule
+    base: float
+    factor: bool = True
+    relative: bool = False
+
+    def values(self, span: Span) -> list[float]:
+        """The value at each update, as a person reads it."""
+        if not self.factor:
+            return self.schedule.values(span, peak=self.base)
+        return [self.base * value for value in self.schedule.values(span)]
+
+    def row(self, span: Span) -> list[float]:
+        """The value at each update, as the engine takes it."""
+        return self.schedule.values(span) if self.relative else self.values(span)
+
+
+def scheduled(recipe: Recipe, loss: Mapping[str, Any] | None = None) -> list[Scheduled]:
+    """Everything that the recipe schedules.
+
+    Args:
+        loss: the loss function's arguments and their values; None: they are not known, and loss schedules are told as
+            factors.
+
+    Raises:
+        RecipeError: for a schedule that cannot be read, or of a value that is not there.
+    """
+    return list(_scheduled(recipe, loss))
+
+
+def _scheduled(recipe: Recipe, loss: Mapping[str, Any] | None) -> Iterator[Scheduled]:
+    optimizer, regularize, wanted = recipe.optimizer, recipe.regularize, recipe.schedule
+    peak = RULES[optimizer.rule].lr if optimizer.lr is None else optimizer.lr
+    yield Scheduled("lr", parse(wanted.lr), peak)
+    simple = {
+        "weight_decay": (optimizer.weight_decay, "optimizer.weight_decay", optimizer.weight_decay),
+        "clip": (recipe.train.clip, "train.clip", recipe.train.clip),
+        "average": (regularize.average, "regularize.average", regularize.average),
+    }
+    for name, (base, path, there) in simple.items():
+        if (text := getattr(wanted, name)) is not None:
+            grouped = name == "weight_decay" and any("weight_decay" in group for group in optimizer.groups.values())
+            if not there and not grouped:
+                raise RecipeError(
+                    f"schedule.{name} moves a value that is switched off.",
+                    f"{path}={base:g}.",
+                    f"Give {path}, or leave schedule.{name} out.",
+                )
+            yield Scheduled(name, parse(text), base, factor=name != "average", relative=name == "weight_decay")
+    for name in ("dropout", "stochastic_depth"):
+        if (text := getattr(wanted, name)) is not None:
+            yield Scheduled(name, parse(text), getattr(regularize, name) or 1.0, relative=True)
+    yield from _options(recipe)
+    yield from _groups(recipe, peak)
+    for name, text in wanted.loss.items():
+        if loss is not None and name not in loss:
+            raise RecipeError(
+                f"schedule.loss.{name} moves no argument of the task's loss.",
+                f"It has {len(loss)}.",
+                did_you_mean(name, loss) if loss else "Give the loss an argument of that name.",
+            )
+        base = 1.0 if loss is None else _number(f"loss.{name}", loss[name])
+        yield Scheduled(f"loss.{name}", parse(text), base)
+    for name, text in wanted.penalties.items():
+        if name not in regularize.penalties:
+            raise RecipeError(
+                f"schedule.penalties.{name} moves a penalty that is not there.",
+                f"regularize.penalties has {', '.join(regularize.penalties) or 'none'}.",
+                f"Give regularize.penalties.{name} its strength.",
+            )
+        base = _number(f"regularize.penalties.{name}", regularize.penalties[name])
+        yield Scheduled(f"penalties.{name}", parse(text), base)
+
+
+def _options(recipe: Recipe) -> Iterator[Scheduled]:
+    """The rule's own options; where a second rule takes the rest, those of either."""
+    optimizer = recipe.optimizer
+    rules = rules_of(recipe)
+    for name, text in recipe.schedule.options.items():
+        owner = next((rule for rule in rules if name in rule.defaults), None)
+        if owner is None:
+            known = sorted({option for rule in rules for option in movable(rule)})
+            raise RecipeError(
+                f"schedule.options.{name} moves a value that the rule {rules[0].name} does not have.",
+                f"It has {len(known)} that can move.",
+                did_you_mean(name, known) if known else "Leave it out.",
+            )
+        check_movable(owner, name, f"schedule.options.{name}")
+        base = _number(f"optimizer.options.{name}", optimizer.options.get(name, owner.defaults[name]))
+        moved = Scheduled(f"options.{name}", parse(text), base, factor=False)
+        yield moved
+
+
+def _groups(recipe: Recipe, peak: float) -> Iterator[Scheduled]:
+    for pattern, group in recipe.optimizer.groups.items():
+        given = group.get("schedule", {}) if isinstance(group, Mapping) else {}
+        rule = RULES[group.get("rule", recipe.optimizer.rule)] if given else None
+        for name, text in given.items():
+            path = f"groups.{pattern}.{name}"
+            if name in ("lr", "weight_decay"):
+                yield Scheduled(path, parse(text), peak if name == "lr" else 1.0, relative=name == "weight_decay")
+                continue
+            assert rule is not None
+            check_movable(rule, name, f"optimizer.groups.'{pattern}'.schedule.{name}")
+            options = {**recipe.optimizer.options, **group.get("options", {})}
+            base = _number(path, options.get(name, rule.defaults[name]))
+            yield Scheduled(path, parse(text), base, factor=False)
+
+
+def rules_of(recipe: Recipe) -> list[Rule]:
+    """The recipe's rule, and the one that takes what it does not."""
+    rule = RULES[recipe.optimizer.rule]
+    return [rule, RULES[recipe.optimizer.otherwise]] if rule.least_ndim else [rule]
+
+
+def movable(rule: Rule) -> list[str]:
+    """Options of a rule that a schedule can move: numbers that its maths takes as they come.
+
+    Not those that decide what is computed (counts, switches), and not those of its averaging, which remember.
+    """
+    then = STAGES[rule.then].defaults if rule.then else {}
+    return [name for name, value in rule.defaults.items() if isinstance(value, float) and name not in then]
+
+
+def check_movable(rule: Rule, name: str, where: str) -> None:
+    known = movable(rule)
+    if name not in known:
+        has = "does not have" if name not in rule.defaults else "cannot change while it runs"
+        raise RecipeError(
+            f"{where} moves a value that the rule {rule.name} {has}.",
+            f"It has {len(known)} that can move.",
+            did_you_mean(name, known) if known else "Leave it out.",
+        )
+
+
+def _number(path: str, value: Any) -> float:
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise RecipeError(f"{path}={value!r} cannot be scheduled.", "It is no number.", "Schedule numbers alone.")
+    return float(value)
+
+
+def batch_sizes(recipe: Recipe, steps: int) -> list[int] | None:
+    """Samples in each step's window, where they change: whole micro-batches, at least one."""
+    text, train = recipe.schedule.batch, recipe.train
+    if text is None:
+        return None
+    unit = train.micro_batch if train.micro_batch and train.micro_batch < train.batch else 1
+    factors = by_steps(text, "batch", steps)
+    sizes = [max(1, round(train.batch * factor / unit)) * unit for factor in factors]
+    if max(sizes) > train.batch:
+        raise RecipeError(
+            "schedule.batch rises above the batch.",
+            f"{max(sizes)} samples, train.batch={train.batch}.",
+            "Give train.batch the largest size, and schedule factors up to 1.",
+        )
+    return sizes
+
+
+def sequence_lengths(recipe: Recipe, steps: int, whole: int) -> list[int] | None:
+    """Tokens of a sequence at each step, where they change: multiples of 8, at least one of them."""
+    text = recipe.schedule.sequence
+    if text is None:
+        return None
+    if whole < 2:
+        raise RecipeError(
+            "schedule.sequence shortens sequences, and this data has none.",
+            "No tensor of a batch has a second dimension of 2 or more.",
+            "Leave schedule.sequence out.",
+        )
+    unit = min(_SEQUENCE_UNIT, whole)
+    lengths = [max(1, round(whole * factor / unit)) * unit for factor in by_steps(text, "sequence", steps)]
+    return [min(length, whole) for length in lengths]
+
+
+def by_steps(text: str, name: str, steps: int) -> list[float]:
+    """A schedule of what decides how much a step takes: it can only be counted in steps."""
+    why = f"schedule.{name} decides how much of the data a step takes."
+    span = Span(steps, {}, {"examples": why, "tokens": why, "epochs": why})
+    schedule = parse(text)
+    if schedule.listening(span):
+        raise RecipeError(
+            f"schedule.{name} listens to the run.",
+            "Which samples a step takes is known before the run.",
+            "Use other pieces.",
+        )
+    return schedule.values(span)
+
+
+def length_of(path: str, text: str) -> int | str:
+    """A length as a recipe writes it: "50" updates, "75%", "2 epochs"."""
+    length = int(text) if text.isdecimal() else text
+    if not is_length(length):
+        raise RecipeError(
+            f"{path}={text!r} is no length.",
+            "A length is a whole number of updates, a share of the run, or an amount with a unit.",
+            "Write it as in a schedule: '50', '75%' or '2 epochs'.",
+        )
+    return length
+
+
+def span_of(
+    steps: int,
+    per_step: Mapping[str, float],
+    why_not: Mapping[str, str],
+    *,
+    sizes: Sequence[int] | None = None,
+    lengths: Sequence[int] | None = None,
+    batch: int = 1,
+    whole: int = 1,
+) -> Span:
+    """The run as schedules see it.
+
+    Args:
+        per_step: what a whole batch takes of each unit.
+        sizes, batch: samples of each step, where they change, and of a whole batch.
+        lengths, whole: tokens of each sequence, likewise.
+    """
+    if sizes is None and lengths is None:
+        return Span(steps, dict(per_step), dict(why_not))
+    parts = [(sizes[k] / batch if sizes else 1.0, lengths[k] / whole if lengths else 1.0) for k in range(steps)]
+    rates = {
+        unit: tuple(rate * size * (length if unit == "tokens" else 1.0) for size, length in parts)
+        for unit, rate in per_step.items()
+    }
+    return Span(steps, rates, dict(why_not))

@@ -1,0 +1,46 @@
+"""Every scheduled value of a run as one table on the device: a row for each number of applied updates."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from thalweg.device import Device
+from thalweg.engine.feedback import Feedback
+from thalweg.schedules import Listening
+
+
+class Timetable:
+    """One lookup a step gives all values, with nothing read back.
+
+    Attributes:
+        now: the values of this step by name: 0-dim tensors that stay the same tensors for the whole run, so that layers
+            and losses may hold them.
+        feedback: what has been heard, for schedules that listen.
+        told: what records tell beside the rate, and what each number is multiplied by to be read.
+    """
+
+    def __init__(
+        self,
+        rows: Mapping[str, Sequence[float]],
+        device: Device,
+        listening: Sequence[tuple[str, Listening]] = (),
+        scales: Mapping[str, float] | None = None,
+    ) -> None:
+        longest = max(len(row) for row in rows.values())
+        full = [[*row, *[row[-1]] * (longest - len(row))] for row in rows.values()]
+        self.length = longest
+        self.table = torch.tensor(full, dtype=torch.float64).T.contiguous().to(device.torch_device, device.exact)
+        self._row = torch.zeros(1, len(full), dtype=device.exact, device=device.torch_device)
+        self.now: dict[str, Tensor] = {name: self._row[0, k] for k, name in enumerate(rows)}
+        self.feedback = Feedback(listening, device.torch_device, device.exact)
+        self.told = dict(scales or {})
+
+    def turn(self, applied: Tensor, attempted: int) -> None:
+        """Go to the row of ``applied`` updates, (1,); beyond the end, the last one."""
+        place = applied if attempted < self.length else applied.clamp(max=self.length - 1)
+        torch.index_select(self.table, 0, place, out=self._row)
+        if self.feedback.pieces:
+            self.feedback.apply(self.now)

@@ -1,0 +1,71 @@
+"""Weight averages that are not one pass of the update: the mean of the last few weights. And the shares of those that are."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+
+class WindowAverage:
+    """The plain mean of the last ``num`` weights, taken every ``every`` steps from step ``start`` on.
+
+    LAWA: Kaddour 2022, "Stop wasting my time! Saving days of ImageNet and BERT training with latest weight averaging",
+    arXiv:2209.14981. Steps are those attempted, which the host knows: a skipped step has moved no weight.
+
+    Args:
+        tensors: what is averaged, such as flat parameters; each keeps its shape.
+        num: weights in the window, 1 or more.
+        start, every: the first step after which weights are kept, and the steps between two of them; 1 or more.
+
+    Attributes:
+        rings: for each tensor (num, *shape), in its dtype.
+
+    Cost: ``num`` copies of the weights.
+    """
+
+    def __init__(self, tensors: Sequence[Tensor], num: int, start: int, every: int) -> None:
+        self.tensors, self.num, self.start, self.every = list(tensors), num, start, every
+        self.rings = [torch.zeros((num, *t.shape), dtype=t.dtype, device=t.device) for t in self.tensors]
+
+    def kept(self, step: int) -> int:
+        """Weights kept until after step ``step``; the window holds the last of them."""
+        return 0 if step < self.start else (step - self.start) // self.every + 1
+
+    def keep(self, step: int) -> None:
+        """Take the weights as they are after step ``step`` (from 1), if it is time."""
+        if step >= self.start and (step - self.start) % self.every == 0:
+            place = (self.kept(step) - 1) % self.num
+            with torch.no_grad():
+                for ring, tensor in zip(self.rings, self.tensors):
+                    ring[place].copy_(tensor)
+
+    def means(self, step: int) -> list[Tensor]:
+        """The average of each tensor after step ``step``, in its dtype, summed in at least float32; empty before the first."""
+        num = min(self.num, self.kept(step))
+        if not num:
+            return []
+        return [
+            ring[:num].mean(0, dtype=torch.promote_types(ring.dtype, torch.float32)).to(ring.dtype)
+            for ring in self.rings
+        ]
+
+
+def swa_shares(steps: int, start: int, every: int) -> list[float]:
+    """How far the average moves towards the weights at each update, so that it is the plain mean of those that count.
+
+    Stochastic weight averaging: Izmailov et al. 2018, arXiv:1803.05407. Until the first of them it is the weights themselves.
+
+    Args:
+        steps: updates of the run.
+        start, every: the first update (from 1) whose weights count, and the updates between two of them; 1 or more.
+
+    >>> swa_shares(6, 3, 2)
+    [1.0, 1.0, 1.0, 0.0, 0.5, 0.0]
+    """
+    shares = []
+    for update in range(1, steps + 1):
+        number, rest = divmod(update - start, every)
+        shares.append(1.0 if update < start else 0.0 if rest else 1.0 / (number + 1))
+    return shares
