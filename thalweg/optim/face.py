@@ -9,8 +9,9 @@ import torch
 
 from thalweg.core import RecipeError
 from thalweg.optim.optimizer import RuleOptimizer
+from thalweg.optim.lr_schedulers import Scheduler
 from thalweg.rules import RULES, Rule
-from thalweg.schedules import Schedule, parse
+from thalweg.schedules import Schedule
 
 
 def face_of(rule: str | Rule) -> type[RuleOptimizer]:
@@ -84,12 +85,11 @@ def _make(rule: Rule) -> type[RuleOptimizer]:
 _FACES: dict[str, type[RuleOptimizer]] = {name: _make(RULES[name]) for name in RULES}
 
 
-def scheduler(optimizer: torch.optim.Optimizer, schedule: str | Schedule, steps: int) -> Any:
-    """Any schedule of ours as torch's ``LambdaLR``, to be stepped after each update of ``steps``.
+def scheduler(optimizer: torch.optim.Optimizer, schedule: str | Schedule, steps: int) -> Scheduler:
+    """A schedule of the rate as a torch scheduler, to be stepped after each update of ``steps``; see ``Scheduler``.
 
     Args:
         schedule: in the schedule language, or an object of it.
         steps: updates of the whole run.
     """
-    shape = parse(schedule)
-    return torch.optim.lr_scheduler.LambdaLR(optimizer, lambda update: shape.at(update, steps))
+    return Scheduler(optimizer, schedule, steps)

@@ -309,6 +309,7 @@ def _written(length: Length) -> list[str]:
 
 def piece(name: str, length: Length = None, /, **options: Any) -> Schedule:
     """A schedule of one piece; its name, length and options are checked."""
+    options = {key: tuple(value) if isinstance(value, list) else value for key, value in options.items()}
     if "." not in name:
         known = options_of(name)
         for key, value in options.items():
@@ -316,8 +317,6 @@ def piece(name: str, length: Length = None, /, **options: Any) -> Schedule:
                 raise RecipeError(
                     f"{name}() takes no option '{key}'.", f"Given: {key}={value!r}.", did_you_mean(key, known)
                 )
-            if isinstance(value, list):
-                options[key] = value = tuple(value)
             if not _fits(name, key, value, known[key]):
                 raise RecipeError(
                     f"{name}({key}={short(value)}) is not possible.",
