@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 import sys
 
-NAMES = ("exactness", "loop", "resume", "newcomer", "cards", "optim", "converge")
+NAMES = ("exactness", "loop", "resume", "newcomer", "cards", "optim", "converge", "batchnorm", "inputs")
 
 for name in sys.argv[1:] or NAMES:
     print(f"== {name}", flush=True)

@@ -2,7 +2,8 @@
 
 Torch updates the running statistics at every forward pass: four micro-batches make a momentum of 0.1 act like 0.344. Here
 each forward pass still normalises with its own batch, but the running statistics move once a step, with the pooled mean and
-variance of all that the step has seen; and a skipped step does not move them at all.
+variance of all that the step has seen, on all ranks; the forward passes that activation checkpointing runs again count once;
+and a skipped step does not move them at all.
 """
 
 from __future__ import annotations
@@ -11,8 +12,13 @@ from functools import lru_cache
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
+
+from thalweg.core import ModelError
+from thalweg.regularize.moments import num_ranks, pooled, recomputing
+from thalweg.regularize.tracking import AnyBatchNorm
 
 
 class PooledStatistics:
@@ -25,9 +31,13 @@ class PooledStatistics:
     Args:
         model: its layers' buffers become views of the flat tensors.
         exact: dtype of the sums; float64 where the device has it, because sums of squares cancel.
+        group: the process group whose ranks train together; None: torch.distributed's default one, where there is one.
+
+    Cost: two additions of one number a channel each micro-batch; with more than one rank, one sum over ranks of three
+    numbers a channel each step.
     """
 
-    def __init__(self, model: nn.Module, exact: torch.dtype) -> None:
+    def __init__(self, model: nn.Module, exact: torch.dtype, group: Any = None) -> None:
         named = [(n, m) for n, m in model.named_modules() if isinstance(m, _BatchNorm) and m.running_mean is not None]
         layers: list[Any] = [module for _, module in named]
         self.layers = layers
@@ -36,7 +46,11 @@ class PooledStatistics:
         self._active: list[int] = []  # layers whose buffers are scratch just now
         self._pending: list[int] = [0] * len(layers)  # values a channel of the batch that lies in scratch
         self._counts: list[int] = [0] * len(layers)  # values a channel seen in this step
-        self._paused = False
+        self._passes = 0  # batches in the sums
+        self._paused = self._again = (
+            False  # whether passes are not counted in the rest of this step, or until ``collect``
+        )
+        self.group = group
         if not layers:
             return
         bounds = [0]
@@ -54,11 +68,14 @@ class PooledStatistics:
         self.mean, self.var = self.running[:size], self.running[size:]
         self._batch_mean, self._batch_var = self._batch[:size], self._batch[size:]
         self.tracked, self._batch_tracked = empty(torch.int64, len(layers)), empty(torch.int64, len(layers))
-        self._sum, self._sum_squares = empty(exact), empty(exact)
+        self._sums = empty(exact, 3 * size + 1)  # what ranks add up: sums, of squares, counts, ranks that skip
+        self._sum, self._sum_squares = self._sums[:size], self._sums[size : 2 * size]
+        aside = empty(dtype, 2 * size), empty(torch.int64, len(layers))
         self._real: list[dict[str, Tensor]] = []
         self._scratch: list[dict[str, Tensor]] = []
+        self._unread: list[dict[str, Tensor]] = []  # where passes write that are not counted
+        self._aside: set[int] = set()  # layers that write there just now
         self._masks: dict[tuple[int, ...], Tensor] = {}
-        self._passes = 0
         for i, layer in enumerate(layers):
             span = self.spans[i]
             real = {
@@ -69,10 +86,12 @@ class PooledStatistics:
             for name, view in real.items():
                 view.copy_(layer.get_buffer(name))
             scratch = (self._batch_mean[span], self._batch_var[span], self._batch_tracked[i])
+            unread = (aside[0][:size][span], aside[0][size:][span], aside[1][i])
             self._real.append(real)
             self._scratch.append(dict(zip(real, scratch)))
+            self._unread.append(dict(zip(real, unread)))
             layer._buffers.update(real)
-            layer.register_forward_pre_hook(self._before(i))
+            layer.register_forward_pre_hook(self._before(i), with_kwargs=True)
         self.fill = lru_cache(maxsize=64)(self._fill)
         self.shares = lru_cache(maxsize=64)(self._shares)
 
@@ -89,49 +108,62 @@ class PooledStatistics:
         return found
 
     def begin(self) -> None:
-        """A step begins: layers in training mode write to scratch, at momentum 1."""
+        """A step begins: layers in training mode write to scratch, at momentum 1.
+
+        Raises:
+            ModelError: for torch's SyncBatchNorm on more than one rank, which would be pooled over ranks twice.
+        """
+        if not self.layers:
+            return
+        if num_ranks(self.group) > 1:
+            self._refuse_torchs_sync()
         self._active = [i for i, layer in enumerate(self.layers) if layer.training]
         self._batch.zero_()  # torch keeps 0 times what stood there: a NaN would stay
         for i in self._active:
             self.layers[i]._buffers.update(self._scratch[i])
             self.layers[i].__dict__["momentum"] = 1.0  # past nn.Module's slow setter: this runs every step
-            self._counts[i] = 0
+            if isinstance(self.layers[i], AnyBatchNorm):
+                self.layers[i].__dict__["own_moments"] = True
+        self._counts = [0] * len(self.layers)
         self._passes = 0
-        self._paused = False
+        self._paused = self._again = False
 
     def pause(self) -> None:
         """Further forward passes of this step are not counted: they go over the same samples again."""
-        if any(self._pending):
-            self._open_sums()
-            self._add(slice(None), self.fill(tuple(self._pending)))
-            self._settle()
-        self._paused = True
+        self._flush()
+        self._paused = self._again = True
+
+    def forward_done(self) -> None:
+        """The forward pass of a micro-batch is over: until ``collect``, the same samples may come again, but no others.
+
+        Recomputation is found without this in eager mode. Where torch.compile has traced the layers, only this tells it.
+        """
+        self._again = True
 
     def collect(self, *, last: bool) -> None:
         """A micro-batch is done. One that is alone in its step needs no sums: its statistics are the pooled ones."""
-        if not any(self._pending) or (last and not self._passes):
-            return
-        self._open_sums()
-        self._add(slice(None), self.fill(tuple(self._pending)))
-        self._settle()
+        self._again = self._paused
+        if self._passes or not last:
+            self._flush()
 
     def end(self, ok: Tensor) -> None:
         """The step is over: running statistics move where ``ok`` (0-dim bool); the layers get them back."""
         if not self._active:
             return
-        if self._passes:
-            total = self.fill(tuple(self._counts))
-            mean = self._sum / total.clamp(min=1)
-            var = (self._sum_squares - total * mean * mean) / (total - 1).clamp(min=1)
-            pooled = torch.cat([mean, var]).to(self.running.dtype)
+        if num_ranks(self.group) > 1:
+            self._flush()
+            now, share, ok = self._over_ranks(ok)
+        elif self._passes:
+            now = torch.cat(pooled(self.fill(tuple(self._counts)), self._sum, self._sum_squares))
+            share = self.shares(tuple(count > 0 for count in self._counts))
         else:
             self._settle()
-            pooled = self._batch
-        share = self.shares(tuple(count > 0 for count in self._counts))
+            now, share = self._batch, self.shares(tuple(count > 0 for count in self._counts))
         if None in self.momentum:
             share = self._plain_means(share)
-        # Layers that saw nothing have share 0 and finite zeros in ``pooled``: lerp leaves them as they are, to the bit.
-        torch.where(ok, torch.lerp(self.running, pooled, share), self.running, out=self.running)
+        # Layers that saw nothing have share 0 and finite zeros in ``now``: lerp leaves them as they are, to the bit.
+        now = now.to(self.running.dtype)
+        torch.where(ok, torch.lerp(self.running, now, share), self.running, out=self.running)
         self.tracked.add_(ok if len(self._active) == len(self.layers) else self._active_layers() & ok)
         self.restore()
 
@@ -140,8 +172,31 @@ class PooledStatistics:
         for i in self._active:
             self.layers[i]._buffers.update(self._real[i])
             self.layers[i].__dict__["momentum"] = self.momentum[i]
+            self.layers[i].__dict__.pop("own_moments", None)
         self._pending = [0] * len(self.layers)
         self._active = []
+        self._aside.clear()
+
+    def _over_ranks(self, ok: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Statistics of all ranks, the share of each, and whether no rank skips: one sum over ranks."""
+        if not self._passes:
+            self._open_sums()  # this rank saw nothing
+        width = self.width
+        self._sums[2 * width : -1] = self.fill(tuple(self._counts))
+        self._sums[-1] = ~ok
+        dist.all_reduce(self._sums, group=self.group)
+        count = self._sums[2 * width : -1]
+        seen = (count > 0).repeat(2)
+        share = self.shares((True,) * len(self.layers)) * seen
+        return torch.cat(pooled(count, self._sum, self._sum_squares)), share, self._sums[-1] == 0
+
+    def _refuse_torchs_sync(self) -> None:
+        if names := [n for n, layer in zip(self.names, self.layers) if isinstance(layer, nn.SyncBatchNorm)]:
+            raise ModelError(
+                "The running statistics of torch's SyncBatchNorm cannot be pooled over ranks.",
+                f"{len(names)} layers, such as '{names[0]}', hold those of all ranks already.",
+                'Call convert_batchnorm(model, to="synced").',
+            )
 
     def _active_layers(self) -> Tensor:
         """Which layers train, as booleans on the device."""
@@ -170,10 +225,16 @@ class PooledStatistics:
         widths = [span.stop - span.start for span in self.spans]
         return torch.repeat_interleave(torch.tensor(values, dtype=self.exact), torch.tensor(widths)).to(self.device)
 
+    def _flush(self) -> None:
+        """What lies in scratch goes into the sums."""
+        if any(self._pending):
+            self._open_sums()
+            self._add(slice(None), self.fill(tuple(self._pending)))
+            self._settle()
+
     def _open_sums(self) -> None:
         if not self._passes:
-            self._sum.zero_()
-            self._sum_squares.zero_()
+            self._sums.zero_()
         self._passes += 1
 
     def _add(self, span: slice, count: Tensor) -> None:
@@ -188,14 +249,23 @@ class PooledStatistics:
         self._pending = [0] * len(self.layers)
 
     def _before(self, i: int) -> Any:
-        def hook(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-            if not self._active or self._paused or not module.training:
+        def hook(module: nn.Module, inputs: tuple[Tensor, ...], named: dict[str, Any]) -> None:
+            if not self._active or not module.training:
                 return
+            if self._again or recomputing():  # the same samples again
+                if i not in self._aside:
+                    self._aside.add(i)
+                    module._buffers.update(self._unread[i])
+                return
+            if i in self._aside:
+                self._aside.discard(i)
+                module._buffers.update(self._scratch[i])
             if self._pending[i]:  # a layer used twice in one forward pass: its first batch is still in scratch
                 span = self.spans[i]
                 self._open_sums()
                 self._add(span, self.fill(tuple(self._pending))[span])
                 self._counts[i] += self._pending[i]
-            self._pending[i] = inputs[0].numel() // inputs[0].shape[1]
+            x = inputs[0] if inputs else named["input"]
+            self._pending[i] = x.numel() // x.shape[1]
 
         return hook
