@@ -14,6 +14,7 @@ __version__ = "0.1.0"
 
 if TYPE_CHECKING:
     from thalweg import optim, regularize, schedules
+    from thalweg.branch import continue_run
     from thalweg.data import TokenWindows
     from thalweg.engine import TrainStep
     from thalweg.run import Result, train, train_task
@@ -22,6 +23,7 @@ _LAZY = {
     "TokenWindows": "thalweg.data",
     "TrainStep": "thalweg.engine",
     "Result": "thalweg.run",
+    "continue_run": "thalweg.branch",
     "train": "thalweg.run",
     "train_task": "thalweg.run",
 }
@@ -38,6 +40,7 @@ __all__ = [
     "TokenWindows",
     "TrainStep",
     "__version__",
+    "continue_run",
     "optim",
     "regularize",
     "schedules",

@@ -303,7 +303,7 @@ class _Run:
             with resolved.policy.context(resolved.device):
                 resolved.loss(model, batch)
 
-        return PreciseStatistics(resolved.model, batches, forward)
+        return PreciseStatistics(resolved.model, batches, forward, seed=recipe.seed)
 
     def _evaluation(
         self, resolved: Resolved, step: Any, precise: PreciseStatistics | None

@@ -8,6 +8,7 @@ import shutil
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from thalweg import __version__
 from thalweg.core import RecipeError, RunFolderError, ThalwegError
@@ -56,6 +57,12 @@ def _parser() -> argparse.ArgumentParser:
         help="go on with the newest run of this task (or --name), from its newest good checkpoint or from STEP",
     )
     train.add_argument("--quiet", action="store_true", help="do not print the plan")
+    train.add_argument("--from", dest="source", metavar="FOLDER", help="a new run that goes on from another's checkpoint")
+    train.add_argument("--from-step", metavar="STEP", help="with --from: which checkpoint (default: the newest good one)")
+    train.add_argument("--more", metavar="STEPS", help="with --from: how many more steps")
+    train.add_argument(
+        "--then", metavar="SCHEDULE", default="cooldown()", help="with --from: the rate's schedule (default: cooldown())"
+    )
     train.set_defaults(run=_train)
 
     init = commands.add_parser("init", help="write a starter task and recipe")
@@ -80,6 +87,12 @@ def _train(asked: argparse.Namespace) -> int:
     from thalweg.recipes import find_task, recipe_for, short_name
 
     task = find_task(asked.task)
+    if asked.source is not None:
+        return _train_on(asked, task, short_name(asked.task))
+    if asked.more or asked.from_step:
+        raise RecipeError(
+            "--more and --from-step go with --from.", "No other run is named.", "Name it: --from runs/digits."
+        )
     recipe = recipe_for(task)
     if asked.recipe:
         from thalweg.core import Recipe
@@ -96,6 +109,38 @@ def _train(asked: argparse.Namespace) -> int:
     if resume is not False and not asked.recipe and not changes:
         recipe = RunFolder.recipe_in(folder)
     result = train_task(task, recipe, folder=folder, resume=resume, sinks=[Terminal(verbose=not asked.quiet)])
+    return _ended(asked, result, folder)
+
+
+def _train_on(asked: argparse.Namespace, task: Any, name: str) -> int:
+    """A new run that goes on from a checkpoint of another."""
+    if asked.set or asked.recipe or asked.resume is not None:
+        raise RecipeError(
+            "--from goes on with the other run's recipe.",
+            "--set, --recipe or --resume was given too.",
+            "Leave them out; --then changes the schedule of the rate.",
+        )
+    if asked.more is None:
+        raise RecipeError("--from does not say for how long.", "--more is missing.", "Add --more 100.")
+    from thalweg.branch import continue_run
+    from thalweg.run import choose_folder
+    from thalweg.watch import Terminal
+
+    folder = choose_folder(Path(asked.runs), asked.name, name, resume=False)
+    result = continue_run(
+        task,
+        asked.source,
+        folder,
+        steps=_whole(asked.more, "--more"),
+        then=asked.then,
+        at=None if asked.from_step is None else _whole(asked.from_step, "--from-step"),
+        sinks=[Terminal(verbose=not asked.quiet)],
+    )
+    return _ended(asked, result, folder)
+
+
+def _ended(asked: argparse.Namespace, result: Any, folder: Path) -> int:
+    """What is left to say of a run."""
     if result.sample:
         print(f"\n{result.sample}\n")
     print(f"report: {folder / 'report.html'}")
@@ -116,10 +161,10 @@ def _pair(text: str) -> tuple[str, str]:
     return path.strip(), value.strip()
 
 
-def _whole(text: str) -> int:
+def _whole(text: str, option: str = "--resume") -> int:
     if not text.isdecimal():
         raise RunFolderError(
-            f"--resume {text} names no step.", "A step is a whole number.", "Use --resume, or --resume 120."
+            f"{option} {text} names no step.", "A step is a whole number.", f"Give one, such as {option} 120."
         )
     return int(text)
 

@@ -1,6 +1,6 @@
 """The engine: resolve, preflight, build, step, loop, evaluate."""
 
-from thalweg.engine.build import average_shares, build
+from thalweg.engine.build import average_times, build, run_span
 from thalweg.engine.evaluate import evaluate
 from thalweg.engine.loop import GIVE_UP_AFTER, Loop
 from thalweg.engine.preflight import preflight
@@ -17,9 +17,10 @@ __all__ = [
     "Step",
     "StepOptions",
     "TrainStep",
-    "average_shares",
+    "average_times",
     "build",
     "evaluate",
     "preflight",
     "resolve",
+    "run_span",
 ]

@@ -38,7 +38,7 @@ def evaluate(
     model = state.model
     sums: dict[str, list[Tensor]] = {}
     statistics = nullcontext() if precise is None else precise.put_in(version=state.step)
-    with in_evaluation_mode(model), state.averaged(), statistics, torch.no_grad():
+    with state.averaged(), statistics, in_evaluation_mode(model), torch.no_grad():
         for samples in held_out(source, batch, state.device.torch_device):
             with policy.context(state.device):
                 found = {"loss": sum_and_weight(loss(model, samples), samples)}

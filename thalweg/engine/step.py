@@ -116,6 +116,8 @@ class Step:
             first += self._seed(index, first, batch)
             with self.policy.context(self.state.device):
                 total, weight = sum_and_weight(self.loss(self.state.model, batch), batch)
+            if self.state.statistics.layers:
+                self.state.statistics.forward_done()
             torch.autograd.backward(total, self._backward_seed(total))
             if counted:
                 self._collect(total, weight, last=index == len(window) - 1)

@@ -1,0 +1,121 @@
+"""A new run that goes on from a checkpoint of another: to cool down late, or to go on for longer. The other stays as it is."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from thalweg.checkpoint import Store, write_file
+from thalweg.core import CheckpointError, Decision, Plan, Recipe, RecipeError, RunFolderError, Sink, Task
+from thalweg.engine import average_times, run_span
+from thalweg.run import Result, RunFolder, train_task
+from thalweg.schedules import Schedule, first, hold, parse
+
+#: Schedules that are counted in steps attempted.
+_BY_STEPS = ("batch", "sequence")
+
+
+def continue_run(
+    task: Task,
+    source: str | Path,
+    folder: str | Path,
+    *,
+    steps: int,
+    then: str | Schedule = "cooldown()",
+    at: int | None = None,
+    sinks: Sequence[Sink] = (),
+) -> Result:
+    """Train on from another run's checkpoint, in a folder of its own.
+
+    Up to the checkpoint, every schedule is what it was; from there on the rate follows ``then``, beginning at the value that
+    it had, and all else stays at the value that it had.
+
+    Args:
+        source: the other run's folder; nothing in it is changed.
+        folder: the new one; it must not hold a run.
+        steps: how many more, 1 or more.
+        then: schedule of the rate over these steps; a share such as "50%" in it is of the whole new run.
+        at: the checkpoint's step; None: the newest good one.
+
+    Raises:
+        ThalwegError: before anything is written, if there is no such checkpoint, or the schedule does not fit.
+    """
+    if steps < 1:
+        raise RecipeError(f"{steps} more steps are none.", "A run that goes on takes 1 or more.", "Give 1 or more.")
+    other, mine = RunFolder(Path(source)), RunFolder(Path(folder))
+    plan = other.saved_plan()
+    if mine.recipe_file.exists():
+        raise RunFolderError(
+            f"{mine.path} already holds a run.", "It has a recipe.toml.", "Give the new run a name of its own."
+        )
+    at = _checkpoint(other.store, at)
+    snapshot = other.store.load(at)
+    applied = int(snapshot.groups["state"]["applied"][0])
+    changed = _changed(plan, at, applied, steps, parse(then))
+    reason = f"goes on from {source} at step {at}, where {applied} updates had been applied"
+    changed = replace(changed, decisions=(*changed.decisions, Decision("train.steps", at + steps, reason)))
+    parse(changed.recipe.schedule.lr).values(run_span(changed))
+    mine.path.mkdir(parents=True, exist_ok=True)
+    with open(other.records_file, "rb") as records:
+        write_file(mine.records_file, records.read(int(snapshot.facts["records_bytes"])))
+    mine.store.save(at, snapshot)
+    write_file(mine.plan_file, changed.to_json().encode())
+    write_file(mine.recipe_file, changed.recipe.to_toml().encode())
+    return train_task(task, Recipe.from_file(mine.recipe_file), folder=mine.path, resume=True, sinks=sinks)
+
+
+def _checkpoint(store: Store, at: int | None) -> int:
+    if at is None:
+        at, faults = store.newest_good()
+        if at is None:
+            raise CheckpointError(
+                "The run has no checkpoint to go on from.", " ".join(faults) or "There is none.", "Name another run."
+            )
+    elif at not in store.steps():
+        have = ", ".join(map(str, store.steps())) or "none"
+        raise CheckpointError(f"There is no checkpoint of step {at}.", f"There are: {have}.", "Name one of these.")
+    return at
+
+
+def _changed(plan: Plan, at: int, applied: int, steps: int, then: Schedule) -> Plan:
+    """The plan of the run that goes on."""
+    recipe, old = plan.recipe, plan.steps
+    only = then.pieces[0]
+    if len(then.pieces) == 1 and getattr(only, "length", 0) is None and hasattr(only, "shape"):
+        then = Schedule((replace(only, length=steps),))  # its last value is that of the last update
+
+    def kept(text: str | None, count: int, after: Schedule) -> str | None:
+        """What a schedule was until now, and what follows."""
+        if text is None:
+            return None
+        return str(first(parse(text), count, of=old) >> after if count else after)
+
+    def kept_all(table: Mapping[str, Any]) -> dict[str, Any]:
+        return {name: kept(text, applied, hold()) for name, text in table.items()}
+
+    schedule = recipe.schedule
+    simple = {
+        name: kept(getattr(schedule, name), at if name in _BY_STEPS else applied, hold())
+        for name in ("weight_decay", "clip", "average", "batch", "sequence", "dropout", "stochastic_depth")
+    }
+    tables = {name: kept_all(getattr(schedule, name)) for name in ("options", "loss", "penalties")}
+    lr = kept(schedule.lr, applied, then)
+    assert lr is not None
+    groups = {
+        pattern: {**group, **({"schedule": kept_all(group["schedule"])} if "schedule" in group else {})}
+        for pattern, group in recipe.optimizer.groups.items()
+    }
+    for pattern, group in groups.items():
+        if "lr" in group.get("schedule", {}):
+            group["schedule"]["lr"] = kept(recipe.optimizer.groups[pattern]["schedule"]["lr"], applied, then)
+    _, start, every = average_times(plan, run_span(plan))
+    changed = replace(
+        recipe,
+        train=replace(recipe.train, steps=at + steps),
+        schedule=replace(schedule, lr=lr, **simple, **tables),
+        optimizer=replace(recipe.optimizer, groups=groups),
+        regularize=replace(recipe.regularize, average_start=str(start), average_every=str(every)),
+    )
+    return replace(plan, recipe=changed, steps=at + steps)
