@@ -189,10 +189,11 @@ def test_stochastic_depth_in_timms_resnet_and_vit(timm_models: Callable[[str], A
     ]
 
 
+@pytest.mark.parametrize("frozen", [True, False])
 @pytest.mark.parametrize("dropout", [0.0, 0.1])
-def test_stochastic_depth_in_a_gpt(dropout: float) -> None:
+def test_stochastic_depth_in_a_gpt(dropout: float, frozen: bool) -> None:
     """Its dropout layer serves two branches, and is passed over for the layer before it; positions are no branch."""
-    model, x = gpt(dropout), torch.randint(16, (2, 8))
+    model, x = gpt(dropout).requires_grad_(not frozen), torch.randint(16, (2, 8))
     changes = check_only_training_changes(
         model, x, lambda: add_stochastic_depth(model, lambda: model(x), 0.4, mode="batch")
     )
@@ -290,6 +291,14 @@ def test_a_model_that_has_both_gets_each_once() -> None:
         three_parts(caught.value)
 
 
+def test_in_a_model_that_evaluates_what_is_added_does_too() -> None:
+    model, x = gpt().eval(), torch.randint(16, (2, 8))
+    add_stochastic_depth(model, lambda: model(x), 0.2)
+    (head,) = add_dropout(model, lambda: model(x), 0.2, at="head")
+    assert head.name == "head", "of many Linear the last"
+    assert not any(module.training for module in model.modules())
+
+
 class Unreachable(nn.Module):
     """One branch can be reached, the other is scaled in the model's own code."""
 
@@ -300,6 +309,28 @@ class Unreachable(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         x = x + self.a(x)
         return x + 0.5 * self.b(x)
+
+
+class InPlace(nn.Module):
+    """What the module returned is no longer what is added."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a = nn.Linear(4, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.a(x).mul_(0.5)
+
+
+class Tied(nn.Module):
+    """A sum of two values that share a parameter, and nothing else."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.norm = nn.Linear(4, 4), nn.LayerNorm(4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.a(torch.zeros_like(x)) + self.norm(self.a(x.detach()))
 
 
 def no_branches() -> nn.Module:
@@ -315,6 +346,8 @@ def no_branches() -> nn.Module:
         (no_branches, lambda m, run: add_dropout(m, run, 0.1, at="heads"), "no place"),
         (no_branches, lambda m, run: add_dropout(m, run, 0.1, at=["7"]), "No module matches '7'"),
         (lambda: nn.ModuleList([nn.LSTM(4, 4)]), lambda m, run: add_dropout(m, run, 0.1, at=["0"]), "one tensor"),
+        (InPlace, lambda m, run: add_stochastic_depth(m, run, 0.1), "0 of 1 are"),
+        (Tied, lambda m, run: add_stochastic_depth(m, run, 0.1), "no residual branches"),
         (Unreachable, lambda m, run: add_stochastic_depth(m, run, 0.1), "Not every residual branch"),
         (Unreachable, lambda m, run: add_stochastic_depth(m, run, 1.0), "no rate"),
         (Unreachable, lambda m, run: add_stochastic_depth(m, run, 0.1, mode="rows"), "Modes: row, batch"),

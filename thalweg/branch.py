@@ -44,12 +44,16 @@ def continue_run(
     """
     if steps < 1:
         raise RecipeError(f"{steps} more steps are none.", "A run that goes on takes 1 or more.", "Give 1 or more.")
-    other, mine = RunFolder(Path(source)), RunFolder(Path(folder))
-    plan = other.saved_plan()
-    if mine.recipe_file.exists():
+    if not (Path(source) / "recipe.toml").is_file():
         raise RunFolderError(
-            f"{mine.path} already holds a run.", "It has a recipe.toml.", "Give the new run a name of its own."
+            f"There is no run in {source} to go on from.", "It has no recipe.toml.", "Name a folder below runs/."
         )
+    if (Path(folder) / "recipe.toml").exists():
+        raise RunFolderError(
+            f"{folder} already holds a run.", "It has a recipe.toml.", "Give the new run a name of its own."
+        )
+    other = RunFolder(Path(source))
+    plan = other.saved_plan()
     at = _checkpoint(other.store, at)
     snapshot = other.store.load(at)
     applied = int(snapshot.groups["state"]["applied"][0])
@@ -57,6 +61,7 @@ def continue_run(
     reason = f"goes on from {source} at step {at}, where {applied} updates had been applied"
     changed = replace(changed, decisions=(*changed.decisions, Decision("train.steps", at + steps, reason)))
     parse(changed.recipe.schedule.lr).values(run_span(changed))
+    mine = RunFolder(Path(folder))
     mine.path.mkdir(parents=True, exist_ok=True)
     with open(other.records_file, "rb") as records:
         write_file(mine.records_file, records.read(int(snapshot.facts["records_bytes"])))

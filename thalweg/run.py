@@ -296,8 +296,8 @@ class _Run:
             return None
 
         def batches() -> Iterator[Any]:
-            parts = (part for window in feed.windows(0, resolved.plan.steps) for part in window)
-            return itertools.islice(parts, num)
+            windows = itertools.islice(feed.windows(0, resolved.plan.steps), num)
+            return (part for window in windows for part in window)
 
         def forward(model: nn.Module, batch: Any) -> None:
             with resolved.policy.context(resolved.device):

@@ -20,7 +20,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     Returns:
         The exit code: 0 done, 2 a mistake in what was asked, 3 the run diverged, 130 interrupted and saved.
     """
-    asked = _parser().parse_args(arguments)
+    asked = _parser().parse_args(_joined(sys.argv[1:] if arguments is None else list(arguments)))
     try:
         code = int(asked.run(asked))
         sys.stdout.flush()  # a reader who has gone is noticed here, not when Python ends
@@ -34,6 +34,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130
+
+
+def _joined(arguments: list[str]) -> list[str]:
+    """``schedules preview`` is a command of its own; ``schedules NAME`` is not."""
+    return ["schedules preview", *arguments[2:]] if arguments[:2] == ["schedules", "preview"] else arguments
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -57,11 +62,18 @@ def _parser() -> argparse.ArgumentParser:
         help="go on with the newest run of this task (or --name), from its newest good checkpoint or from STEP",
     )
     train.add_argument("--quiet", action="store_true", help="do not print the plan")
-    train.add_argument("--from", dest="source", metavar="FOLDER", help="a new run that goes on from another's checkpoint")
-    train.add_argument("--from-step", metavar="STEP", help="with --from: which checkpoint (default: the newest good one)")
+    train.add_argument(
+        "--from", dest="source", metavar="FOLDER", help="a new run that goes on from another's checkpoint"
+    )
+    train.add_argument(
+        "--from-step", metavar="STEP", help="with --from: which checkpoint (default: the newest good one)"
+    )
     train.add_argument("--more", metavar="STEPS", help="with --from: how many more steps")
     train.add_argument(
-        "--then", metavar="SCHEDULE", default="cooldown()", help="with --from: the rate's schedule (default: cooldown())"
+        "--then",
+        metavar="SCHEDULE",
+        default="cooldown()",
+        help="with --from: the rate's schedule (default: cooldown())",
     )
     train.set_defaults(run=_train)
 
@@ -74,6 +86,23 @@ def _parser() -> argparse.ArgumentParser:
     rules.add_argument("name", nargs="?", help="a rule or a stage: its maths, options, cost, evidence")
     rules.add_argument("--stages", action="store_true", help="list the stages, which combine with any rule")
     rules.set_defaults(run=_rules)
+    schedules = commands.add_parser("schedules", help="list the schedule language, or print the card of one shape")
+    schedules.add_argument("name", nargs="?", help="a shape: its formula, options, a drawing; see also 'preview'")
+    schedules.set_defaults(run=_schedules)
+    preview = commands.add_parser(
+        "schedules preview",
+        help="draw every scheduled value of a recipe over the run",
+        description="Draw every scheduled value of a recipe over the run, in the terminal and as an SVG file.",
+    )
+    preview.add_argument("recipe", nargs="?", metavar="RECIPE", help="a TOML recipe; with --task: the task's own")
+    preview.add_argument("--task", help="whose data answers epochs and tokens, and whose recipe is completed")
+    preview.add_argument("--steps", metavar="N", help="length of the run in updates (default: the recipe's)")
+    preview.add_argument("--svg", metavar="FILE", help="where the SVG goes (default: RECIPE.schedules.svg)")
+    preview.add_argument("--values", action="store_true", help="print the values at about 20 updates too")
+    preview.add_argument(
+        "--set", metavar="PATH=VALUE", action="append", default=[], help="override one value of the recipe"
+    )
+    preview.set_defaults(run=_preview)
     doctor = commands.add_parser("doctor", help="say what this machine is and what it gains by half precision")
     doctor.set_defaults(run=_doctor)
     report = commands.add_parser("report", help="write the report of a run folder again")
@@ -205,6 +234,85 @@ def _rules(asked: argparse.Namespace) -> int:
         print(card.columns(headings, rows))
     print("", *([] if asked.stages else card.NOTES), "thalweg rules NAME prints the card of one.", sep="\n")
     return 0
+
+
+def _schedules(asked: argparse.Namespace) -> int:
+    from thalweg.schedules import cards
+
+    if asked.name is None:
+        print(cards.listing(), "thalweg schedules NAME prints the card of one,", sep="\n")
+        print("thalweg schedules preview RECIPE.toml draws what a recipe schedules.")
+        return 0
+    from thalweg.report.preview import in_terminal
+
+    print(cards.card(asked.name))
+    print(in_terminal(cards.example(asked.name), min(_columns(), 80), braille=_has_braille()))
+    return 0
+
+
+def _preview(asked: argparse.Namespace) -> int:
+    changes = dict(_pair(text) for text in asked.set)
+    changes |= {} if asked.steps is None else {"train.steps": asked.steps}
+    if asked.recipe is None and asked.task is None:
+        raise RecipeError(
+            "There is nothing to draw.",
+            "Neither a recipe nor a task was named.",
+            "Write thalweg schedules preview RECIPE.toml, or --task TASK.",
+        )
+    svg = _svg_of(asked)
+    from thalweg.core import Recipe
+
+    if asked.task is None:
+        from thalweg.engine.preview import preview
+
+        curves = preview(Recipe.from_file(asked.recipe).override(changes))
+    else:
+        from thalweg.engine.preview import preview_of_task
+        from thalweg.recipes import find_task, recipe_for
+
+        task = find_task(asked.task)
+        recipe = recipe_for(task)
+        if asked.recipe is not None:
+            recipe = Recipe.from_file(asked.recipe, base=recipe)
+        curves = preview_of_task(task, recipe.override(changes))
+    from thalweg.report.preview import in_terminal, table, write_svg
+
+    write_svg(svg, curves, f"What {asked.recipe or asked.task} schedules")
+    for curve in curves:
+        print(in_terminal(curve, _columns(), braille=_has_braille()), end="\n\n")
+    if asked.values:
+        print(table(curves), end="\n\n")
+    print(f"wrote {svg}")
+    return 0
+
+
+def _svg_of(asked: argparse.Namespace) -> Path:
+    """Where the drawing goes: by default beside the recipe, or here, called after the task."""
+    if asked.svg is None and asked.recipe is not None:
+        return Path(asked.recipe).with_suffix(".schedules.svg")
+    if asked.svg is None:
+        return Path(f"{asked.task.partition(':')[0].rsplit('.', 1)[-1]}.schedules.svg")
+    svg = Path(asked.svg)
+    if svg.suffix.lower() != ".svg" or not svg.parent.is_dir():
+        raise RunFolderError(
+            f"--svg {svg} names no file that can be written.",
+            "It must end in .svg and lie in a folder that is there.",
+            "For example --svg schedules.svg.",
+        )
+    return svg
+
+
+def _columns() -> int:
+    return shutil.get_terminal_size().columns
+
+
+def _has_braille() -> bool:
+    """Whether what reads our output knows more than ASCII."""
+    try:
+        "\u28ff".encode(getattr(sys.stdout, "encoding", None) or "utf-8")
+    except (UnicodeEncodeError, LookupError):
+        return False
+    return True
 
 
 def _doctor(asked: argparse.Namespace) -> int:

@@ -115,9 +115,8 @@ def _options(recipe: Recipe) -> Iterator[Scheduled]:
                 did_you_mean(name, known) if known else "Leave it out.",
             )
         check_movable(owner, name, f"schedule.options.{name}")
-        base = _number(f"optimizer.options.{name}", optimizer.options.get(name, owner.defaults[name]))
-        moved = Scheduled(f"options.{name}", parse(text), base, factor=False)
-        yield moved
+        base = _base(f"optimizer.options.{name}", optimizer.options.get(name, owner.defaults[name]), owner)
+        yield Scheduled(f"options.{name}", parse(text), base, factor=False)
 
 
 def _groups(recipe: Recipe, peak: float) -> Iterator[Scheduled]:
@@ -131,8 +130,9 @@ def _groups(recipe: Recipe, peak: float) -> Iterator[Scheduled]:
                 continue
             assert rule is not None
             check_movable(rule, name, f"optimizer.groups.'{pattern}'.schedule.{name}")
-            options = {**recipe.optimizer.options, **group.get("options", {})}
-            base = _number(path, options.get(name, rule.defaults[name]))
+            own = recipe.optimizer.options if rule.name == recipe.optimizer.rule else {}
+            options = {**own, **group.get("options", {})}
+            base = _base(path, options.get(name, rule.defaults[name]), rule)
             yield Scheduled(path, parse(text), base, factor=False)
 
 
@@ -160,6 +160,18 @@ def check_movable(rule: Rule, name: str, where: str) -> None:
             f"It has {len(known)} that can move.",
             did_you_mean(name, known) if known else "Leave it out.",
         )
+
+
+def _base(path: str, value: Any, rule: Rule) -> float:
+    """The value that a schedule of an option starts from."""
+    base = _number(path, value)
+    if base == 0:
+        raise RecipeError(
+            f"A schedule moves {path}, and it is switched off.",
+            f"It is 0, so that {rule.name} leaves out what it is for.",
+            "Give it a value above 0.",
+        )
+    return base
 
 
 def _number(path: str, value: Any) -> float:
@@ -197,8 +209,8 @@ def sequence_lengths(recipe: Recipe, steps: int, whole: int) -> list[int] | None
             "Leave schedule.sequence out.",
         )
     unit = min(_SEQUENCE_UNIT, whole)
-    lengths = [max(1, round(whole * factor / unit)) * unit for factor in by_steps(text, "sequence", steps)]
-    return [min(length, whole) for length in lengths]
+    factors = by_steps(text, "sequence", steps)
+    return [whole if f >= 1 else min(whole, max(1, round(whole * f / unit)) * unit) for f in factors]
 
 
 def by_steps(text: str, name: str, steps: int) -> list[float]:

@@ -12,8 +12,6 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils.hooks import RemovableHandle
 
-from thalweg.regularize.keyed import Keyed
-
 _ADDITIONS = {torch.Tensor.add, torch.Tensor.add_, torch.add}
 
 
@@ -143,14 +141,14 @@ class _Watcher(TorchFunctionMode):
         return None if lengths[0] == lengths[1] else int(lengths[1] > lengths[0])
 
     def result(self) -> Run:
-        """Of several modules that returned the same tensor the last, nearest to the addition; dropout of ours only if alone."""
+        """Of several modules that returned the same tensor the last: it stands nearest to the addition."""
         times: dict[nn.Module, int] = {}
         for _, module in self.calls:
             times[module] = times.get(module, 0) + 1
         branches, unreachable = [], 0
         for made in self.additions:
             once = [Branch(name, module) for name, module in made if times[module] == 1]
-            branches += sorted(once, key=lambda branch: not isinstance(branch.module, Keyed))[-1:]
+            branches += once[-1:]
             unreachable += not once
         return Run(branches, self.calls, self.tensors, unreachable)
 

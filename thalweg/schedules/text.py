@@ -20,6 +20,8 @@ def parse(text: str | Schedule) -> Schedule:
     """
     if isinstance(text, Schedule):
         return text
+    if not isinstance(text, str):
+        raise _unreadable(str(text), f"Its type is {type(text).__name__}, and a schedule is a text.")
     quoted = BARE.sub(r"'\1'", text)
     try:
         found = _read(ast.parse(quoted.strip(), mode="eval").body, text)
