@@ -12,6 +12,7 @@ from thalweg.core import CheckpointError, Decision, Plan, Recipe, RecipeError, R
 from thalweg.engine import average_times, run_span
 from thalweg.run import Result, RunFolder, train_task
 from thalweg.schedules import Schedule, first, hold, parse
+from thalweg.schedules.language import Piece
 
 #: Schedules that are counted in steps attempted.
 _BY_STEPS = ("batch", "sequence")
@@ -88,7 +89,7 @@ def _changed(plan: Plan, at: int, applied: int, steps: int, then: Schedule) -> P
     """The plan of the run that goes on."""
     recipe, old = plan.recipe, plan.steps
     only = then.pieces[0]
-    if len(then.pieces) == 1 and getattr(only, "length", 0) is None and hasattr(only, "shape"):
+    if len(then.pieces) == 1 and isinstance(only, Piece) and only.length is None:
         then = Schedule((replace(only, length=steps),))  # its last value is that of the last update
 
     def kept(text: str | None, count: int, after: Schedule) -> str | None:
@@ -101,11 +102,11 @@ def _changed(plan: Plan, at: int, applied: int, steps: int, then: Schedule) -> P
         return {name: kept(text, applied, hold()) for name, text in table.items()}
 
     schedule = recipe.schedule
-    simple = {
+    simple: dict[str, Any] = {
         name: kept(getattr(schedule, name), at if name in _BY_STEPS else applied, hold())
         for name in ("weight_decay", "clip", "average", "batch", "sequence", "dropout", "stochastic_depth")
     }
-    tables = {name: kept_all(getattr(schedule, name)) for name in ("options", "loss", "penalties")}
+    tables: dict[str, Any] = {name: kept_all(getattr(schedule, name)) for name in ("options", "loss", "penalties")}
     lr = kept(schedule.lr, applied, then)
     assert lr is not None
     groups = {

@@ -178,7 +178,7 @@ def _ended(asked: argparse.Namespace, result: Any, folder: Path) -> int:
         again += ["--name", asked.name] if asked.name else []
         again += ["--runs", asked.runs] if asked.runs != "runs" else []
         print(f"to go on: {' '.join(again)}")
-    return result.reason.exit_code
+    return int(result.reason.exit_code)
 
 
 def _pair(text: str) -> tuple[str, str]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from thalweg.core import Plan, seed_for
 from thalweg.device import Device
@@ -104,11 +104,11 @@ def average_shares(plan: Plan, span: Span, moved: Scheduled | None) -> list[floa
         return []
     full = math.ceil((10 * wanted.average - 1) / (1 - wanted.average))
     updates = torch.arange(1, max(plan.steps, full) + 1, dtype=torch.float64)
-    shares: list[float] = average_share(wanted.average, updates).tolist()
+    decay: float | Tensor = wanted.average
     if moved is not None:
         decays = moved.values(span)
-        decays += [decays[-1]] * (len(shares) - len(decays))
-        shares = [float(average_share(decay, t)) for decay, t in zip(decays, updates)]
+        decay = torch.tensor([*decays, *[decays[-1]] * (len(updates) - len(decays))], dtype=torch.float64)
+    shares: list[float] = average_share(decay, updates).tolist()
     return shares
 
 

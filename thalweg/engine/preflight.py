@@ -92,7 +92,7 @@ def preflight(
             try:
                 value = loss(model, batch)
             except (RuntimeError, TypeError, IndexError, ValueError) as err:
-                if mixed and not isinstance(err, ThalwegError):
+                if mixed and not isinstance(err, (ThalwegError, torch.OutOfMemoryError)):
                     raise soft_target_error(err) from err
                 raise
         check_loss(value)

@@ -390,7 +390,8 @@ def changed_model(
     model: nn.Module, loss: ModelLoss, batch: Any, device: Device, recipe: Recipe, decide: Decisions
 ) -> list[Change]:
     """Layers as the recipe asks, and what cannot be as it asks, by name."""
-    model.train(model.training or not any(module.training for module in model.modules()))
+    if not model.training:  # as a whole; parts that were put in evaluation mode, to freeze them, stay there
+        model.train()
 
     def run() -> None:
         with untouched(model, device, recipe.seed):

@@ -29,7 +29,6 @@ from thalweg.engine.step import FIELDS, Step
 from thalweg.optim import parameter_table
 from thalweg.precision import policy_for
 
-
 _WHY_NOT = dict.fromkeys(("examples", "tokens", "epochs"), "TrainStep does not see the data ahead of it.")
 
 

@@ -14,8 +14,8 @@ from thalweg.schedules import FOREIGN
 if TYPE_CHECKING:
     from thalweg.optim.convert import from_torch, to_torch
     from thalweg.optim.face import face_of, scheduler
-    from thalweg.optim.optimizer import RuleOptimizer
     from thalweg.optim.lr_schedulers import Scheduler
+    from thalweg.optim.optimizer import RuleOptimizer
 
 __all__ = [
     "WAYS",

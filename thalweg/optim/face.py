@@ -8,8 +8,8 @@ from typing import Any
 import torch
 
 from thalweg.core import RecipeError
-from thalweg.optim.optimizer import RuleOptimizer
 from thalweg.optim.lr_schedulers import Scheduler
+from thalweg.optim.optimizer import RuleOptimizer
 from thalweg.rules import RULES, Rule
 from thalweg.schedules import Schedule
 

@@ -49,7 +49,8 @@ class Scheduler(lr_scheduler.LRScheduler):
     >>> running = Scheduler(optimizer, {"lr": "warmup(2) >> linear()", "momentum": "warmup(2, start=0.85)"}, steps=4)
     >>> for _ in range(4):
     ...     print(round(optimizer.param_groups[0]["lr"], 3), round(optimizer.param_groups[0]["momentum"], 3))
-    ...     optimizer.step(); running.step()
+    ...     optimizer.step()
+    ...     running.step()
     0.05 0.9
     0.1 0.95
     0.05 0.95
@@ -202,7 +203,9 @@ def _values(name: str, options: tuple[tuple[str, Any], ...], steps: int) -> tupl
             f"Use {_INSTEAD[name]}.",
         )
     if name not in kinds:
-        raise RecipeError(f"torch has no scheduler called '{name}'.", f"It has {len(kinds)}.", did_you_mean(name, kinds))
+        raise RecipeError(
+            f"torch has no scheduler called '{name}'.", f"It has {len(kinds)}.", did_you_mean(name, kinds)
+        )
     weight = torch.zeros(1, requires_grad=True)
     optimizer = torch.optim.SGD([weight], lr=1.0, momentum=0.9)
     given = {key: list(value) if isinstance(value, tuple) else value for key, value in options}
@@ -229,4 +232,3 @@ def _values(name: str, options: tuple[tuple[str, Any], ...], steps: int) -> tupl
             "Give arguments that keep it at 0 or above.",
         )
     return tuple(values)
-

@@ -61,9 +61,9 @@ def climb(
         p.add_(push * factor.to(push.dtype))
 
 
-def average_share(decay: float, t: Tensor) -> Tensor:
+def average_share(decay: float | Tensor, t: Tensor) -> Tensor:
     """How far an average of the weights moves towards them at update ``t`` (from 1): 1 - min(decay, (1 + t)/(10 + t)).
 
-    A young average forgets its beginning faster. Of any shape, in the dtype of ``t``.
+    A young average forgets its beginning faster. Of any shape, in the dtype of ``t``; ``decay`` is one number or of that shape.
     """
     return 1 - torch.clamp((1 + t) / (10 + t), max=decay)

@@ -137,7 +137,7 @@ def _chart(curve: Curve) -> str:
     y = fit(curve.values, zero=_range(curve.values)[0] == 0)
     points = downsample([(float(k), value) for k, value in enumerate(curve.values, 1)])
     places = [_place(x, y, *point) for point in points]
-    parts = [_text(curve.name, 12, 20, "name"), _text(_short(f"{curve.text}  {curve.about}".strip()), 12, 38)]
+    parts = [_text(_short(curve.name, 40), 12, 20, "name"), _text(_short(f"{curve.text}: {curve.about}"), 12, 38)]
     parts.append(_text(in_words(curve), _RIGHT, 20, anchor="end"))
     for value, label in y.ticks(4):
         at = _place(x, y, 1.0, value)[1]

@@ -9,14 +9,16 @@ from __future__ import annotations
 
 import inspect
 import math
+from bisect import bisect_right
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 from thalweg.core import Registry
 
 
-@dataclass(frozen=True)
+@dataclass(slots=True)  # not frozen: one is made for each update
 class Place:
     """Where a value is asked for.
 
@@ -226,12 +228,23 @@ def restarts(
 
 def _cycle(index: int, num: int, every: int, times: int, longer: float) -> tuple[int, int, int]:
     """(first update, update after the last, number) of the cycle that ``index`` lies in."""
+    ends = _cycle_ends(num, every, times, longer)
+    number = bisect_right(ends, index)
+    first = ends[number - 1] if number else 0
+    return first, ends[number], number
+
+
+@lru_cache(maxsize=8)
+def _cycle_ends(num: int, every: int, times: int, longer: float) -> list[int]:
+    """The update after the last one of each cycle, up to where the piece ends; each cycle has at least one."""
     length = float(every or num / sum(longer**k for k in range(max(1, times))))
-    first, end, number = 0, length, 0
-    while round(end) <= index:
-        length *= longer
-        first, end, number = round(end), end + max(length, 1.0), number + 1
-    return first, max(round(end), first + 1), number
+    end = length
+    ends = [max(1, round(end))]
+    while ends[-1] <= num:
+        length = max(length * longer, 1.0)
+        end += length
+        ends.append(max(ends[-1] + 1, round(end)))
+    return ends
 
 
 @_shape("begin; times factor when evaluations stop improving", feedback="evaluation")
