@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 import sys
 
-NAMES = ("exactness", "loop", "resume", "newcomer", "cards", "optim", "converge", "batchnorm", "inputs")
+NAMES = ("exactness", "loop", "resume", "newcomer", "cards", "optim", "converge", "batchnorm", "dropout", "inputs")
 
 for name in sys.argv[1:] or NAMES:
     print(f"== {name}", flush=True)

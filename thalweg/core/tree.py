@@ -112,7 +112,7 @@ def _convert(value: Any, wanted: Any, path: str) -> Any:
             raise RecipeError(
                 f"{path}={value!r} is no list of texts.", f"Got {type(value).__name__}.", f'Write {path} = ["a", "b"].'
             )
-        items = re.split(r",(?![^(]*\))", value) if isinstance(value, str) else value  # not between parentheses
+        items = _listed(value) if isinstance(value, str) else value
         return tuple(str(item).strip() for item in items if str(item).strip())
     try:
         if wanted is bool:
@@ -131,6 +131,13 @@ def _convert(value: Any, wanted: Any, path: str) -> Any:
         raise RecipeError(
             f"{path}={_short(value)} is not {kinds[wanted]}.", f"Got {type(value).__name__}.", f"Give {kinds[wanted]}."
         ) from None
+
+
+def _listed(text: str) -> list[Any]:
+    """A list as a text: a TOML array, or words with commas between them, but for those in parentheses."""
+    if text.lstrip().startswith("[") and isinstance(found := _literal(text), list):
+        return found
+    return re.split(r",(?![^(]*\))", text)
 
 
 def _whole(value: Any) -> int:

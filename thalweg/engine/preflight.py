@@ -87,7 +87,7 @@ def preflight(
         model.train()
     for p in model.parameters():  # the engine owns gradients from here on
         p.grad = None
-    with untouched(model, device, seed):
+    with untouched(model, device, seed), torch.compiler.set_stance("force_eager"):  # what watches cannot be traced
         with watch, checking():
             try:
                 value = loss(model, batch)

@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from thalweg.core import Recipe, RecipeError, Task, seed_for
+from thalweg.core import ModelError, Recipe, RecipeError, Task, seed_for
 from thalweg.data import Augment, Tensors, tensors
 from thalweg.engine.preflight import ModelLoss
 from thalweg.engine.scheduled import Scheduled, rules_of
@@ -98,12 +98,20 @@ def change_model(model: nn.Module, run: Callable[[], object], recipe: Recipe) ->
     if wanted.by_sample or moves:
         changes += convert_dropout(model)
         left = not_converted(model)
-    if wanted.stochastic_depth:
-        changes += add_stochastic_depth(model, run, wanted.stochastic_depth, mode=wanted.stochastic_depth_mode)
-    if wanted.dropout:
-        places = wanted.dropout_at
-        named = len(places) == 1 and places[0] in ("residual", "head")
-        changes += add_dropout(model, run, wanted.dropout, at=places[0] if named else places)
+    try:
+        if wanted.stochastic_depth:
+            changes += add_stochastic_depth(model, run, wanted.stochastic_depth, mode=wanted.stochastic_depth_mode)
+    except ModelError as err:
+        remedy = "Build it into the model: thalweg.regularize.StochasticDepth; or leave regularize.stochastic_depth out."
+        raise ModelError(err.asked, err.numbers, remedy) from None
+    try:
+        if wanted.dropout:
+            places = wanted.dropout_at
+            named = len(places) == 1 and places[0] in ("residual", "head")
+            changes += add_dropout(model, run, wanted.dropout, at=places[0] if named else places)
+    except ModelError as err:
+        remedy = "Give regularize.dropout_at = ['head'], or patterns of modules' names such as ['blocks.*.mlp']."
+        raise ModelError(err.asked, err.numbers, remedy) from None
     for name in ("dropout", "stochastic_depth"):
         if getattr(schedule, name) is not None and not any(
             isinstance(layer, Keyed) and layer.rate == name for layer in model.modules()

@@ -394,7 +394,7 @@ def changed_model(
         model.train()
 
     def run() -> None:
-        with untouched(model, device, recipe.seed):
+        with untouched(model, device, recipe.seed), torch.compiler.set_stance("force_eager"):
             loss(model, batch)
 
     changes, left = change_model(model, run, recipe)
@@ -435,7 +435,7 @@ def _check_smallest_batch(
     if train.last == "keep" and sizes is None:
         rests.append(samples % train.batch % micro)
     for num in (micro, *(rest for rest in sorted({*rests}) if rest)):
-        check_batch(model, num, values, told)
+        check_batch(model, num, dict.fromkeys(values, 1.0), told)  # a single image is no batch, whatever its pixels
 
 
 def loss_divisor(probe: Probe, micro_batches: int) -> float:

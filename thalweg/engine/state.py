@@ -128,13 +128,17 @@ class State:
         if self.window is not None and (means := self.window.means(self.step)):
             for arena, mean in zip(self.arenas, means):
                 named.update({name: arena.view(mean, name) for name in arena.places})
-            return named | (self.statistics.views(*means[len(self.arenas) :]) if self.statistics.layers else {})
+            return named | (self._statistics(*means[len(self.arenas) :]) if self.statistics.layers else {})
         for arena in self.arenas:
             if arena.how.average:
                 named.update(arena.average_views())
         if self.averaged_statistics:
-            named.update(self.statistics.views(*self.averaged_statistics))
+            named.update(self._statistics(*self.averaged_statistics))
         return named
+
+    def _statistics(self, mean: Tensor, var: Tensor) -> dict[str, Tensor]:
+        """Flat statistics by the names that the weights have, whatever is wrapped around the model."""
+        return {plain_name(name): part for name, part in self.statistics.views(mean, var).items()}
 
     def _slots(self) -> Iterator[tuple[str, Tensor]]:
         for arena in self.arenas:

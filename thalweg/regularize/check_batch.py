@@ -68,7 +68,7 @@ def check_batch(model: nn.Module, num: int, values: Mapping[str, float] | None =
                 wrong.append(name)
     if wrong:
         raise DataError(
-            f"A micro-batch would hold {num} sample{'s' * (num != 1)}, of which batch normalization gets one value a channel.",
+            f"A micro-batch would hold {num} sample{'s' * (num != 1)}, too few for batch normalization.",
             f"{len(wrong)} layer{'s' * (len(wrong) != 1)}, such as '{wrong[0]}'{'; ' + told if told else ''}.",
             "Use train.last='drop', or micro-batches and ghost batches of 2 or more samples.",
         )
