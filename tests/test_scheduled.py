@@ -305,6 +305,14 @@ def test_averages_are_saved_under_their_own_name(tmp_path: Path) -> None:
             assert torch.equal(saved[name], p) and not torch.equal(live[name], p)
 
 
+def test_what_moves_is_drawn_in_the_report(tmp_path: Path) -> None:
+    train({"schedule.options": {"momentum": "linear(to=0.25)"}}, folder=tmp_path / "run")
+    page = (tmp_path / "run" / "report.html").read_text()
+    assert "Scheduled: options.momentum" in page
+    lines = [json.loads(line) for line in (tmp_path / "run" / "records.jsonl").read_text().splitlines()]
+    assert lines[-1]["values"] == {"options.momentum": 0.25}
+
+
 # --- schedules that listen -------------------------------------------------------------------------------------------
 
 

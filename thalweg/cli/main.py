@@ -289,7 +289,7 @@ def _preview(asked: argparse.Namespace) -> int:
 def _svg_of(asked: argparse.Namespace) -> Path:
     """Where the drawing goes: by default beside the recipe, or here, called after the task."""
     if asked.svg is None and asked.recipe is not None:
-        return Path(asked.recipe).with_suffix(".schedules.svg")
+        return Path(f"{asked.recipe.removesuffix('.toml')}.schedules.svg")
     if asked.svg is None:
         return Path(f"{asked.task.partition(':')[0].rsplit('.', 1)[-1]}.schedules.svg")
     svg = Path(asked.svg)

@@ -39,7 +39,7 @@ def key_figures(run: Run) -> str:
 
 
 def charts(run: Run) -> str:
-    """Loss, every evaluation metric, learning rate, gradient norm, throughput."""
+    """Loss, every evaluation metric, learning rate and what else is scheduled, gradient norm, throughput."""
     records, evaluations = run.records, run.evaluations
     last = max((line.step for line in run.lines), default=0)
     loss: list[Point] = [(r.step, r.loss) for r in records]
@@ -63,8 +63,11 @@ def charts(run: Run) -> str:
         unbounded = any(value > 1 for _, value in points)
         drawn.append(Chart(f"Evaluation: {name}", name, [Series(name, points, 2, dots=True)], last, may_log=unbounded))
     rate = [Series("learning rate", [(r.step, r.lr) for r in records])]
+    drawn += [Chart("Learning rate", "learning rate", rate, last, zero=True)]
+    for name in dict.fromkeys(name for r in records for name in r.values):
+        moved = [(r.step, r.values[name]) for r in records if name in r.values]
+        drawn.append(Chart(f"Scheduled: {name}", name, [Series(name, moved)], last, zero=True))
     drawn += [
-        Chart("Learning rate", "learning rate", rate, last, zero=True),
         Chart("Gradient norm", "norm before clipping", _with_mean("each step", "smoothed", norm), last, may_log=True),
         Chart("Throughput", f"{run.plan.unit}/s", [Series(run.plan.unit + "/s", _throughput(run))], last, zero=True),
     ]

@@ -87,6 +87,7 @@ def _record(tree: dict[str, Any]) -> Record:
         skipped=bool(tree["skipped"]),
         scale=float(tree["scale"]),
         seconds=float(tree["seconds"]),
+        values={str(name): float(value) for name, value in tree.get("values", {}).items()},
     )
 
 

@@ -72,7 +72,8 @@ _EXAMPLES = {
 _UPDATES = 120  # of the example that a card draws
 _SYMBOLS = (
     "begin: the value before the piece; x: from 0 at that value to 1 at the piece's last update; n: its length;",
-    "t: updates since that value, from 1; a first piece takes it at its own first update, t = 0 (a warm-up: t = 1);",
+    "t: updates since that value, from 1; a first piece takes it at its own first update, t = 0 (a warm-up: t = 1;",
+    "step and cyclic: t = 0 in any place);",
     "peak: 1, or the recipe's value where the schedule gives the value itself.",
 )
 
