@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import platform
 import statistics
 import sys
 import time
@@ -18,18 +19,16 @@ import traceback
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from benchmarks.batchnorm import STUDENT, interval
 from benchmarks.keep import RESULTS, keep
-from benchmarks.worth_arms import ARMS, METRIC, TASKS, Arm, recipe_of
+from benchmarks.worth_arms import ARMS, METRIC, NAMED, TASKS, Arm, recipe_of
+from benchmarks.worth_page import PAGE, with_tables
 from thalweg.core import StopReason, Task
+from thalweg.device import choose, facts
 from thalweg.recipes import recipe_for
 from thalweg.run import train_task
 
 FILE = RESULTS / "worth.json"
-PAGE = Path(__file__).parents[1] / "docs" / "what-it-is-worth.md"
-BEGIN, END = "<!-- made by python -m benchmarks.worth --page -->", "<!-- end of what is made -->"
 
 Row = dict[str, Any]
 
@@ -44,6 +43,8 @@ def measure(task: Task, arm: Arm, seeds: int) -> dict[str, list[float]]:
     for seed in range(seeds):
         recipe = recipe_for(task).override({**recipe_of(arm, task.name), "seed": seed})
         result = train_task(task, recipe, folder=None)
+        if result.reason is StopReason.INTERRUPTED:
+            raise KeyboardInterrupt
         if result.reason is not StopReason.FINISHED:
             raise RuntimeError(f"{task.name}, {arm.name}, seed {seed}: {result.reason.advice}")
         found["accuracy"].append(round(100 * result.metrics["accuracy"], 4))
@@ -64,7 +65,7 @@ def row_of(task: str, arm: Arm, settings: Row, values: dict[str, list[float]], b
         "mean": {name: round(statistics.mean(each), 4) for name, each in values.items()},
     }
     if base is not None:
-        pairs = {name: zip(values[name], base["values"][name]) for name in values}
+        pairs = {name: zip(values[name], base["values"][name], strict=True) for name in values}
         row["gain"] = {
             "accuracy": interval([mine - other for mine, other in pairs["accuracy"]]),
             "loss": interval([other - mine for mine, other in pairs["loss"]]),
@@ -72,19 +73,13 @@ def row_of(task: str, arm: Arm, settings: Row, values: dict[str, list[float]], b
     return row
 
 
-def verdict(row: Row) -> str:
-    """gain, harm, or neither: whether the interval of the task's metric lies on one side of 0."""
-    gain = row["gain"][METRIC[row["task"]]]
-    return "gain" if gain["low"] > 0 else "harm" if gain["high"] < 0 else "no gain here"
-
-
 def kept(path: Path = FILE) -> list[Row]:
-    """The rows of the results file, if they are of a machine like this one."""
+    """The rows of the results file that are of this machine, and of arms that are still there."""
     if not path.is_file():
         return []
     tree = json.loads(path.read_text())
-    same = tree["machine"]["torch"] == torch.__version__ and tree["machine"]["threads"] == torch.get_num_threads()
-    return list(tree["rows"]) if same else []
+    here = {**facts(choose("auto")[0]), "platform": platform.platform()}
+    return [row for row in tree["rows"] if tree["machine"] == here and (row["arm"], row["task"]) in NAMED]
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -119,6 +114,7 @@ def run_task(name: str, seeds: int, rows: dict[tuple[str, str], Row]) -> list[st
         except Exception:
             traceback.print_exc()
             failed.append(f"{name}, {arm.name}")
+            rows.pop((name, arm.name), None)
             continue
         if new:
             keep("worth", list(rows.values()), "python -m benchmarks.worth")

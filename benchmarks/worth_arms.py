@@ -190,12 +190,18 @@ def fashion_data() -> Split:
 
 @cache
 def digits_data() -> Split:
-    return digits.data(max_shift=0)
+    """The task's images with its parts exchanged: trained on its 360, judged on its 1,437; the other way all arms reach 99 %."""
+    own = digits.data(max_shift=0)
+    facts = {"source": own.facts["source"], "train images": len(own.test["labels"])}
+    return Split(train=own.test, test=own.train, facts={**facts, "held-out images": len(own.train["labels"])})
 
 
 @cache
 def pycode_data() -> Split:
-    return pycode.data(context=64, held_out_windows=1024)
+    """The task's bytes in windows of 64; which they are is told by their hash, not by a path."""
+    own = pycode.data(context=64, held_out_windows=1024)
+    facts = {name: value for name, value in own.facts.items() if name != "source"}
+    return Split(train=own.train, test=own.test, facts={"source": "Python's standard library", **facts})
 
 
 def _task(name: str, own: str, data: Callable[[], Split], **changes: Any) -> Task:
@@ -235,7 +241,7 @@ _ALL_OFF = {
 }
 #: By task: everything of the table switched off, and the size of a run.
 OFF = {
-    "digits": {**_ALL_OFF, "train.epochs": 10.0, "train.batch": 64, "model.width": 16},
+    "digits": {**_ALL_OFF, "train.epochs": 40.0, "train.batch": 64, "model.width": 16},
     "fashion": {**_ALL_OFF, "train.epochs": 8.0, "train.batch": 64, "model.width": 16, "evaluate.batch": 500},
     "pycode": {
         **_ALL_OFF,

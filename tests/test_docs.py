@@ -34,9 +34,11 @@ import torch
 
 from thalweg import Recipe, schedules
 from thalweg.cli.main import main
+from thalweg.core.recipe import Schedule as RecipeSchedule
 from thalweg.engine.resolve import Decisions, settle_optimizer
 from thalweg.optim import card, table
 from thalweg.rules import DECAYS, RULES, STAGES
+from thalweg.schedules import cards
 from thalweg.schedules.shapes import options_of
 
 ROOT = Path(__file__).parent.parent
@@ -193,7 +195,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
 
     What a document registers is forgotten after it.
     """
-    for registry in (RULES, STAGES):
+    for registry in (RULES, STAGES, schedules.SHAPES):
         monkeypatch.setattr(registry, "_things", dict(registry._things))
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
@@ -251,6 +253,14 @@ def test_tables_name_every_shape_option_and_word() -> None:
         row = re.search(rf"^\| `{name}\b.*$", text, flags=re.MULTILINE)
         assert row, f"docs/schedules.md has no row for {name}"
         assert all(f"{option}=" in row.group() for option in options_of(name))
+        assert f"`{schedules.SHAPES[name].formula.replace('`', '')}`" in row.group(), (
+            f"the formula of {name} is another"
+        )
+    together = text[text.index("## Put together") : text.index("## Where it begins")]
+    assert all(re.search(rf"^\| .*`{name}\(", together, flags=re.MULTILINE) for name in schedules.COMPOSITIONS)
+    kinds = dict(re.findall(r"^\| `schedule\.(\w+)` \| (factor|value) \|", text, flags=re.MULTILINE))
+    listed = {key.split(".")[1]: kind for key, kind, _ in cards.SCHEDULED if key.startswith("schedule.")}
+    assert kinds == listed and set(kinds) == {field.name for field in dataclasses.fields(RecipeSchedule)}
     text = (ROOT / "docs" / "weight-decay.md").read_text(encoding="utf-8")
     assert set(table._WORDS) <= set(re.findall(r'^\| `"(\w+)"` \|', text, flags=re.MULTILINE))
 

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from thalweg.core import Loss, MissingExtra, Split, Task
 from thalweg.data import permute
 from thalweg.recipes.models.convnet import ConvNet
-from thalweg.regularize import cross_entropy
+from thalweg.regularize import accuracy, cross_entropy
 
 _HELD_OUT = 360
 
@@ -71,8 +71,7 @@ def _shift(most: int) -> Callable[[Any, Callable[[int], Tensor]], Any]:
 
 
 def metrics(model: nn.Module, batch: dict[str, Tensor]) -> dict[str, Loss]:
-    right = model(batch["images"]).argmax(-1) == batch["labels"]
-    return {"accuracy": Loss(right.sum(), right.numel())}
+    return {"accuracy": accuracy(model(batch["images"]), batch["labels"])}
 
 
 TASK = Task(

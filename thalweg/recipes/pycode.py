@@ -14,7 +14,7 @@ from torch import nn
 from thalweg.core import DataError, Loss, Split, Task
 from thalweg.data import TokenWindows
 from thalweg.recipes.models.gpt import GPT
-from thalweg.regularize import cross_entropy
+from thalweg.regularize import accuracy, cross_entropy
 
 _HELD_OUT = 32  # one file in so many, by the hash of its name
 _CONTEXT = 128
@@ -82,8 +82,7 @@ def _spread(tokens: torch.Tensor, context: int, num: int) -> torch.Tensor:
 
 
 def metrics(model: nn.Module, batch: dict[str, torch.Tensor]) -> dict[str, Loss]:
-    right = model(batch["tokens"]).argmax(-1) == batch["targets"]
-    return {"accuracy": Loss(right.sum(), right.numel())}
+    return {"accuracy": accuracy(model(batch["tokens"]), batch["targets"])}
 
 
 def sample(model: nn.Module) -> str:

@@ -18,7 +18,7 @@ from thalweg.regularize.dropout import (
 from thalweg.regularize.ghost import GhostBatchNorm
 from thalweg.regularize.insert import add_dropout, add_stochastic_depth
 from thalweg.regularize.labels import checking, soft_targets
-from thalweg.regularize.losses import cross_entropy, distillation, r_drop
+from thalweg.regularize.losses import accuracy, cross_entropy, distillation, r_drop
 from thalweg.regularize.mixing import Mixing, soft_target_error
 from thalweg.regularize.penalties import PENALTIES, penalised
 from thalweg.regularize.policies import pipeline
@@ -37,6 +37,7 @@ __all__ = [
     "SpatialDropout",
     "StochasticDepth",
     "Streams",
+    "accuracy",
     "add_dropout",
     "add_stochastic_depth",
     "connect",

@@ -71,6 +71,27 @@ def cross_entropy(
     return Loss(total, weight)
 
 
+def accuracy(logits: Tensor, targets: Tensor, *, ignore_index: int = -100) -> Loss:
+    """How many predictions are right, and how many count, for a task's metrics.
+
+    Args:
+        logits: (..., num_classes), float.
+        targets: (...), integers; or (..., num_classes), float, of which the largest is the class: of mixed samples, the one
+            that gave more. Rows of zeros and ``ignore_index`` do not count.
+
+    >>> logits = torch.tensor([[2.0, 0.0], [0.0, 1.0], [3.0, 0.0]])
+    >>> [int(x) for x in accuracy(logits, torch.tensor([0, 0, -100]))]
+    [1, 2]
+    >>> [int(x) for x in accuracy(logits, torch.tensor([[0.7, 0.3], [0.4, 0.6], [0.0, 0.0]]))]
+    [2, 2]
+    """
+    if _is_soft(logits, targets):
+        wanted, counted = targets.argmax(-1), targets.sum(-1) > 0
+    else:
+        wanted, counted = targets, targets != ignore_index
+    return Loss(((logits.argmax(-1) == wanted) & counted).sum(), counted.sum())
+
+
 def distillation(
     logits: Tensor,
     teacher_logits: Tensor,
