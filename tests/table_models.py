@@ -201,7 +201,7 @@ REGULARIZERS: dict[str, Entry] = {
     "stochastic depth by batch": Entry(
         {"regularize.stochastic_depth": 0.5, "regularize.stochastic_depth_mode": "batch"}
     ),
-    "batchnorm pooled": Entry({"model.norm": "batch"}, split=NORMAL),
+    "batchnorm pooled": Entry({"model.norm": "batch"}, small=2, split=NORMAL),
     "batchnorm frozen": Entry({"model.norm": "batch", "regularize.batchnorm": "frozen"}),
     "ghost": Entry({"model.norm": "batch", "regularize.ghost": 2}, small=2),
     "mixup": Entry({"regularize.mixup": 0.4}),

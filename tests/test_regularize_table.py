@@ -162,7 +162,7 @@ def test_every_entry_does_something(name: str) -> None:
 
 def test_c1_pooled_statistics_are_those_of_the_window_whatever_the_split() -> None:
     """What batch normalization sees first does not hang on the split: its statistics are those of torch over all of it."""
-    for micro in (8, 4, 2, 1):
+    for micro in (8, 4, 2):
         step, feed = built(REGULARIZERS["batchnorm pooled"], "fp32", micro, dtype=torch.float64)
         model = step.state.model
         window = next(iter(feed.windows(0, 1)))

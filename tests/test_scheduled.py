@@ -251,6 +251,27 @@ def test_lengths_in_examples_tokens_and_epochs_are_counted_from_the_data() -> No
     assert [r.weight for r in growing[:6]] == [2, 2, 2, 2, 8, 8] and [r.lr for r in growing].index(0.1) == 7
 
 
+@pytest.mark.parametrize("last", ["keep", "drop"])
+def test_epochs_are_whole_however_the_batch_changes(last: str) -> None:
+    """An epoch's short last window is not taken for a whole one."""
+    recipe = {"train.batch": 16, "train.last": last, "train.steps": 16, "schedule.lr": "hold(4 epochs) >> constant(value=0.5)"}
+    fixed = [r.lr for r in train(recipe).records].index(0.05)
+    same = [r.lr for r in train({**recipe, "schedule.batch": "hold()"}).records].index(0.05)
+    growing = train({**recipe, "schedule.batch": "constant(3, value=0.5) >> constant(value=1)"}).records
+    assert fixed == same == (12 if last == "keep" else 8)
+    assert growing[[r.lr for r in growing].index(0.05)].epoch == 4
+
+
+def test_groups_tell_their_own_rate() -> None:
+    groups = {"0.*": {"lr_scale": 0.5, "schedule": {"lr": "linear(to=0)"}}}
+    records = train({"optimizer.groups": groups}).records
+    assert records[0].values["groups.0.*.lr"] == pytest.approx(0.05)
+    muon = {"optimizer.rule": "muon", "optimizer.options": {}, "optimizer.groups": {"0.*": {"schedule": {"b2": "hold()"}}}}
+    with pytest.raises(RecipeError) as err:
+        train(muon)
+    assert "rule" in three_parts(err.value)[2]
+
+
 def test_tokens_are_counted_where_a_weight_is_a_token() -> None:
     tokens = torch.randint(0, 7, (32, 9))
 

@@ -11,7 +11,7 @@ from thalweg.core import Plan, seed_for
 from thalweg.device import Device
 from thalweg.engine.preflight import ModelLoss
 from thalweg.engine.regularizers import TaskLoss, make_streams
-from thalweg.engine.scheduled import Scheduled, batch_sizes, length_of, scheduled, sequence_lengths, span_of
+from thalweg.engine.scheduled import Scheduled, batch_sizes, epochs_of, length_of, scheduled, sequence_lengths, span_of
 from thalweg.engine.state import State
 from thalweg.engine.step import Step, StepOptions
 from thalweg.engine.timetable import Timetable
@@ -67,14 +67,16 @@ def build(plan: Plan, model: nn.Module, loss: ModelLoss, device: Device, policy:
 def run_span(plan: Plan) -> Span:
     """The run as its schedules see it."""
     recipe = plan.recipe
+    sizes = batch_sizes(recipe, plan.steps)
     return span_of(
         plan.steps,
         plan.per_step,
         plan.why_not,
-        sizes=batch_sizes(recipe, plan.steps),
+        sizes=sizes,
         lengths=sequence_lengths(recipe, plan.steps, plan.sequence),
         batch=recipe.train.batch,
         whole=max(plan.sequence, 1),
+        epochs=epochs_of(plan.samples, sizes, recipe.train.last),
     )
 
 
@@ -86,7 +88,7 @@ def make_timetable(plan: Plan, span: Span, device: Device, loss: ModelLoss) -> T
     if shares:
         rows["share"] = shares
     heard = [(one.name, piece) for one in moved if one.name != "average" for piece in one.schedule.listening(span)]
-    scales = {one.name: one.base if one.relative else 1.0 for one in moved if one.name not in ("lr", "average")}
+    scales = {one.name: one.told for one in moved if one.name not in ("lr", "average")}
     return Timetable(rows, device, heard, scales)
 
 

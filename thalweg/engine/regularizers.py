@@ -102,7 +102,9 @@ def change_model(model: nn.Module, run: Callable[[], object], recipe: Recipe) ->
         if wanted.stochastic_depth:
             changes += add_stochastic_depth(model, run, wanted.stochastic_depth, mode=wanted.stochastic_depth_mode)
     except ModelError as err:
-        remedy = "Build it into the model: thalweg.regularize.StochasticDepth; or leave regularize.stochastic_depth out."
+        remedy = (
+            "Build it into the model: thalweg.regularize.StochasticDepth; or leave regularize.stochastic_depth out."
+        )
         raise ModelError(err.asked, err.numbers, remedy) from None
     try:
         if wanted.dropout:

@@ -41,7 +41,7 @@ from thalweg.data import (
 from thalweg.device import Device, choose, facts
 from thalweg.engine.preflight import ModelLoss, Probe, gain_of_half, in_evaluation_mode, preflight, untouched
 from thalweg.engine.regularizers import TaskLoss, WindowChange, augmentation, change_model, check_values, mixing
-from thalweg.engine.scheduled import batch_sizes, scheduled, sequence_lengths, span_of
+from thalweg.engine.scheduled import batch_sizes, epochs_of, scheduled, sequence_lengths, span_of
 from thalweg.optim import parameter_table
 from thalweg.precision import Policy, policy_for
 from thalweg.regularize import Change, check_batch, watch_batch
@@ -140,9 +140,9 @@ def resolve(task: Task, recipe: Recipe, *, saved: Plan | None = None) -> Resolve
         probe = preflight(model, loss, first[0], source, device, recipe.seed, mixed=mix is not None)
     _check_smallest_batch(model, recipe, samples, sizes, values)
     per_step, why_not = _units(task, recipe, samples, probe, batch_size(first[0]), whole)
-    span = span_of(
-        steps, per_step, why_not, sizes=sizes, lengths=lengths, batch=recipe.train.batch, whole=max(whole, 1)
-    )
+    epochs = epochs_of(samples, sizes, recipe.train.last)
+    batch, long = recipe.train.batch, max(whole, 1)
+    span = span_of(steps, per_step, why_not, sizes=sizes, lengths=lengths, batch=batch, whole=long, epochs=epochs)
     check_values(moved, recipe, span)
     recipe = settle_precision(recipe, model, loss, first[0], device, decide)
     recipe = _settle_evaluation(recipe, task, test is not None, steps, decide)
@@ -417,8 +417,6 @@ def _units(
         windows = samples / recipe.train.batch
         whole_windows = math.ceil(windows) if recipe.train.last == "keep" else math.floor(windows)
         per_step["epochs"] = 1.0 / max(1, whole_windows)
-        if recipe.schedule.batch is not None:
-            per_step["epochs"] = batch / samples
     else:
         why_not["epochs"] = "The data is a stream that does not say how long an epoch is."
     return per_step, why_not

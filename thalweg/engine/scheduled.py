@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from thalweg.core import Recipe, RecipeError, did_you_mean
+from thalweg.data import Order
 from thalweg.rules import RULES, STAGES, Rule
 from thalweg.schedules import Schedule, Span, parse
 from thalweg.schedules.span import is_length
@@ -24,14 +25,14 @@ class Scheduled:
         name: "lr", "weight_decay", "options.b1", "groups.head.*.lr", ...
         base: what the recipe gives.
         factor: whether the schedule is a factor on ``base``, or gives the value itself.
-        relative: whether the engine takes the factor alone, because the bases differ between parameters or layers.
+        taken: what the engine takes for ``base``, where that differs between parameters or layers: 1 for the factor alone.
     """
 
     name: str
     schedule: Schedule
     base: float
     factor: bool = True
-    relative: bool = False
+    taken: float | None = None
 
     def values(self, span: Span) -> list[float]:
         """The value at each update, as a person reads it."""
@@ -41,7 +42,14 @@ class Scheduled:
 
     def row(self, span: Span) -> list[float]:
         """The value at each update, as the engine takes it."""
-        return self.schedule.values(span) if self.relative else self.values(span)
+        if self.taken is None:
+            return self.values(span)
+        return [self.taken * value for value in self.schedule.values(span)]
+
+    @property
+    def told(self) -> float:
+        """What a value that the engine takes is multiplied by to be read."""
+        return self.base / self.taken if self.taken else 1.0
 
 
 def scheduled(recipe: Recipe, loss: Mapping[str, Any] | None = None) -> list[Scheduled]:
@@ -75,10 +83,11 @@ def _scheduled(recipe: Recipe, loss: Mapping[str, Any] | None) -> Iterator[Sched
                     f"{path}={base:g}.",
                     f"Give {path}, or leave schedule.{name} out.",
                 )
-            yield Scheduled(name, parse(text), base, factor=name != "average", relative=name == "weight_decay")
+            taken = 1.0 if name == "weight_decay" else None
+            yield Scheduled(name, parse(text), base or 1.0, factor=name != "average", taken=taken)
     for name in ("dropout", "stochastic_depth"):
         if (text := getattr(wanted, name)) is not None:
-            yield Scheduled(name, parse(text), getattr(regularize, name) or 1.0, relative=True)
+            yield Scheduled(name, parse(text), getattr(regularize, name) or 1.0, taken=1.0)
     yield from _options(recipe)
     yield from _groups(recipe, peak)
     for name, text in wanted.loss.items():
@@ -125,15 +134,32 @@ def _groups(recipe: Recipe, peak: float) -> Iterator[Scheduled]:
         rule = RULES[group.get("rule", recipe.optimizer.rule)] if given else None
         for name, text in given.items():
             path = f"groups.{pattern}.{name}"
-            if name in ("lr", "weight_decay"):
-                yield Scheduled(path, parse(text), peak if name == "lr" else 1.0, relative=name == "weight_decay")
+            if name == "lr":
+                yield Scheduled(path, parse(text), _peak_of(group, recipe, peak), taken=peak)
+                continue
+            if name == "weight_decay":
+                base = float(group.get("weight_decay", recipe.optimizer.weight_decay))
+                yield Scheduled(path, parse(text), base or 1.0, taken=1.0)
                 continue
             assert rule is not None
+            if rule.least_ndim and "rule" not in group:
+                raise RecipeError(
+                    f"optimizer.groups.'{pattern}' schedules {name}, and does not say of which rule.",
+                    f"{rule.name} takes matrices, and {recipe.optimizer.otherwise} the rest.",
+                    f"Give the group its rule, such as rule = '{recipe.optimizer.otherwise}'.",
+                )
             check_movable(rule, name, f"optimizer.groups.'{pattern}'.schedule.{name}")
             own = recipe.optimizer.options if rule.name == recipe.optimizer.rule else {}
             options = {**own, **group.get("options", {})}
             base = _base(path, options.get(name, rule.defaults[name]), rule)
             yield Scheduled(path, parse(text), base, factor=False)
+
+
+def _peak_of(group: Mapping[str, Any], recipe: Recipe, peak: float) -> float:
+    """The peak rate of a group, as its row of the parameter table has it before rates by depth."""
+    other = group.get("rule", recipe.optimizer.rule)
+    own = peak if other == recipe.optimizer.rule else RULES[other].lr
+    return float(group.get("lr", own)) * float(group.get("lr_scale", 1.0))
 
 
 def rules_of(recipe: Recipe) -> list[Rule]:
@@ -248,6 +274,7 @@ def span_of(
     lengths: Sequence[int] | None = None,
     batch: int = 1,
     whole: int = 1,
+    epochs: Sequence[float] | None = None,
 ) -> Span:
     """The run as schedules see it.
 
@@ -255,6 +282,7 @@ def span_of(
         per_step: what a whole batch takes of each unit.
         sizes, batch: samples of each step, where they change, and of a whole batch.
         lengths, whole: tokens of each sequence, likewise.
+        epochs: passes over the data that each step takes, where batch sizes change.
     """
     if sizes is None and lengths is None:
         return Span(steps, dict(per_step), dict(why_not))
@@ -263,4 +291,16 @@ def span_of(
         unit: tuple(rate * size * (length if unit == "tokens" else 1.0) for size, length in parts)
         for unit, rate in per_step.items()
     }
+    if epochs is not None and "epochs" in rates:
+        rates["epochs"] = tuple(epochs)
     return Span(steps, rates, dict(why_not))
+
+
+def epochs_of(samples: int, sizes: Sequence[int] | None, last: str) -> list[float] | None:
+    """The part of an epoch that each step takes, where batch sizes change and the length of an epoch is known."""
+    if sizes is None or not samples:
+        return None
+    order = Order(samples, max(sizes), seed=0, keep_last=last == "keep", sizes=sizes)
+    places = [order.place(step) for step in range(len(sizes))]
+    done = [0.0, *(epoch + stop / samples for epoch, _, stop in places)]
+    return [b - a for a, b in zip(done, done[1:])]
