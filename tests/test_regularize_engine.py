@@ -73,6 +73,14 @@ def test_scheduled_rates_reach_every_layer() -> None:
     assert [r.values["dropout"] for r in result.records] == [0.0] * 4
 
 
+def test_after_the_run_the_layers_are_the_users_own() -> None:
+    """Their masks are no longer those of the last step, and their rates the full ones."""
+    result = train({"schedule.dropout": "constant(value=0)", "regularize.by_sample": True, "regularize.dropout": 0.5})
+    model = result.model.train()
+    x = images()["images"]
+    assert not torch.equal(model(x), model(x))
+
+
 def test_frozen_statistics_stay() -> None:
     result = train({"regularize.batchnorm": "frozen"})
     assert torch.equal(result.model.norm.running_mean, torch.zeros(4)) and result.plan.changes

@@ -27,7 +27,7 @@ from thalweg.core import (
     Task,
 )
 from thalweg.engine import GIVE_UP_AFTER, Loop, Resolved, build, evaluate, resolve
-from thalweg.regularize import PreciseStatistics
+from thalweg.regularize import PreciseStatistics, set_factors
 from thalweg.report import write_report
 from thalweg.watch import JsonLines, Memory
 
@@ -246,6 +246,9 @@ class _Run:
             precise.estimate().put(step.state.model)
         if keeper is not None:
             keeper.adopt()
+        if step.streams is not None:  # the model is the user's again: its layers draw from torch's generator
+            step.streams.release()
+            set_factors(step.state.model, {"dropout": None, "stochastic_depth": None})
         sample = self._sample(step.state.model, reason)
         if self.folder:
             outcome = {"reason": reason.value, "advice": reason.advice, "sample": sample}
