@@ -143,7 +143,6 @@ class Entry:
         tokens: tried on the token model.
         small: samples of the smallest micro-batch.
         split: why another split is another run; empty: it is the same.
-        skip: why a skipped step moves its average; empty: it moves nothing.
         steps: updates of the run.
     """
 
@@ -151,7 +150,6 @@ class Entry:
     tokens: bool = False
     small: int = 1
     split: str = ""
-    skip: str = ""
     steps: int = STEPS
 
 
@@ -171,7 +169,6 @@ BASE: dict[str, Any] = {
 WHOLE = {"model.norm": "batch", "model.drop": "plain", "regularize.ghost": 2, "regularize.by_sample": True}
 
 KEYED = "without by_sample, masks are named by the micro-batch"
-ATTEMPTED = "a window of weights is timed by steps attempted: one that is skipped leaves the same weights there again"
 NORMAL = "without ghost, batch normalization normalises a micro-batch by itself"
 
 REGULARIZERS: dict[str, Entry] = {
@@ -265,14 +262,15 @@ REGULARIZERS: dict[str, Entry] = {
             "regularize.average_window": 2,
         },
         small=2,
-        skip=ATTEMPTED,
     ),
     "precise": Entry(
         {"model.norm": "batch", "regularize.ghost": 2, "regularize.average": 0.9, "regularize.precise": 2}, small=2
     ),
     "sam": Entry({**WHOLE, "regularize.sharpness": 0.05}, small=2),
     "asam": Entry({"regularize.sharpness": 0.5, "regularize.sharpness_scaled": True}),
-    "clip by history": Entry({"train.clip_history": 0.1, "evaluate.every": 14}, steps=28),  # it learns from 25 norms,
+    "clip by history": Entry(  # it learns from 25 norms; at a small rate they do not fall
+        {"train.clip": 0, "train.clip_history": 0.01, "optimizer.lr": 1e-3, "evaluate.every": 16}, steps=32
+    ),
 }
 
 #: Every shape of a schedule, each on the rate.
@@ -302,6 +300,7 @@ COMPOSED: dict[str, str] = {
     "repeat": "repeat(linear(to=0.2), times=2)",
     "first": "first(cosine(), 6, of=12)",
     "product": "0.5 * (warmup(2) >> linear()) * cosine(to=0.5)",
+    "torch": "warmup(2) >> torch.StepLR(step_size=2, gamma=0.5)",
     "units": "warmup(8 examples) >> hold(1 epochs) >> cosine()",
 }
 
@@ -309,7 +308,7 @@ SCHEDULES: dict[str, Entry] = {
     **{f"lr: {name}": Entry({"schedule.lr": text}) for name, text in (SHAPE_TEXTS | COMPOSED).items()},
     "weight decay": Entry({"schedule.weight_decay": "linear(to=0.5)"}),
     "clip": Entry({"train.clip": 0.1, "schedule.clip": "linear(to=0.2)"}),
-    "average": Entry({"regularize.average": 0.9, "schedule.average": "linear(to=0.5)"}),
+    "average": Entry({"regularize.average": 0.9, "schedule.average": "linear(to=0.1)"}),
     "b1 and b2": Entry({"schedule.options.b1": "linear(to=0.7)", "schedule.options.b2": "warmup(4, start=0.9)"}),
     "momentum": Entry(
         {
@@ -357,7 +356,7 @@ SCHEDULES: dict[str, Entry] = {
             "schedule.penalties.spectral": "linear()",
         }
     ),
-    "early stopping": Entry({"regularize.average": 0.9, "evaluate.patience": 2, "evaluate.min_delta": 10.0}, steps=8),
+    "early stopping": Entry({"regularize.average": 0.9, "evaluate.patience": 2, "evaluate.goal": "max"}, steps=8),
 }
 
 TABLE: dict[str, Entry] = {

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from typing import Any
 
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.dropout import _DropoutNd
 
 from thalweg.core import ModelError, Recipe, RecipeError, Task, seed_for
 from thalweg.data import Augment, Tensors, tensors
@@ -15,7 +17,11 @@ from thalweg.engine.preflight import ModelLoss
 from thalweg.engine.scheduled import Scheduled, rules_of
 from thalweg.regularize import (
     Change,
+    DropConnect,
+    FrozenBatchNorm,
+    GhostBatchNorm,
     Mixing,
+    StochasticDepth,
     Streams,
     add_dropout,
     add_stochastic_depth,
@@ -27,6 +33,7 @@ from thalweg.regularize import (
     pipeline,
     set_factors,
 )
+from thalweg.regularize.dropout import Drop
 from thalweg.regularize.streams import Keyed
 from thalweg.schedules import Span
 
@@ -124,6 +131,24 @@ def change_model(model: nn.Module, run: Callable[[], object], recipe: Recipe) ->
                 f"Give regularize.{name}, or put such layers into the model.",
             )
     return changes, left
+
+
+def what_follows_the_split(model: nn.Module, recipe: Recipe) -> Iterator[tuple[str, Any, str]]:
+    """(path, value, reason) of what makes a run depend on how a window is cut into micro-batches, where it is cut."""
+    train = recipe.train
+    if train.micro_batch is None or train.micro_batch >= train.batch:
+        return
+    layers = [layer for layer in model.modules() if layer.training]
+    drops = [layer for layer in layers if isinstance(layer, (Drop, _DropoutNd)) and layer.p > 0]
+    by_step = [x for x in drops if isinstance(x, DropConnect) or (isinstance(x, StochasticDepth) and x.mode == "batch")]
+    drops = [layer for layer in drops if layer not in by_step]
+    if drops and not recipe.regularize.by_sample:
+        why = f"the masks of {len(drops)} layers follow the micro-batch; with true, the split does not matter"
+        yield "regularize.by_sample", False, why
+    alone = [x for x in layers if isinstance(x, _BatchNorm) and not isinstance(x, (GhostBatchNorm, FrozenBatchNorm))]
+    if alone:
+        why = f"{len(alone)} layers normalise each micro-batch of {train.micro_batch} samples by itself; a size makes it theirs"
+        yield "regularize.ghost", 0, why
 
 
 def make_streams(model: nn.Module, recipe: Recipe, device: Any, now: Mapping[str, Tensor]) -> Streams | None:

@@ -40,7 +40,15 @@ from thalweg.data import (
 )
 from thalweg.device import Device, choose, facts
 from thalweg.engine.preflight import ModelLoss, Probe, gain_of_half, in_evaluation_mode, preflight, untouched
-from thalweg.engine.regularizers import TaskLoss, WindowChange, augmentation, change_model, check_values, mixing
+from thalweg.engine.regularizers import (
+    TaskLoss,
+    WindowChange,
+    augmentation,
+    change_model,
+    check_values,
+    mixing,
+    what_follows_the_split,
+)
 from thalweg.engine.scheduled import batch_sizes, epochs_of, scheduled, sequence_lengths, span_of
 from thalweg.optim import parameter_table
 from thalweg.precision import Policy, policy_for
@@ -400,6 +408,8 @@ def changed_model(
     changes, left = change_model(model, run, recipe)
     for name in left:
         decide.take("regularize.dropout", name, "stays torch's own: its masks follow the micro-batch and no schedule")
+    for path, value, why in what_follows_the_split(model, recipe):
+        decide.take(path, value, why)
     return changes
 
 

@@ -58,7 +58,7 @@ class State:
     def averages(self) -> Iterator[tuple[Tensor, Tensor]]:
         """(average, live) tensors: parameters, and the float statistics that belong to them."""
         if self.window is not None:
-            yield from zip(self.window.means(self.step), self.window.tensors)
+            yield from zip(self.window.means(), self.window.tensors)
             return
         for arena in self.arenas:
             yield from arena.averages()
@@ -125,7 +125,7 @@ class State:
     def _averages(self) -> dict[str, Tensor]:
         """Averaged parameters and statistics: views of the flat averages, or means of the window."""
         named: dict[str, Tensor] = {}
-        if self.window is not None and (means := self.window.means(self.step)):
+        if self.window is not None and (means := self.window.means()):
             for arena, mean in zip(self.arenas, means):
                 named.update({name: arena.view(mean, name) for name in arena.places})
             return named | (self._statistics(*means[len(self.arenas) :]) if self.statistics.layers else {})
@@ -149,6 +149,7 @@ class State:
         if self.timetable.feedback.pieces:
             yield "heard", self.timetable.feedback.values
         if self.window is not None:
+            yield "window/count", self.window.count
             for k, ring in enumerate(self.window.rings):
                 yield f"window/{k}", ring
         if self.history is not None:

@@ -194,6 +194,6 @@ class Step:
         state.t.add_(ok)
         state.step += 1
         if state.window is not None:
-            state.window.keep(state.step)
+            state.window.keep(state.step, ok)
         if state.scale is not None:
             state.scale.update(skipped)

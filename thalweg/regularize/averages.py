@@ -12,7 +12,7 @@ class WindowAverage:
     """The plain mean of the last ``num`` weights, taken every ``every`` steps from step ``start`` on.
 
     LAWA: Kaddour 2022, "Stop wasting my time! Saving days of ImageNet and BERT training with latest weight averaging",
-    arXiv:2209.14981. Steps are those attempted, which the host knows: a skipped step has moved no weight.
+    arXiv:2209.14981. When it is time goes by steps attempted, which the host knows; a skipped step puts nothing into the window.
 
     Args:
         tensors: what is averaged, such as flat parameters; each keeps its shape.
@@ -20,6 +20,7 @@ class WindowAverage:
         start, every: the first step after which weights are kept, and the steps between two of them; 1 or more.
 
     Attributes:
+        count: weights kept so far, (1,), on the device; the window holds the last ``num`` of them.
         rings: for each tensor (num, *shape), in its dtype.
 
     Cost: ``num`` copies of the weights.
@@ -27,23 +28,21 @@ class WindowAverage:
 
     def __init__(self, tensors: Sequence[Tensor], num: int, start: int, every: int) -> None:
         self.tensors, self.num, self.start, self.every = list(tensors), num, start, every
+        self.count = torch.zeros(1, dtype=torch.int64, device=self.tensors[0].device)
         self.rings = [torch.zeros((num, *t.shape), dtype=t.dtype, device=t.device) for t in self.tensors]
 
-    def kept(self, step: int) -> int:
-        """Weights kept until after step ``step``; the window holds the last of them."""
-        return 0 if step < self.start else (step - self.start) // self.every + 1
-
-    def keep(self, step: int) -> None:
-        """Take the weights as they are after step ``step`` (from 1), if it is time."""
+    def keep(self, step: int, ok: Tensor) -> None:
+        """Take the weights as they are after step ``step`` (from 1), if it is time and the step was applied (``ok``, 0-dim)."""
         if step >= self.start and (step - self.start) % self.every == 0:
-            place = (self.kept(step) - 1) % self.num
             with torch.no_grad():
+                place = self.count % self.num
                 for ring, tensor in zip(self.rings, self.tensors):
-                    ring[place].copy_(tensor)
+                    ring.index_copy_(0, place, torch.where(ok, tensor, ring.index_select(0, place)[0]).unsqueeze(0))
+                self.count.add_(ok)
 
-    def means(self, step: int) -> list[Tensor]:
-        """The average of each tensor after step ``step``, in its dtype, summed in at least float32; empty before the first."""
-        num = min(self.num, self.kept(step))
+    def means(self) -> list[Tensor]:
+        """The average of each tensor, in its dtype, summed in at least float32; empty before the first."""
+        num = min(self.num, int(self.count))
         if not num:
             return []
         return [
