@@ -50,8 +50,15 @@ def train(changes: dict[str, Any], loss: Any = smooth, data: Any = None, **words
 def test_what_is_put_into_the_model_is_listed() -> None:
     result = train({"regularize.stochastic_depth": 0.4, "regularize.dropout": 0.1, "regularize.ghost": 4})
     kinds = [type(module) for module in result.model.modules()]
-    assert kinds.count(StochasticDepth) == 2 and kinds.count(Dropout) == 2 and isinstance(result.model.norm, GhostBatchNorm)
-    assert [d.p for d in result.model.modules() if isinstance(d, StochasticDepth)] == [pytest.approx(0.2), pytest.approx(0.4)]
+    assert (
+        kinds.count(StochasticDepth) == 2
+        and kinds.count(Dropout) == 2
+        and isinstance(result.model.norm, GhostBatchNorm)
+    )
+    assert [d.p for d in result.model.modules() if isinstance(d, StochasticDepth)] == [
+        pytest.approx(0.2),
+        pytest.approx(0.4),
+    ]
     told = "\n".join(result.plan.changes)
     assert told.count("StochasticDepth") == 2 and told.count("Dropout(p=0.1)") == 2 and "norm: BatchNorm2d" in told
 

@@ -254,7 +254,12 @@ def test_lengths_in_examples_tokens_and_epochs_are_counted_from_the_data() -> No
 @pytest.mark.parametrize("last", ["keep", "drop"])
 def test_epochs_are_whole_however_the_batch_changes(last: str) -> None:
     """An epoch's short last window is not taken for a whole one."""
-    recipe = {"train.batch": 16, "train.last": last, "train.steps": 16, "schedule.lr": "hold(4 epochs) >> constant(value=0.5)"}
+    recipe = {
+        "train.batch": 16,
+        "train.last": last,
+        "train.steps": 16,
+        "schedule.lr": "hold(4 epochs) >> constant(value=0.5)",
+    }
     fixed = [r.lr for r in train(recipe).records].index(0.05)
     same = [r.lr for r in train({**recipe, "schedule.batch": "hold()"}).records].index(0.05)
     growing = train({**recipe, "schedule.batch": "constant(3, value=0.5) >> constant(value=1)"}).records
@@ -266,7 +271,11 @@ def test_groups_tell_their_own_rate() -> None:
     groups = {"0.*": {"lr_scale": 0.5, "schedule": {"lr": "linear(to=0)"}}}
     records = train({"optimizer.groups": groups}).records
     assert records[0].values["groups.0.*.lr"] == pytest.approx(0.05)
-    muon = {"optimizer.rule": "muon", "optimizer.options": {}, "optimizer.groups": {"0.*": {"schedule": {"b2": "hold()"}}}}
+    muon = {
+        "optimizer.rule": "muon",
+        "optimizer.options": {},
+        "optimizer.groups": {"0.*": {"schedule": {"b2": "hold()"}}},
+    }
     with pytest.raises(RecipeError) as err:
         train(muon)
     assert "rule" in three_parts(err.value)[2]
@@ -279,7 +288,10 @@ def test_tokens_are_counted_where_a_weight_is_a_token() -> None:
         return thalweg.regularize.cross_entropy(net(batch["tokens"][:, :-1]), batch["tokens"][:, 1:])
 
     task = Task(
-        model=lambda: nn.Sequential(nn.Embedding(7, 4), nn.Linear(4, 7)), loss=loss, data={"tokens": tokens}, unit="tokens"
+        model=lambda: nn.Sequential(nn.Embedding(7, 4), nn.Linear(4, 7)),
+        loss=loss,
+        data={"tokens": tokens},
+        unit="tokens",
     )
     recipe = Recipe().override({"train.steps": 6, "train.batch": 4, "schedule.lr": "warmup(96 tokens) >> hold()"})
     assert [r.lr for r in train_task(task, recipe).records].index(1e-3) == 2
@@ -514,7 +526,12 @@ def test_a_run_goes_on_for_longer_from_an_earlier_step(tmp_path: Path) -> None:
     train_task(task, recipe, folder=tmp_path / "a")
     longer = thalweg.continue_run(task, tmp_path / "a", tmp_path / "b", steps=3, then="hold()", at=8)
     assert [r.step for r in longer.records] == [9, 10, 11] and {r.lr for r in longer.records} == {0.1}
-    for bad in ({"steps": 0}, {"steps": 3, "at": 5}, {"steps": 3, "then": "cooldown(4)"}, {"steps": 3, "then": "cool()"}):
+    for bad in (
+        {"steps": 0},
+        {"steps": 3, "at": 5},
+        {"steps": 3, "then": "cooldown(4)"},
+        {"steps": 3, "then": "cool()"},
+    ):
         with pytest.raises(ThalwegError) as err:
             thalweg.continue_run(task, tmp_path / "a", tmp_path / "c", **bad)  # type: ignore[arg-type]
         three_parts(err.value)
@@ -528,9 +545,9 @@ def test_cooling_down_on_the_command_line(tmp_path: Path) -> None:
     assert first.returncode == 0, first.stderr
     more = run_cli("train", "digits", "--quiet", "--from", "runs/digits", "--more", "3", cwd=tmp_path)
     assert more.returncode == 0 and "runs/digits-2/report.html" in more.stdout, more.stderr
-    for wrong in (["--more", "3"], ["--from", "runs/digits"], ["--from", "runs/no", "--more", "3"],
-                  ["--from", "runs/digits", "--more", "x"], ["--from", "runs/digits", "--more", "3", "--set", "seed=1"]):  # fmt: skip
-        told = run_cli("train", "digits", *wrong, cwd=tmp_path)
+    wrong = ["--more 3", "--from runs/digits", "--from runs/no --more 3", "--from runs/digits --more x"]
+    for words in (*wrong, "--from runs/digits --more 3 --set seed=1", "--from runs/digits --more 3 --then cool()"):
+        told = run_cli("train", "digits", *words.split(), cwd=tmp_path)
         assert told.returncode == 2 and told.stderr.startswith("error:") and "Traceback" not in told.stderr
 
 

@@ -32,7 +32,9 @@ def rates(running: lr_scheduler.LRScheduler, steps: int, key: str = "lr", group:
     return values
 
 
-@pytest.mark.parametrize("text", ["warmup(3) >> cosine(to=0.1)", "wsd(warm=2, cool=4)", "restarts(times=2)", "0.5 * rex()"])
+@pytest.mark.parametrize(
+    "text", ["warmup(3) >> cosine(to=0.1)", "wsd(warm=2, cool=4)", "restarts(times=2)", "0.5 * rex()"]
+)
 def test_the_rate_is_the_schedule_and_stays_at_its_end(text: str) -> None:
     """One step too many, or a hundred: torch's cosine would climb again, its one-cycle jumps back."""
     optimizer = sgd(0.2)
