@@ -1,10 +1,10 @@
-"""What each technique is worth: one change to a recipe at a time, on three tasks, paired by seed, at an equal number of steps.
+"""What each technique is worth: one change to a recipe at a time, on four tasks, paired by seed, with as many steps.
 
-    python -m benchmarks.worth [--only digits fashion pycode] [--seeds 5] [--again]
+    python -m benchmarks.worth [--only digits fashion fashion_few pycode] [--seeds 5] [--again]
     python -m benchmarks.worth --page
 
-Rows are kept after every arm. A run that was cut off goes on where it stopped, on the same machine with the same settings;
-``--again`` measures everything anew. ``--page`` writes the tables into docs/what-it-is-worth.md.
+Rows are kept after every arm. A run that was cut off goes on where it stopped, on the same machine with the same
+settings; ``--again`` measures everything anew. ``--page`` writes the tables into docs/what-it-is-worth.md.
 """
 
 from __future__ import annotations
@@ -73,7 +73,7 @@ def row_of(task: str, arm: Arm, settings: Row, values: dict[str, list[float]], b
     return row
 
 
-def kept(path: Path = FILE) -> list[Row]:
+def kept(path: Path) -> list[Row]:
     """The rows of the results file that are of this machine, and of arms that are still there."""
     if not path.is_file():
         return []
@@ -92,7 +92,7 @@ def main(arguments: list[str] | None = None) -> None:
     if given.page:
         PAGE.write_text(with_tables(PAGE.read_text(encoding="utf-8"), json.loads(FILE.read_text())), encoding="utf-8")
         return
-    rows = {(row["task"], row["arm"]): row for row in ([] if given.again else kept())}
+    rows = {(row["task"], row["arm"]): row for row in ([] if given.again else kept(FILE))}
     failed = [name for name in given.only for name in run_task(name, given.seeds, rows)]
     if failed:
         raise SystemExit(f"Not measured: {'; '.join(failed)}. What went wrong stands above.")
@@ -116,8 +116,9 @@ def run_task(name: str, seeds: int, rows: dict[tuple[str, str], Row]) -> list[st
             failed.append(f"{name}, {arm.name}")
             rows.pop((name, arm.name), None)
             continue
-        if new:
+        if rows[name, arm.name] != old:
             keep("worth", list(rows.values()), "python -m benchmarks.worth")
+        if new:
             tell(rows[name, arm.name], time.perf_counter() - began)
     return failed
 
@@ -126,7 +127,7 @@ def tell(row: Row, seconds: float) -> None:
     metric = METRIC[row["task"]]
     gain = row["gain"][metric] if "gain" in row else {"mean": 0.0, "low": 0.0, "high": 0.0}
     print(
-        f"{row['task']:8} {row['arm']:38} {row['mean'][metric]:8.3f}  "
+        f"{row['task']:11} {row['arm']:38} {row['mean'][metric]:8.3f}  "
         f"{gain['mean']:+.3f} [{gain['low']:+.3f}, {gain['high']:+.3f}]  {seconds:.0f} s",
         flush=True,
     )

@@ -6,13 +6,14 @@ import math
 from pathlib import Path
 from typing import Any
 
-from benchmarks.worth_arms import METRIC
+from benchmarks.worth_arms import METRIC, RESIDUAL
 
 PAGE = Path(__file__).parents[1] / "docs" / "what-it-is-worth.md"
 BEGIN, END = "<!-- made by python -m benchmarks.worth --page -->", "<!-- end of what is made -->"
 TITLES = {
     "digits": "Digits",
     "fashion": "Fashion-MNIST",
+    "fashion_few": "Fashion-MNIST, few images",
     "pycode": "pycode",
 }
 
@@ -46,7 +47,8 @@ def made(tree: dict[str, Any]) -> str:
 
 def _section(task: str, rows: list[Row]) -> str:
     metric = METRIC[task]
-    arms = sorted((row for row in rows if "gain" in row), key=lambda row: -float(row["gain"][metric]["mean"]))
+    techniques = [row for row in rows if "gain" in row and row["arm"] != RESIDUAL]
+    arms = sorted(techniques, key=lambda row: -float(row["gain"][metric]["mean"]))
     unit = "held-out loss lower by, nats" if metric == "loss" else "accuracy higher by, points"
     second = " loss lower by |" if metric == "accuracy" else ""
     lines = [

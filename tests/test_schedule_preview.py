@@ -306,7 +306,7 @@ BAD = {
     "option": (["preview", "mine.toml", "--set", "schedule.options.b7=hold()"], "b7"),
     "rule": (["preview", "mine.toml", "--set", "optimizer.rule=adamm"], "adamm"),
     "batch": (["preview", "mine.toml", "--set", "schedule.batch=linear(to=2)"], "rises above the batch"),
-    "group": (["preview", "group.toml"], "Its type is int"),
+    "group": (["preview", "group.toml"], "is not possible"),
     "svg": (["preview", "mine.toml", "--svg", "mine.toml"], "It must end in .svg"),
     "svg folder": (["preview", "mine.toml", "--svg", "no/a.svg"], "lie in a folder that is there"),
     "svg is a folder": (["preview", "mine.toml", "--svg", "taken.svg"], "cannot be written"),

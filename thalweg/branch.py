@@ -43,6 +43,12 @@ def continue_run(
     Raises:
         ThalwegError: before anything is written, if there is no such checkpoint, or the schedule does not fit.
     """
+    if parse(then).feedback:
+        raise RecipeError(
+            f"A run cannot go on with '{then}', which listens.",
+            "What has been heard belongs to the schedule that the run began with.",
+            "Use other pieces, such as cooldown() or hold().",
+        )
     if steps < 1:
         raise RecipeError(f"{steps} more steps are none.", "A run that goes on takes 1 or more.", "Give 1 or more.")
     if not (Path(source) / "recipe.toml").is_file():
@@ -57,6 +63,8 @@ def continue_run(
     plan = other.saved_plan()
     at = _checkpoint(other.store, at)
     snapshot = other.store.load(at)
+    best = snapshot.facts["early"][0]
+    snapshot = replace(snapshot, facts={**snapshot.facts, "early": [best, 0.0]})  # patience begins anew
     applied = int(snapshot.groups["state"]["applied"][0])
     changed = _changed(plan, at, applied, steps, parse(then))
     reason = f"goes on from {source} at step {at}, where {applied} updates had been applied"
@@ -87,16 +95,17 @@ def _checkpoint(store: Store, at: int | None) -> int:
 
 def _changed(plan: Plan, at: int, applied: int, steps: int, then: Schedule) -> Plan:
     """The plan of the run that goes on."""
-    recipe, old = plan.recipe, plan.steps
+    recipe, old, span = plan.recipe, plan.steps, run_span(plan)
     only = then.pieces[0]
     if len(then.pieces) == 1 and isinstance(only, Piece) and only.length is None:
         then = Schedule((replace(only, length=steps),))  # its last value is that of the last update
 
     def kept(text: str | None, count: int, after: Schedule) -> str | None:
-        """What a schedule was until now, and what follows."""
+        """What a schedule was until now, and what follows; in updates, where amounts of data would be others now."""
         if text is None:
             return None
-        return str(first(parse(text), count, of=old) >> after if count else after)
+        was = parse(text).in_updates(span) if span.varies else parse(text)
+        return str(first(was, count, of=old) >> after if count else after)
 
     def kept_all(table: Mapping[str, Any]) -> dict[str, Any]:
         return {name: kept(text, applied, hold()) for name, text in table.items()}
@@ -116,7 +125,7 @@ def _changed(plan: Plan, at: int, applied: int, steps: int, then: Schedule) -> P
     for pattern, group in groups.items():
         if "lr" in group.get("schedule", {}):
             group["schedule"]["lr"] = kept(recipe.optimizer.groups[pattern]["schedule"]["lr"], applied, then)
-    _, start, every = average_times(plan, run_span(plan))
+    _, start, every = average_times(plan, span)
     changed = replace(
         recipe,
         train=replace(recipe.train, steps=at + steps),

@@ -243,7 +243,7 @@ class _Run:
                     sink.stop(reason)
         step.state.adopt_average()
         if precise is not None:
-            precise.estimate().put(step.state.model)
+            precise.estimate(version=step.state.step).put(step.state.model)
         if keeper is not None:
             keeper.adopt()
         if step.streams is not None:  # the model is the user's again: its layers draw from torch's generator

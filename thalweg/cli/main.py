@@ -72,7 +72,6 @@ def _parser() -> argparse.ArgumentParser:
     train.add_argument(
         "--then",
         metavar="SCHEDULE",
-        default="cooldown()",
         help="with --from: the rate's schedule (default: cooldown())",
     )
     train.set_defaults(run=_train)
@@ -118,9 +117,9 @@ def _train(asked: argparse.Namespace) -> int:
     task = find_task(asked.task)
     if asked.source is not None:
         return _train_on(asked, task, short_name(asked.task))
-    if asked.more or asked.from_step:
+    if asked.more or asked.from_step or asked.then:
         raise RecipeError(
-            "--more and --from-step go with --from.", "No other run is named.", "Name it: --from runs/digits."
+            "--more, --from-step and --then go with --from.", "No other run is named.", "Name it: --from runs/digits."
         )
     recipe = recipe_for(task)
     if asked.recipe:
@@ -161,7 +160,7 @@ def _train_on(asked: argparse.Namespace, task: Any, name: str) -> int:
         asked.source,
         folder,
         steps=_whole(asked.more, "--more"),
-        then=asked.then,
+        then=asked.then or "cooldown()",
         at=None if asked.from_step is None else _whole(asked.from_step, "--from-step"),
         sinks=[Terminal(verbose=not asked.quiet)],
     )

@@ -250,8 +250,8 @@ class Regularize:
         average_start: a length in the schedule language, such as "75%", for "swa" and "window".
         average_every: likewise: "1 epochs", "50"; for "swa" and "window".
         average_window: weights in the window.
-        precise: batches of training data from which batch normalization takes its statistics anew before averaged weights
-            are evaluated; 0: the average of the running statistics.
+        precise: windows (whole steps) of training data from which batch normalization takes its statistics anew before
+            averaged weights are evaluated; 0: the average of the running statistics.
         sharpness: distance (rho) of the neighbour at which gradients are taken: SAM, at twice the passes; 0 switches it off.
         sharpness_scaled: measure that distance in units of each weight (ASAM).
         dropout: rate of dropout that is put into the model; 0: none is.
@@ -317,7 +317,7 @@ class Regularize:
             self.average == 0 or self.average_form == "ema",
             f"regularize.average={self.average} and average_form='{self.average_form}' are two averages.",
             "One is kept.",
-            "Leave average out, or use average_form='ema'.",
+            "Give regularize.average=0 (the task's recipe may have one), or use average_form='ema'.",
         )
         for name, least in (("average_window", 1), ("precise", 0), ("ghost", 0)):
             _check(

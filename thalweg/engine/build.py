@@ -11,7 +11,15 @@ from thalweg.core import Plan, seed_for
 from thalweg.device import Device
 from thalweg.engine.preflight import ModelLoss
 from thalweg.engine.regularizers import TaskLoss, make_streams
-from thalweg.engine.scheduled import Scheduled, batch_sizes, epochs_of, length_of, scheduled, sequence_lengths, span_of
+from thalweg.engine.scheduled import (
+    Scheduled,
+    average_lengths,
+    batch_sizes,
+    epochs_of,
+    scheduled,
+    sequence_lengths,
+    span_of,
+)
 from thalweg.engine.state import State
 from thalweg.engine.step import Step, StepOptions
 from thalweg.engine.timetable import Timetable
@@ -101,10 +109,10 @@ def average_shares(plan: Plan, span: Span, moved: Scheduled | None) -> list[floa
     wanted = plan.recipe.regularize
     if wanted.average_form == "swa":
         _, start, every = average_times(plan, span)
-        return swa_shares(plan.steps, start, every)
+        return [*swa_shares(plan.steps, start, every), 0.0]  # past the end it stays as it is
     if not wanted.average:
         return []
-    full = math.ceil((10 * wanted.average - 1) / (1 - wanted.average))
+    full = min(math.ceil((10 * wanted.average - 1) / (1 - wanted.average)), _LONGEST_YOUTH)
     updates = torch.arange(1, max(plan.steps, full) + 1, dtype=torch.float64)
     decay: float | Tensor = wanted.average
     if moved is not None:
@@ -114,9 +122,9 @@ def average_shares(plan: Plan, span: Span, moved: Scheduled | None) -> list[floa
     return shares
 
 
+_LONGEST_YOUTH = 200_000  # updates; a decay that is not full by then stays as it is past the end of the run
+
+
 def average_times(plan: Plan, span: Span) -> tuple[int, int, int]:
     """(weights in the window, first update or step whose weights count, updates between two)."""
-    wanted = plan.recipe.regularize
-    start = max(1, round(span.reach(0.0, length_of("regularize.average_start", wanted.average_start))))
-    every = max(1, round(span.reach(0.0, length_of("regularize.average_every", wanted.average_every))))
-    return wanted.average_window, start, every
+    return plan.recipe.regularize.average_window, *average_lengths(plan.recipe, span)

@@ -57,6 +57,8 @@ class Loop:
         def due(every: int | None) -> bool:
             return state.step == self.plan.steps or bool(every and state.step % every == 0)
 
+        if self.early.over:  # a run that stopped early is at its end
+            return self._end(StopReason.STOPPED_EARLY)
         try:
             for window in self.feed.windows(state.step, last):
                 self.step.run(window)
@@ -134,8 +136,9 @@ class Loop:
             self.ranking.append((value, now))
             self.ranking.sort(key=lambda pair: (pair[0] if wanted.goal == "min" else -pair[0], pair[1]))
         seconds = round(time.perf_counter() - self._began, 4)
-        self._listen(value if wanted.goal == "min" else -value)
-        self.had_enough = self.early.tell(value)
+        if wanted.every and now % wanted.every == 0:  # the one at a run's end comes out of turn, and is not counted
+            self._listen(value if wanted.goal == "min" else -value)
+            self.had_enough = self.early.tell(value)
         evaluation = Evaluation(now, metrics, self.best_steps()[:1] == [now], seconds)
         if evaluation.best:
             self.best()

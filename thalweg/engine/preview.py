@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
+
+from torch import nn
 
 from thalweg.core import Plan, Recipe, RecipeError, Task
 from thalweg.engine.build import run_span
@@ -63,6 +66,8 @@ def preview_of_task(task: Task, recipe: Recipe) -> list[Curve]:
         ThalwegError: for anything that would keep the run from beginning.
     """
     _check_length(recipe)
+    if isinstance(task.model, nn.Module):  # what a recipe puts into a model goes into a copy
+        task = replace(task, model=copy.deepcopy(task.model))
     if recipe.precision == "auto":
         recipe = replace(recipe, precision="fp32")  # nothing here hangs on it, and it would be measured
     resolved = resolve(task, recipe)

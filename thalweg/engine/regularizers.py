@@ -35,6 +35,7 @@ from thalweg.regularize import (
 )
 from thalweg.regularize.dropout import Drop
 from thalweg.regularize.streams import Keyed
+from thalweg.rules import RULES
 from thalweg.schedules import Span
 
 WindowChange = Callable[[int, list[Any]], list[Any]]
@@ -112,7 +113,7 @@ def change_model(model: nn.Module, run: Callable[[], object], recipe: Recipe) ->
         remedy = (
             "Build it into the model: thalweg.regularize.StochasticDepth; or leave regularize.stochastic_depth out."
         )
-        raise ModelError(err.asked, err.numbers, remedy) from None
+        raise ModelError(err.asked, err.numbers, _THERE if "already" in err.asked else remedy) from None
     try:
         if wanted.dropout:
             places = wanted.dropout_at
@@ -120,7 +121,7 @@ def change_model(model: nn.Module, run: Callable[[], object], recipe: Recipe) ->
             changes += add_dropout(model, run, wanted.dropout, at=places[0] if named else places)
     except ModelError as err:
         remedy = "Give regularize.dropout_at = ['head'], or patterns of modules' names such as ['blocks.*.mlp']."
-        raise ModelError(err.asked, err.numbers, remedy) from None
+        raise ModelError(err.asked, err.numbers, _THERE if "already" in err.asked else remedy) from None
     for name in ("dropout", "stochastic_depth"):
         if getattr(schedule, name) is not None and not any(
             isinstance(layer, Keyed) and layer.rate == name for layer in model.modules()
@@ -131,6 +132,9 @@ def change_model(model: nn.Module, run: Callable[[], object], recipe: Recipe) ->
                 f"Give regularize.{name}, or put such layers into the model.",
             )
     return changes, left
+
+
+_THERE = "Leave it out of the recipe, or train a fresh model: give a function that makes one."
 
 
 def what_follows_the_split(model: nn.Module, recipe: Recipe) -> Iterator[tuple[str, Any, str]]:
@@ -156,7 +160,7 @@ def make_streams(model: nn.Module, recipe: Recipe, device: Any, now: Mapping[str
     streams = Streams(recipe.seed, device, by_sample=recipe.regularize.by_sample)
     if not connect(model, streams):
         return None
-    set_factors(model, {name: now[name] for name in ("dropout", "stochastic_depth") if name in now})
+    set_factors(model, {name: now.get(name) for name in ("dropout", "stochastic_depth")})
     return streams
 
 
@@ -217,11 +221,17 @@ def check_values(moved: list[Scheduled], recipe: Recipe, span: Span) -> None:
             raise _outside(one, low, "above 0, for 0 would stop every update")
         if one.name == "average" and high >= 1:
             raise _outside(one, high, "below 1")
-        if kind == "options" or (kind.startswith("groups") and name not in ("lr", "weight_decay")):
-            for rule in rules_of(recipe):
-                if name in rule.defaults:
-                    rule.options({name: low})
-                    rule.options({name: high})
+        if name == "label_smoothing" and high > 1:
+            raise _outside(one, high, "up to 1")
+        if kind == "options":
+            owner = next(rule for rule in rules_of(recipe) if name in rule.defaults)
+            owner.options({name: low})
+            owner.options({name: high})
+        elif kind.startswith("groups.") and name not in ("lr", "weight_decay"):
+            group = recipe.optimizer.groups[kind.removeprefix("groups.")]
+            owner = RULES[group.get("rule", recipe.optimizer.rule)]
+            owner.options({name: low})
+            owner.options({name: high})
 
 
 def _outside(one: Scheduled, value: float, range_: str) -> RecipeError:

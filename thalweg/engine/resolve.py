@@ -28,6 +28,7 @@ from thalweg.core import (
 from thalweg.data import (
     ChangedFeed,
     Items,
+    Order,
     Source,
     Stream,
     Tensors,
@@ -37,6 +38,7 @@ from thalweg.data import (
     make_feed,
     sequence_length,
     shortened,
+    tensors,
 )
 from thalweg.device import Device, choose, facts
 from thalweg.engine.preflight import ModelLoss, Probe, gain_of_half, in_evaluation_mode, preflight, untouched
@@ -49,11 +51,20 @@ from thalweg.engine.regularizers import (
     mixing,
     what_follows_the_split,
 )
-from thalweg.engine.scheduled import batch_sizes, epochs_of, scheduled, sequence_lengths, span_of
+from thalweg.engine.scheduled import (
+    Scheduled,
+    average_lengths,
+    batch_sizes,
+    epochs_of,
+    scheduled,
+    sequence_lengths,
+    span_of,
+)
 from thalweg.optim import parameter_table
 from thalweg.precision import Policy, policy_for
 from thalweg.regularize import Change, check_batch, watch_batch
 from thalweg.rules import RULES, STAGES
+from thalweg.schedules import Span
 
 _GAIN = 1.1  # half precision is taken where it is at least this much faster
 
@@ -139,13 +150,18 @@ def resolve(task: Task, recipe: Recipe, *, saved: Plan | None = None) -> Resolve
         augment=augmentation(recipe, task, split.augment),
         sizes=sizes,
     )
-    whole = sequence_length(_first_window(feed, steps)[0])
+    raw = _first_window(feed, steps)[0]
+    whole = sequence_length(raw)
     lengths = sequence_lengths(recipe, steps, whole)
+    if lengths is not None:
+        _check_sequences(task, raw)
     feed = _changed(feed, mix, lengths)
     first = _first_window(feed, steps)
     changes = changed_model(model, loss, first[0], device, recipe, decide)
     with watch_batch(model, batch_size(first[0])) as values:
         probe = preflight(model, loss, first[0], source, device, recipe.seed, mixed=mix is not None)
+    if lengths is not None:
+        _try_shortest(model, loss, raw, min(lengths), device, recipe.seed)
     _check_smallest_batch(model, recipe, samples, sizes, values)
     per_step, why_not = _units(task, recipe, samples, probe, batch_size(first[0]), whole)
     epochs = epochs_of(samples, sizes, recipe.train.last)
@@ -154,6 +170,8 @@ def resolve(task: Task, recipe: Recipe, *, saved: Plan | None = None) -> Resolve
     check_values(moved, recipe, span)
     recipe = settle_precision(recipe, model, loss, first[0], device, decide)
     recipe = _settle_evaluation(recipe, task, test is not None, steps, decide)
+    _check_heard(moved, recipe, test is not None)
+    _check_average(recipe, span)
     if test is not None:
         _check_metric(task, recipe, model, test, device)
     rows = parameter_table(model, optimizer=recipe.optimizer, schedule=recipe.schedule)
@@ -250,10 +268,39 @@ def _settle_length(recipe: Recipe, source: Source, decide: Decisions) -> tuple[R
             "train.epochs", train.epochs, lambda: (10.0, "neither steps nor epochs were given")
         )
         steps = max(1, round(epochs * per_epoch))
-        decide.take("train.steps", steps, f"{epochs:g} epochs of {per_epoch} steps ({samples} samples)")
+        told = f"{epochs:g} epochs of {per_epoch} steps ({samples} samples)"
+        if recipe.schedule.batch is not None:
+            steps = _steps_for(epochs, samples, replace(recipe, train=replace(train, micro_batch=micro)), steps)
+            told = f"{epochs:g} epochs of {samples} samples, in steps of changing size"
+        decide.take("train.steps", steps, told)
     elif train.epochs is not None:
         decide.take("train.epochs", train.epochs, f"not used: train.steps={steps} was given too")
     return replace(recipe, train=replace(train, micro_batch=micro)), steps, samples
+
+
+def _steps_for(epochs: float, samples: int, recipe: Recipe, least: int) -> int:
+    """The fewest steps that cover so many epochs, where the batch size changes with the length of the run."""
+
+    def covers(steps: int) -> bool:
+        parts = epochs_of(samples, batch_sizes(recipe, steps), recipe.train.last) or [0.0]
+        return sum(parts) >= epochs - 1e-9
+
+    low, high = least, least
+    while not covers(high):
+        low, high = high, 2 * high
+        if high > _MOST_STEPS:
+            raise RecipeError(
+                f"train.epochs={epochs:g} takes too many steps with schedule.batch='{recipe.schedule.batch}'.",
+                f"More than {_MOST_STEPS}.",
+                "Give train.steps, or a schedule whose batches are larger.",
+            )
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (low, middle) if covers(middle) else (middle, high)
+    return high
+
+
+_MOST_STEPS = 10**8
 
 
 def settle_precision(
@@ -413,6 +460,53 @@ def changed_model(
     return changes
 
 
+def _check_heard(moved: list[Scheduled], recipe: Recipe, held_out: bool) -> None:
+    """What follows evaluations needs some."""
+    wants = [f"schedule.{one.name} has a plateau" for one in moved if "evaluation" in one.schedule.feedback]
+    wants += ["evaluate.patience is given"] if recipe.evaluate.patience else []
+    if wants and not (held_out and recipe.evaluate.every):
+        why = "The task has no held-out data." if not held_out else "evaluate.every=0: there is one, at the end."
+        raise RecipeError(
+            f"{wants[0]}, and there are no evaluations to follow.", why, "Give held-out data, and evaluate.every."
+        )
+
+
+def _check_average(recipe: Recipe, span: Span) -> None:
+    """Weights that count must come before the end."""
+    wanted = recipe.regularize
+    start, _ = average_lengths(recipe, span)
+    if wanted.average_form != "ema" and start > span.steps:
+        raise RecipeError(
+            f"regularize.average_start={wanted.average_start!r} lies beyond the run.",
+            f"It is update {start}, and the run has {span.steps}.",
+            "Give an earlier one, such as '75%'.",
+        )
+
+
+def _check_sequences(task: Task, batch: Any) -> None:
+    first = next(t for _, t in tensors(batch) if t.ndim >= 2)
+    if task.unit != "tokens" and first.is_floating_point():
+        raise RecipeError(
+            "schedule.sequence cuts the second dimension, and this data's may be no time.",
+            f"Its first tensor is {tuple(first.shape)} of {first.dtype}, and the task counts {task.unit}.",
+            "Say Task(unit='tokens') where it is time; else leave schedule.sequence out.",
+        )
+
+
+def _try_shortest(model: nn.Module, loss: ModelLoss, batch: Any, length: int, device: Device, seed: int) -> None:
+    """The shortest sequences of the run go through the model now, not in the middle of it."""
+    (short,) = shortened([length])(0, [batch])
+    try:
+        with untouched(model, device, seed), torch.no_grad(), torch.compiler.set_stance("force_eager"):
+            loss(model, short)
+    except (RuntimeError, ValueError, IndexError) as err:
+        raise DataError(
+            f"The model or the loss does not take sequences of {length}.",
+            f"{type(err).__name__}: {err}"[:300],
+            "Raise the least length of schedule.sequence, or leave it out.",
+        ) from err
+
+
 def _units(
     task: Task, recipe: Recipe, samples: int, probe: Probe, num: int, whole: int
 ) -> tuple[dict[str, float], dict[str, str]]:
@@ -439,9 +533,13 @@ def _check_smallest_batch(
     train = recipe.train
     micro = _set(train.micro_batch)
     told = f"{samples} samples, train.batch={train.batch}, train.micro_batch={micro}"
-    rests = [size % micro for size in sizes or [train.batch]]
-    if train.last == "keep" and sizes is None:
-        rests.append(samples % train.batch % micro)
+    taken = [train.batch, *([samples % train.batch] if train.last == "keep" else [])]
+    if sizes is not None:
+        taken = list(sizes)
+        if samples:
+            order = Order(samples, max(sizes), seed=0, keep_last=train.last == "keep", sizes=sizes)
+            taken = [stop - first for _, first, stop in map(order.place, range(len(sizes)))]
+    rests = [size % micro for size in taken]
     for num in (micro, *(rest for rest in sorted({*rests}) if rest)):
         check_batch(model, num, dict.fromkeys(values, 1.0), told)  # a single image is no batch, whatever its pixels
 

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from thalweg.core import Recipe, RecipeError, did_you_mean
 from thalweg.data import Order
+from thalweg.optim.table import check_groups
 from thalweg.rules import RULES, STAGES, Rule
 from thalweg.schedules import Schedule, Span, parse
 from thalweg.schedules.span import is_length
@@ -67,6 +69,7 @@ def scheduled(recipe: Recipe, loss: Mapping[str, Any] | None = None) -> list[Sch
 
 def _scheduled(recipe: Recipe, loss: Mapping[str, Any] | None) -> Iterator[Scheduled]:
     optimizer, regularize, wanted = recipe.optimizer, recipe.regularize, recipe.schedule
+    check_groups(optimizer.groups)
     peak = RULES[optimizer.rule].lr if optimizer.lr is None else optimizer.lr
     yield Scheduled("lr", parse(wanted.lr), peak)
     simple = {
@@ -84,7 +87,14 @@ def _scheduled(recipe: Recipe, loss: Mapping[str, Any] | None) -> Iterator[Sched
                     f"Give {path}, or leave schedule.{name} out.",
                 )
             taken = 1.0 if name == "weight_decay" else None
-            yield Scheduled(name, parse(text), base or 1.0, factor=name != "average", taken=taken)
+            schedule = parse(text)
+            if name == "average" and schedule.feedback:
+                raise RecipeError(
+                    f"schedule.average listens to the run: '{schedule}'.",
+                    "How far the average moves is laid out before the run.",
+                    "Use other pieces.",
+                )
+            yield Scheduled(name, schedule, base or 1.0, factor=name != "average", taken=taken)
     for name in ("dropout", "stochastic_depth"):
         if (text := getattr(wanted, name)) is not None:
             yield Scheduled(name, parse(text), getattr(regularize, name) or 1.0, taken=1.0)
@@ -173,8 +183,9 @@ def movable(rule: Rule) -> list[str]:
 
     Not those that decide what is computed (counts, switches), and not those of its averaging, which remember.
     """
-    then = STAGES[rule.then].defaults if rule.then else {}
-    return [name for name, value in rule.defaults.items() if isinstance(value, float) and name not in then]
+    fixed = {*(STAGES[rule.then].defaults if rule.then else {}), *rule.unmoved, *map(str, rule.shared.values())}
+    numbers = {name for name, value in rule.defaults.items() if isinstance(value, float) and math.isfinite(value)}
+    return sorted(numbers - fixed)
 
 
 def check_movable(rule: Rule, name: str, where: str) -> None:
@@ -244,7 +255,7 @@ def by_steps(text: str, name: str, steps: int) -> list[float]:
     why = f"schedule.{name} decides how much of the data a step takes."
     span = Span(steps, {}, {"examples": why, "tokens": why, "epochs": why})
     schedule = parse(text)
-    if schedule.listening(span):
+    if schedule.feedback:
         raise RecipeError(
             f"schedule.{name} listens to the run.",
             "Which samples a step takes is known before the run.",
@@ -263,6 +274,14 @@ def length_of(path: str, text: str) -> int | str:
             "Write it as in a schedule: '50', '75%' or '2 epochs'.",
         )
     return length
+
+
+def average_lengths(recipe: Recipe, span: Span) -> tuple[int, int]:
+    """(first update or step whose weights count, updates between two) of averages that are plain means."""
+    wanted = recipe.regularize
+    start = span.reach(0.0, length_of("regularize.average_start", wanted.average_start))
+    every = span.reach(0.0, length_of("regularize.average_every", wanted.average_every))
+    return max(1, round(start)), max(1, round(every))
 
 
 def span_of(

@@ -31,6 +31,10 @@ class EarlyStop:
             self.best, self.bad = value, 0
         else:
             self.bad += 1
+        return self.over
+
+    @property
+    def over(self) -> bool:
         return 0 < self.patience <= self.bad
 
     def facts(self) -> list[float]:

@@ -24,7 +24,7 @@ from thalweg.engine.resolve import (
     settle_precision,
     task_loss,
 )
-from thalweg.engine.scheduled import scheduled, span_of
+from thalweg.engine.scheduled import average_lengths, scheduled, span_of
 from thalweg.engine.step import FIELDS, Step
 from thalweg.optim import parameter_table
 from thalweg.precision import policy_for
@@ -113,6 +113,12 @@ class TrainStep:
         self.loss = task_loss(loss, self.recipe)
         self._moved = scheduled(self.recipe, self.loss.known)
         for one in self._moved:
+            if "evaluation" in one.schedule.feedback or (one.schedule.feedback and self.steps is None):
+                raise RecipeError(
+                    f"schedule.{one.name}='{one.schedule}' listens to what TrainStep does not have.",
+                    f"Evaluations are your loop's; steps={self.steps}.",
+                    "Use loss_plateau() with steps=..., or thalweg.train.",
+                )
             if self.steps is None and len(set(one.schedule.values(7))) > 1:
                 raise RecipeError(
                     f"The schedule '{one.schedule}' needs the length of the run.",
@@ -122,7 +128,15 @@ class TrainStep:
         self.device, _ = choose(self.recipe.device)
         self.model = model.to(self.device.torch_device)
         self.rows = parameter_table(model, optimizer=self.recipe.optimizer, schedule=self.recipe.schedule)
-        check_values(self._moved, self.recipe, span_of(self.steps or 1, {}, _WHY_NOT))
+        span = span_of(self.steps or 1, {}, _WHY_NOT)
+        check_values(self._moved, self.recipe, span)
+        average_lengths(self.recipe, span)
+        if self.steps is None and self.recipe.regularize.average_form != "ema":
+            raise RecipeError(
+                f"regularize.average_form='{self.recipe.regularize.average_form}' needs the length of the run.",
+                "TrainStep was given no steps.",
+                "Give steps=..., or average_form='ema'.",
+            )
         if self.recipe.precision != "auto":
             policy_for(self.recipe.precision, self.device)
         self._step: Step | None = None

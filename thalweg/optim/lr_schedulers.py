@@ -68,7 +68,7 @@ class Scheduler(lr_scheduler.LRScheduler):
         self.schedules = {name: parse(schedule) for name, schedule in named.items()}
         self.steps = steps
         for name, schedule in self.schedules.items():
-            if schedule.listening(steps):
+            if schedule.feedback:
                 raise RecipeError(
                     f"The schedule of {name}, '{schedule}', listens to the run.",
                     "A torch scheduler is told nothing of it.",
@@ -228,7 +228,7 @@ def _values(name: str, options: tuple[tuple[str, Any], ...], steps: int) -> tupl
     if not all(0 <= value < float("inf") for value in values):
         raise RecipeError(
             f"torch.{name} leaves the range of rates.",
-            f"Its least value is {min(values):g}.",
+            f"Its values lie between {min(values):g} and {max(values):g}.",
             "Give arguments that keep it at 0 or above.",
         )
     return tuple(values)

@@ -108,7 +108,8 @@ def settle(
     rule = program.rule
     assert rule.settle is not None
     words = {"lr": scalars["lr"].to(program.exact), "t": scalars["t"].to(program.exact)}
-    options = next(piece for piece in program.pieces if piece.component is rule).options
+    given = next(piece for piece in program.pieces if piece.component is rule).options
+    options = {n: scalars[n].to(program.exact) if isinstance(v, Tensor) else v for n, v in given.items()}
     return dict(rule.settle(*sums, **words, **shared, **options))
 
 
@@ -129,6 +130,6 @@ def settle_over(
     found = [measure(program, batch, {**scalars, **shared}) for program, batch, scalars in measured]
     sums = [torch.stack(values).sum() for values in zip(*found)]
     program, _, first = measured[0]
-    new = settle(program, sums, shared, {"lr": torch.stack(list(rates)).max(), "t": first["t"]})
+    new = settle(program, sums, shared, {**first, "lr": torch.stack(list(rates)).max()})
     for name, value in new.items():
         write(shared[name], value, skipped)

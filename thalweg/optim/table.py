@@ -57,7 +57,7 @@ def plain_name(name: str) -> str:
     'head.weight'
     """
     parts = [part for part in name.split(".") if part not in ("_orig_mod", "_fsdp_wrapped_module")]
-    return ".".join(parts[1:] if parts[0] == "module" and len(parts) > 1 else parts)
+    return ".".join(parts[1:] if parts[:1] == ["module"] and len(parts) > 1 else parts)
 
 
 def named_trainable(model: nn.Module) -> list[tuple[str, nn.Parameter]]:
@@ -117,7 +117,7 @@ def parameter_table(
         )
         row = _with_rule(row, one, optimizer, last)
         row = _with_group(row, one, groups, optimizer)
-        row = replace(row, moves={**_moves(row, schedule or Schedule()), **row.moves})
+        row = replace(row, moves={**_moves(row, schedule or Schedule(), optimizer), **row.moves})
         rows.append(replace(row, lr=row.lr * optimizer.layer_decay ** (top - depths[one.name])))
     return tuple(rows)
 
@@ -181,10 +181,19 @@ def _with_group(
     return replace(row, fold=given.get("fold", row.fold), moves=moves)
 
 
-def _moves(row: ParameterRow, schedule: Schedule) -> dict[str, str]:
-    """What the recipe's schedules move for a parameter, beside its rate."""
+def _moves(row: ParameterRow, schedule: Schedule, optimizer: Optimizer) -> dict[str, str]:
+    """What the recipe's schedules move for a parameter, beside its rate: not an option that its group gives.
+
+    An option is that of the recipe's rule; of the rule that takes the rest, where the recipe's has none of that name.
+    """
     moves = {} if schedule.weight_decay is None else {"weight_decay": "weight_decay"}
-    return moves | {name: f"options.{name}" for name in schedule.options if name in RULES[row.rule].defaults}
+    for name in schedule.options:
+        owner = optimizer.rule if name in RULES[optimizer.rule].defaults else optimizer.otherwise
+        default = RULES[row.rule].defaults.get(name)
+        own = row.options.get(name, default) != optimizer.options.get(name, default)
+        if row.rule == owner and not (own and row.rule == optimizer.rule):
+            moves[name] = f"options.{name}"
+    return moves
 
 
 def _scale(rate: float, optimizer: Optimizer) -> float:
@@ -197,6 +206,16 @@ def _scale(rate: float, optimizer: Optimizer) -> float:
             "Give optimizer.lr above 0.",
         )
     return rate / peak
+
+
+def check_groups(groups: Mapping[str, Any]) -> None:
+    """Refuse groups that say something unknown, or say it in another form than a group's.
+
+    Raises:
+        RecipeError: naming the pattern and the key.
+    """
+    for pattern, given in groups.items():
+        _group(pattern, given)
 
 
 def _group(pattern: str, given: Any) -> Mapping[str, Any]:
@@ -215,11 +234,15 @@ def _group(pattern: str, given: Any) -> Mapping[str, Any]:
             isinstance(value, bool) or not isinstance(value, (int, float)) or value < 0
         )
         wrong |= key in ("options", "schedule") and not isinstance(value, Mapping)
+        wrong |= (
+            key == "schedule" and isinstance(value, Mapping) and not all(isinstance(v, str) for v in value.values())
+        )
         wrong |= key == "fold" and value not in FOLDS
+        wrong |= key == "rule" and not isinstance(value, str)
         if wrong:
             raise RecipeError(
                 f"optimizer.groups.'{pattern}'.{key}={value!r} is not possible.",
-                "Rates and strengths are numbers from 0 on, options and schedule tables, fold 'batch' or 'flatten'.",
+                "Rates and strengths are numbers from 0 on; options a table, schedule a table of texts; fold 'batch' or 'flatten'.",
                 f"Correct {key}.",
             )
     if "rule" in given:

@@ -41,14 +41,11 @@ class WindowAverage:
                 self.count.add_(ok)
 
     def means(self) -> list[Tensor]:
-        """The average of each tensor, in its dtype, summed in at least float32; empty before the first."""
+        """The average of each tensor, in at least float32; empty before the first."""
         num = min(self.num, int(self.count))
         if not num:
             return []
-        return [
-            ring[:num].mean(0, dtype=torch.promote_types(ring.dtype, torch.float32)).to(ring.dtype)
-            for ring in self.rings
-        ]
+        return [ring[:num].mean(0, dtype=torch.promote_types(ring.dtype, torch.float32)) for ring in self.rings]
 
 
 def swa_shares(steps: int, start: int, every: int) -> list[float]:

@@ -51,6 +51,7 @@ class PooledStatistics:
             False  # whether passes are not counted in the rest of this step, or until ``collect``
         )
         self.group = group
+        self._aside: set[int] = set()  # layers that write there just now
         if not layers:
             return
         bounds = [0]
@@ -74,7 +75,6 @@ class PooledStatistics:
         self._real: list[dict[str, Tensor]] = []
         self._scratch: list[dict[str, Tensor]] = []
         self._unread: list[dict[str, Tensor]] = []  # where passes write that are not counted
-        self._aside: set[int] = set()  # layers that write there just now
         self._masks: dict[tuple[int, ...], Tensor] = {}
         for i, layer in enumerate(layers):
             span = self.spans[i]

@@ -178,6 +178,12 @@ def _strength(name: str, strength: float | Tensor) -> float | Tensor:
                 f"Its shape is {tuple(strength.shape)}.",
                 "Give a number, or a tensor without dimensions.",
             )
+    elif isinstance(strength, bool) or not isinstance(strength, (int, float)):
+        raise RecipeError(
+            f"The strength of the penalty {name!r} is no number.",
+            f"It is {strength!r}.",
+            "Give 0 or more, such as 1e-5.",
+        )
     elif not 0 <= strength < math.inf:
         raise RecipeError(
             f"The penalty {name!r} would reward what it should keep small.",

@@ -20,6 +20,7 @@ from thalweg.rules.registry import Slot, rule
     avoid="Long runs of deep networks: the rate falls as 1/sqrt(t) whatever the schedule says.",
     evidence="Kept for sparse models and recommenders; no recent independent evidence elsewhere.",
     scale_free=True,
+    unmoved=("start",),
     torch_names={"v": "sum"},
 )
 def adagrad(

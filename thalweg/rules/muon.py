@@ -39,6 +39,7 @@ _ABOUT: dict[str, Any] = {
     evidence="Authors: 21.7 % fewer steps than Adam and 11.3 % than Muon at 1.1B. Independent: 3,250 steps to the NanoGPT "
     "target, the same as tuned plain Muon (modded-nanogpt track 3, 2026).",
     fixed={"normalize": True},
+    unmoved=("eps",),
     **_ABOUT,
 )
 @rule(
@@ -52,6 +53,7 @@ _ABOUT: dict[str, Any] = {
     evidence="1.4x fewer steps than tuned AdamW at 0.1B, 1.1x at 1.2B (arXiv:2509.02046); 1.4x kept from 190M to 1.4B with "
     "muP rates and decay as 1/width (arXiv:2512.05620). AlgoPerf 2026: 3rd of 16 by steps, 6th by time.",
     torch_names={"m": "momentum_buffer"},
+    unmoved=("eps", "b2"),
     **_ABOUT,
 )
 def muon(

@@ -21,6 +21,7 @@ from thalweg.rules.registry import Slot, rule
     avoid="Where a schedule warms up already: then it is Adam with a second warm-up.",
     evidence="It is Adam with an automatic warm-up; no independent evidence that it beats a plain one.",
     torch_names={"m": "exp_avg", "v": "exp_avg_sq"},
+    unmoved=("least",),
 )
 def radam(
     p: Tensor,

@@ -129,6 +129,8 @@ class Rule(Component):
         torch_names: its slots in torch.optim's state dicts.
         still: whether a gradient of zero (and a rate of zero) moves nothing; false where averaging goes on.
         anchored: whether weights are drawn to where they began, whatever the gradient: decay is then not geometric.
+        unmoved: number options that no schedule can move: first values of slots, and what an operator takes as a constant.
+            First values of ``shared`` need not be listed.
     """
 
     decay_form: str = "decoupled"
@@ -150,6 +152,7 @@ class Rule(Component):
     torch_names: Mapping[str, str] = field(default_factory=dict)
     still: bool = True
     anchored: bool = False
+    unmoved: tuple[str, ...] = ()
 
     @property
     def status(self) -> str:

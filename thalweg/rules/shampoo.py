@@ -130,6 +130,7 @@ def _kl_slots(options: Mapping[str, Any]) -> Slots:
     "(modded-nanogpt track 3, 2026). No independent evidence for this form itself.",
     least_ndim=2,
     clock="frequency",
+    unmoved=("start",),
 )
 def kl_shampoo(
     p: Tensor,

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any
 
@@ -150,7 +150,9 @@ class First:
 
     def lay(self, on: _Laying, num: int) -> None:
         mine = on.within(self.of)
+        known = len(on.listening)
         _lay(self.what, mine, self.of)
+        on.listening[known:] = [replace(one, stop=min(one.stop, mine.offset + num)) for one in on.listening[known:]]
         on.values += mine.values[:num]
 
 
@@ -196,6 +198,18 @@ class Schedule:
     def __str__(self) -> str:
         return " >> ".join(map(str, self.pieces))
 
+    @property
+    def feedback(self) -> set[str]:
+        """What its pieces listen for, where any do: "evaluation", "loss"."""
+        found: set[str] = set()
+        for part in self.pieces:
+            if isinstance(part, Piece):
+                found |= set() if "." in part.shape else {SHAPES[part.shape].feedback} - {""}
+            else:
+                inner = part.factors if isinstance(part, Product) else (part.what,)
+                found = found.union(*(schedule.feedback for schedule in inner))
+        return found
+
     def values(self, span: int | Span, *, peak: float = 1.0) -> list[float]:
         """The value at each update of a run. The last value of the last piece is exact, and held if updates remain.
 
@@ -216,6 +230,10 @@ class Schedule:
     def listening(self, span: int | Span) -> tuple[Listening, ...]:
         """The pieces that listen to the run, in order."""
         return self._laid(span, 1.0)[1]
+
+    def in_updates(self, span: Span) -> Schedule:
+        """The same schedule over ``span``, its lengths counted in updates, so that another run lays it out alike."""
+        return _in_updates(self, span, span.steps, 0)
 
     def _laid(self, span: int | Span, peak: float) -> tuple[tuple[float, ...], tuple[Listening, ...]]:
         if isinstance(span, int):
@@ -258,29 +276,70 @@ def _lay(schedule: Schedule, on: _Laying, num: int) -> None:
 
 def _lengths(schedule: Schedule, span: Span, steps: int) -> list[int]:
     """Updates of each piece. Ends are rounded, not lengths, so that 50% and 50% are the whole. Pieces without a length
-    share equally what the others leave."""
+    share equally what the others leave. Where a step takes now more of the data and now less, how many updates an amount is
+    hangs on where its piece begins, and that on how long the pieces are: they are measured until both agree."""
+    lengths = _measured(schedule, span, steps, None)
+    for _ in range(_ROUNDS if span.varies and None in [part.length for part in schedule.pieces] else 0):
+        again = _measured(schedule, span, steps, lengths)
+        if again == lengths:
+            break
+        lengths = again
+    return lengths
+
+
+_ROUNDS = 64
+
+
+def _measured(schedule: Schedule, span: Span, steps: int, before: Sequence[int] | None) -> list[int]:
+    """The lengths, given those of the round before for the pieces that share the rest."""
     known: list[int | None] = []
-    exact, begin = 0.0, 0
-    for part in schedule.pieces:
+    exact, begin, shift = 0.0, 0, 0
+    for place, part in enumerate(schedule.pieces):
         if part.length is None:
             known.append(None)
+            shift += 0 if before is None else before[place]
             continue
-        exact = span.reach(exact, part.length)
+        exact = span.reach(exact + shift, part.length) - shift
         end = begin + part.length if isinstance(part.length, int) else max(begin + 1, round(exact))
         if isinstance(part.length, str) and part.length.endswith("%"):
             end = min(end, max(steps, begin))
         known.append(end - begin)
         begin = end
-    if begin > steps:
+    taken = max(begin, math.ceil(exact - 1e-6 * steps))
+    if taken > steps:
         raise RecipeError(
             f"The schedule '{schedule}' is longer than the run.",
-            f"Its pieces take {begin} updates, the run has {steps}.",
+            f"Its pieces take {taken} updates, the run has {steps}.",
             "Shorten a piece, give its length as a share such as '5%', or raise train.steps.",
         )
     rests = sum(length is None for length in known)
     shares = [round((steps - begin) * k / rests) for k in range(rests + 1)] if rests else []
     free = iter(b - a for a, b in zip(shares, shares[1:]))
     return [next(free) if length is None else length for length in known]
+
+
+def _in_updates(schedule: Schedule, span: Span, num: int, before: int) -> Schedule:
+    parts: list[Part] = []
+    begin = 0
+    for part, length in zip(schedule.pieces, _lengths(schedule, span, num)):
+        if not length:
+            continue
+        here = span.part(begin, length)
+        if isinstance(part, Piece):
+            on = _Laying(span, 1.0, before=before)
+            on.values = [1.0] * begin
+            options = tuple((name, _counted(name, value, on)) for name, value in part.options)
+            parts.append(Piece(part.shape, length, options))
+        elif isinstance(part, Product):
+            factors = tuple(_in_updates(factor, here, length, before + begin) for factor in part.factors)
+            parts.append(Product(factors, part.scale))
+        elif isinstance(part, Repeat):
+            every = part.every and max(1, round(here.reach(0.0, part.every)))
+            parts.append(Repeat(part.what, length, part.times, every, part.factor))
+        else:
+            parts.append(part)
+        begin += length
+    return Schedule(tuple(parts))
 
 
 def _counted(name: str, value: Any, on: _Laying) -> Any:

@@ -68,6 +68,11 @@ class Span:
             return begin + amount / rate
         return self._search(unit, begin, amount)
 
+    @property
+    def varies(self) -> bool:
+        """Whether a step takes now more of the data and now less."""
+        return any(not isinstance(rate, (int, float)) for rate in self.per_step.values())
+
     def _search(self, unit: str, begin: float, amount: float) -> float:
         totals = self._totals[unit]
         whole = min(int(begin), len(totals) - 1)
