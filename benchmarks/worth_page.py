@@ -83,8 +83,8 @@ def _size(row: Row) -> str:
 def _counts(arms: list[Row]) -> str:
     found = [verdict(row) for row in arms]
     return (
-        f"Of {len(arms)} comparisons {found.count('gain')} show a gain, {found.count('harm')} harm, "
-        f"{found.count('no gain here')} neither; {0.05 * len(arms):.1f} would show one or the other by chance alone."
+        f"{len(arms)} comparisons: gain {found.count('gain')}, harm {found.count('harm')}, no gain here "
+        f"{found.count('no gain here')}. By chance alone about {0.05 * len(arms):.1f} would be a gain or harm."
     )
 
 

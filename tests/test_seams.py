@@ -233,6 +233,14 @@ def test_bad_input_is_told(why: str) -> None:
     refused(train, BAD[why])
 
 
+def test_what_a_model_has_no_use_for_is_told() -> None:
+    asked = {"regularize.ghost": 4, "regularize.precise": 2, "regularize.by_sample": True}
+    told = {d.path: d.reason for d in train(asked).plan.decisions if d.reason.startswith("not used")}
+    assert set(asked) <= set(told)
+    assert "regularize.batchnorm" in {d.path for d in train({"regularize.batchnorm": "frozen"}).plan.decisions}
+    assert "dropout_at" in refused(train, {"regularize.dropout_at": []})
+
+
 def test_smoothing_above_1_is_refused_at_any_update() -> None:
     def smooth(net: nn.Module, batch: dict[str, Tensor], label_smoothing: float = 0.1) -> Loss:
         labels = (batch["y"][:, 0] > 0).long()

@@ -333,6 +333,12 @@ class Regularize:
                 "A rate lies in [0, 1).",
                 "Give one such as 0.1, or 0 to switch it off.",
             )
+        _check(
+            bool(self.dropout_at),
+            "regularize.dropout_at names no place.",
+            "It is an empty list.",
+            "Give 'residual', 'head', or patterns of modules' names; to put none in, regularize.dropout=0.",
+        )
         for name in ("mixup", "cutmix"):
             _check(
                 getattr(self, name) >= 0,

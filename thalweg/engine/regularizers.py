@@ -134,6 +134,21 @@ def change_model(model: nn.Module, run: Callable[[], object], recipe: Recipe) ->
     return changes, left
 
 
+def not_used(model: nn.Module, recipe: Recipe) -> Iterator[tuple[str, Any, str]]:
+    """(path, value, reason) of what the recipe asks and this model has no use for."""
+    wanted, layers = recipe.regularize, list(model.modules())
+    if not any(isinstance(layer, _BatchNorm) for layer in layers):
+        why = "not used: the model has no batch normalization"
+        asked = {
+            "ghost": wanted.ghost,
+            "precise": wanted.precise,
+            "batchnorm": wanted.batchnorm != "pooled" and "frozen",
+        }
+        yield from ((f"regularize.{name}", value, why) for name, value in asked.items() if value)
+    if wanted.by_sample and not any(isinstance(layer, Keyed) for layer in layers):
+        yield "regularize.by_sample", True, "not used: the model has no layer of dropout that can be keyed"
+
+
 _THERE = "Leave it out of the recipe, or train a fresh model: give a function that makes one."
 
 

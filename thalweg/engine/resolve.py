@@ -49,6 +49,7 @@ from thalweg.engine.regularizers import (
     change_model,
     check_values,
     mixing,
+    not_used,
     what_follows_the_split,
 )
 from thalweg.engine.scheduled import (
@@ -455,7 +456,7 @@ def changed_model(
     changes, left = change_model(model, run, recipe)
     for name in left:
         decide.take("regularize.dropout", name, "stays torch's own: its masks follow the micro-batch and no schedule")
-    for path, value, why in what_follows_the_split(model, recipe):
+    for path, value, why in (*what_follows_the_split(model, recipe), *not_used(model, recipe)):
         decide.take(path, value, why)
     return changes
 
