@@ -32,7 +32,7 @@ from typing import Any
 import pytest
 import torch
 
-from thalweg import Recipe, schedules
+from thalweg import Recipe, regularize, schedules
 from thalweg.cli.main import main
 from thalweg.core.recipe import Schedule as RecipeSchedule
 from thalweg.engine.resolve import Decisions, settle_optimizer
@@ -195,7 +195,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
 
     What a document registers is forgotten after it.
     """
-    for registry in (RULES, STAGES, schedules.SHAPES):
+    for registry in (RULES, STAGES, schedules.SHAPES, regularize.PENALTIES, regularize.TRANSFORMS):
         monkeypatch.setattr(registry, "_things", dict(registry._things))
     threads = torch.get_num_threads()
     torch.set_num_threads(1)

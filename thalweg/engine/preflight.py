@@ -6,8 +6,9 @@ out of range. And it tells the plan the weight of a micro-batch and what half pr
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -52,6 +53,14 @@ def untouched(model: nn.Module, device: Device, seed: int) -> Iterator[None]:
             generator.set_state(state)
 
 
+def as_written() -> AbstractContextManager[Any]:
+    """Inside, compiled models run as they were written; nothing of the compiler is imported where none is."""
+    if "torch._dynamo" not in sys.modules:
+        return nullcontext()
+    stance: AbstractContextManager[Any] = torch.compiler.set_stance("force_eager")
+    return stance
+
+
 @contextmanager
 def in_evaluation_mode(model: nn.Module) -> Iterator[None]:
     """Every module is in evaluation mode; afterwards each in the mode that it was in."""
@@ -87,7 +96,7 @@ def preflight(
         model.train()
     for p in model.parameters():  # the engine owns gradients from here on
         p.grad = None
-    with untouched(model, device, seed), torch.compiler.set_stance("force_eager"):  # what watches cannot be traced
+    with untouched(model, device, seed), as_written():  # what watches cannot be traced
         with watch, checking():
             try:
                 value = loss(model, batch)

@@ -41,7 +41,15 @@ from thalweg.data import (
     tensors,
 )
 from thalweg.device import Device, choose, facts
-from thalweg.engine.preflight import ModelLoss, Probe, gain_of_half, in_evaluation_mode, preflight, untouched
+from thalweg.engine.preflight import (
+    ModelLoss,
+    Probe,
+    as_written,
+    gain_of_half,
+    in_evaluation_mode,
+    preflight,
+    untouched,
+)
 from thalweg.engine.regularizers import (
     TaskLoss,
     WindowChange,
@@ -450,7 +458,7 @@ def changed_model(
         model.train()
 
     def run() -> None:
-        with untouched(model, device, recipe.seed), torch.compiler.set_stance("force_eager"):
+        with untouched(model, device, recipe.seed), as_written():
             loss(model, batch)
 
     changes, left = change_model(model, run, recipe)
@@ -498,7 +506,7 @@ def _try_shortest(model: nn.Module, loss: ModelLoss, batch: Any, length: int, de
     """The shortest sequences of the run go through the model now, not in the middle of it."""
     (short,) = shortened([length])(0, [batch])
     try:
-        with untouched(model, device, seed), torch.no_grad(), torch.compiler.set_stance("force_eager"):
+        with untouched(model, device, seed), torch.no_grad(), as_written():
             loss(model, short)
     except (RuntimeError, ValueError, IndexError) as err:
         raise DataError(
