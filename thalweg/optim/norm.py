@@ -29,6 +29,8 @@ def global_norm(gs: Sequence[Tensor]) -> Tensor:
     """The 2-norm over all elements of all tensors, 0-dim, in at least float32; infinite or NaN if any element is."""
     if is_sharded(gs):
         return _sharded_norm(gs)
+    if len(gs) == 1:
+        return _norm([gs[0]])
     groups: dict[tuple[torch.dtype, torch.device], list[Tensor]] = {}
     for g in gs:
         groups.setdefault((g.dtype, g.device), []).append(g)
