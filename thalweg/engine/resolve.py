@@ -28,25 +28,31 @@ from thalweg.core import (
 from thalweg.data import (
     ChangedFeed,
     Items,
-    Order,
     Source,
     Stream,
     Tensors,
     as_source,
     batch_size,
-    held_out,
     make_feed,
     sequence_length,
     shortened,
-    tensors,
 )
 from thalweg.device import Device, choose, facts
+from thalweg.engine.checks import (
+    check_average,
+    check_heard,
+    check_metric,
+    check_same_data,
+    check_sequences,
+    check_smallest_batch,
+    try_shortest,
+    whole_of,
+)
 from thalweg.engine.preflight import (
     ModelLoss,
     Probe,
     as_written,
     gain_of_half,
-    in_evaluation_mode,
     preflight,
     untouched,
 )
@@ -61,8 +67,6 @@ from thalweg.engine.regularizers import (
     what_follows_the_split,
 )
 from thalweg.engine.scheduled import (
-    Scheduled,
-    average_lengths,
     batch_sizes,
     epochs_of,
     scheduled,
@@ -71,9 +75,8 @@ from thalweg.engine.scheduled import (
 )
 from thalweg.optim import parameter_table
 from thalweg.precision import Policy, policy_for
-from thalweg.regularize import Change, check_batch, watch_batch
+from thalweg.regularize import Change, watch_batch
 from thalweg.rules import RULES, STAGES
-from thalweg.schedules import Span
 
 _GAIN = 1.1  # half precision is taken where it is at least this much faster
 
@@ -132,7 +135,7 @@ def resolve(task: Task, recipe: Recipe, *, saved: Plan | None = None) -> Resolve
     recipe, steps, samples = _settle_length(recipe, source, decide)
     sizes = batch_sizes(recipe, steps)
     if saved is not None:
-        _check_same_data(saved, samples, split.facts)
+        check_same_data(saved, samples, split.facts)
     if recipe.data.workers and not isinstance(source, Items):
         decide.take("data.workers", recipe.data.workers, "not used: only a map-style Dataset is read by workers")
     if recipe.evaluate.every and test is None:
@@ -151,7 +154,7 @@ def resolve(task: Task, recipe: Recipe, *, saved: Plan | None = None) -> Resolve
     feed = make_feed(
         source,
         batch=recipe.train.batch,
-        micro_batch=_set(recipe.train.micro_batch),
+        micro_batch=whole_of(recipe.train.micro_batch),
         seed=recipe.seed,
         keep_last=recipe.train.last == "keep",
         device=device.torch_device,
@@ -163,15 +166,15 @@ def resolve(task: Task, recipe: Recipe, *, saved: Plan | None = None) -> Resolve
     whole = sequence_length(raw)
     lengths = sequence_lengths(recipe, steps, whole)
     if lengths is not None:
-        _check_sequences(task, raw)
+        check_sequences(task, raw)
     feed = _changed(feed, mix, lengths)
     first = _first_window(feed, steps)
     changes = changed_model(model, loss, first[0], device, recipe, decide)
     with watch_batch(model, batch_size(first[0])) as values:
         probe = preflight(model, loss, first[0], source, device, recipe.seed, mixed=mix is not None)
     if lengths is not None:
-        _try_shortest(model, loss, raw, min(lengths), device, recipe.seed)
-    _check_smallest_batch(model, recipe, samples, sizes, values)
+        try_shortest(model, loss, raw, min(lengths), device, recipe.seed)
+    check_smallest_batch(model, recipe, samples, sizes, values)
     per_step, why_not = _units(task, recipe, samples, probe, batch_size(first[0]), whole)
     epochs = epochs_of(samples, sizes, recipe.train.last)
     batch, long = recipe.train.batch, max(whole, 1)
@@ -179,10 +182,10 @@ def resolve(task: Task, recipe: Recipe, *, saved: Plan | None = None) -> Resolve
     check_values(moved, recipe, span)
     recipe = settle_precision(recipe, model, loss, first[0], device, decide)
     recipe = _settle_evaluation(recipe, task, test is not None, steps, decide)
-    _check_heard(moved, recipe, test is not None)
-    _check_average(recipe, span)
+    check_heard(moved, recipe, test is not None)
+    check_average(recipe, span)
     if test is not None:
-        _check_metric(task, recipe, model, test, device)
+        check_metric(task, recipe, model, test, device)
     rows = parameter_table(model, optimizer=recipe.optimizer, schedule=recipe.schedule)
     divisor = saved.loss_divisor if saved else loss_divisor(probe, len(first))
     if recipe.train.steps != steps and saved is None:
@@ -204,11 +207,6 @@ def resolve(task: Task, recipe: Recipe, *, saved: Plan | None = None) -> Resolve
         changes=tuple(map(str, changes)),
     )
     return Resolved(plan, model, loss, feed, test, device, policy_for(recipe.precision, device))
-
-
-def _set(value: int | None) -> int:
-    assert value is not None
-    return value
 
 
 def settle_optimizer(recipe: Recipe, decide: Decisions) -> Recipe:
@@ -351,32 +349,6 @@ def _settle_evaluation(recipe: Recipe, task: Task, held_out: bool, steps: int, d
     return replace(recipe, evaluate=evaluate, checkpoint=replace(checkpoint, every=saves))
 
 
-def _check_metric(task: Task, recipe: Recipe, model: nn.Module, test: Source, device: Device) -> None:
-    """The metric that chooses must exist; the task's metrics are tried on a few held-out samples."""
-    names = {"loss"}
-    if task.metrics is not None:
-        with untouched(model, device, recipe.seed), in_evaluation_mode(model), torch.no_grad():
-            for few in held_out(test, min(_set(recipe.evaluate.batch), 2), device.torch_device):
-                names |= set(task.metrics(model, few))
-                break
-    if recipe.evaluate.best not in names:
-        raise RecipeError(
-            f"evaluate.best='{recipe.evaluate.best}' is no metric of this task.",
-            f"It has {len(names)}.",
-            did_you_mean(recipe.evaluate.best, names),
-        )
-
-
-def _check_same_data(saved: Plan, samples: int, told: Mapping[str, Any]) -> None:
-    """A resumed run must go on with the data that it began with."""
-    now, then = {"samples": samples, **told}, {"samples": saved.samples, **saved.machine.get("data", {})}
-    differing = [f"{k}: {then.get(k)} then, {now.get(k)} now" for k in {**then, **now} if then.get(k) != now.get(k)]
-    if differing:
-        raise DataError(
-            "The data is not what this run began with.", "; ".join(differing) + ".", "Restore it, or start a new run."
-        )
-
-
 def _split(task: Task, recipe: Recipe) -> Split:
     data = task.data
     is_function = callable(data) and not hasattr(data, "__iter__") and not hasattr(data, "__getitem__")
@@ -469,53 +441,6 @@ def changed_model(
     return changes
 
 
-def _check_heard(moved: list[Scheduled], recipe: Recipe, held_out: bool) -> None:
-    """What follows evaluations needs some."""
-    wants = [f"schedule.{one.name} has a plateau" for one in moved if "evaluation" in one.schedule.feedback]
-    wants += ["evaluate.patience is given"] if recipe.evaluate.patience else []
-    if wants and not (held_out and recipe.evaluate.every):
-        why = "The task has no held-out data." if not held_out else "evaluate.every=0: there is one, at the end."
-        raise RecipeError(
-            f"{wants[0]}, and there are no evaluations to follow.", why, "Give held-out data, and evaluate.every."
-        )
-
-
-def _check_average(recipe: Recipe, span: Span) -> None:
-    """Weights that count must come before the end."""
-    wanted = recipe.regularize
-    start, _ = average_lengths(recipe, span)
-    if wanted.average_form != "ema" and start > span.steps:
-        raise RecipeError(
-            f"regularize.average_start={wanted.average_start!r} lies beyond the run.",
-            f"It is update {start}, and the run has {span.steps}.",
-            "Give an earlier one, such as '75%'.",
-        )
-
-
-def _check_sequences(task: Task, batch: Any) -> None:
-    first = next(t for _, t in tensors(batch) if t.ndim >= 2)
-    if task.unit != "tokens" and first.is_floating_point():
-        raise RecipeError(
-            "schedule.sequence cuts the second dimension, and this data's may be no time.",
-            f"Its first tensor is {tuple(first.shape)} of {first.dtype}, and the task counts {task.unit}.",
-            "Say Task(unit='tokens') where it is time; else leave schedule.sequence out.",
-        )
-
-
-def _try_shortest(model: nn.Module, loss: ModelLoss, batch: Any, length: int, device: Device, seed: int) -> None:
-    """The shortest sequences of the run go through the model now, not in the middle of it."""
-    (short,) = shortened([length])(0, [batch])
-    try:
-        with untouched(model, device, seed), torch.no_grad(), as_written():
-            loss(model, short)
-    except (RuntimeError, ValueError, IndexError) as err:
-        raise DataError(
-            f"The model or the loss does not take sequences of {length}.",
-            f"{type(err).__name__}: {err}"[:300],
-            "Raise the least length of schedule.sequence, or leave it out.",
-        ) from err
-
-
 def _units(
     task: Task, recipe: Recipe, samples: int, probe: Probe, num: int, whole: int
 ) -> tuple[dict[str, float], dict[str, str]]:
@@ -533,24 +458,6 @@ def _units(
     else:
         why_not["epochs"] = "The data is a stream that does not say how long an epoch is."
     return per_step, why_not
-
-
-def _check_smallest_batch(
-    model: nn.Module, recipe: Recipe, samples: int, sizes: list[int] | None, values: Mapping[str, float]
-) -> None:
-    """BatchNorm cannot train on a single value a channel: find that now, not at the end of the first epoch."""
-    train = recipe.train
-    micro = _set(train.micro_batch)
-    told = f"{samples} samples, train.batch={train.batch}, train.micro_batch={micro}"
-    taken = [train.batch, *([samples % train.batch] if train.last == "keep" else [])]
-    if sizes is not None:
-        taken = list(sizes)
-        if samples:
-            order = Order(samples, max(sizes), seed=0, keep_last=train.last == "keep", sizes=sizes)
-            taken = [stop - first for _, first, stop in map(order.place, range(len(sizes)))]
-    rests = [size % micro for size in taken]
-    for num in (micro, *(rest for rest in sorted({*rests}) if rest)):
-        check_batch(model, num, dict.fromkeys(values, 1.0), told)  # a single image is no batch, whatever its pixels
 
 
 def loss_divisor(probe: Probe, micro_batches: int) -> float:

@@ -1,10 +1,8 @@
 """A number for a step: shapes, put in a row with ``>>``. Imports neither torch nor numpy."""
 
-from thalweg.schedules.language import (
+from thalweg.schedules.language import FOREIGN, Listening, Schedule
+from thalweg.schedules.makers import (
     COMPOSITIONS,
-    FOREIGN,
-    Listening,
-    Schedule,
     constant,
     cooldown,
     cosine,

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 from thalweg.core import RecipeError, did_you_mean
 from thalweg.schedules.curve import Curve
-from thalweg.schedules.language import COMPOSITIONS
+from thalweg.schedules.makers import COMPOSITIONS
 from thalweg.schedules.shapes import SHAPES, options_of
 from thalweg.schedules.span import UNITS
 from thalweg.schedules.text import parse

@@ -6,7 +6,8 @@ import ast
 from typing import Any
 
 from thalweg.core import RecipeError
-from thalweg.schedules.language import COMPOSITIONS, Schedule, piece
+from thalweg.schedules.language import Schedule
+from thalweg.schedules.makers import COMPOSITIONS, piece
 from thalweg.schedules.span import BARE
 
 

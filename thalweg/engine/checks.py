@@ -1,0 +1,114 @@
+"""What would fail in the middle of a run, or never act, is found before step 1."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import nn
+
+from thalweg.core import DataError, Plan, Recipe, RecipeError, Task, did_you_mean
+from thalweg.data import Order, Source, held_out, shortened, tensors
+from thalweg.device import Device
+from thalweg.engine.preflight import ModelLoss, as_written, in_evaluation_mode, untouched
+from thalweg.engine.scheduled import Scheduled, average_lengths
+from thalweg.regularize import check_batch
+from thalweg.schedules import Span
+
+
+def whole_of(value: int | None) -> int:
+    """A number that the plan has settled."""
+    assert value is not None
+    return value
+
+
+def check_metric(task: Task, recipe: Recipe, model: nn.Module, test: Source, device: Device) -> None:
+    """The metric that chooses must exist; the task's metrics are tried on a few held-out samples."""
+    names = {"loss"}
+    if task.metrics is not None:
+        with untouched(model, device, recipe.seed), in_evaluation_mode(model), torch.no_grad():
+            for few in held_out(test, min(whole_of(recipe.evaluate.batch), 2), device.torch_device):
+                names |= set(task.metrics(model, few))
+                break
+    if recipe.evaluate.best not in names:
+        raise RecipeError(
+            f"evaluate.best='{recipe.evaluate.best}' is no metric of this task.",
+            f"It has {len(names)}.",
+            did_you_mean(recipe.evaluate.best, names),
+        )
+
+
+def check_same_data(saved: Plan, samples: int, told: Mapping[str, Any]) -> None:
+    """A resumed run must go on with the data that it began with."""
+    now, then = {"samples": samples, **told}, {"samples": saved.samples, **saved.machine.get("data", {})}
+    differing = [f"{k}: {then.get(k)} then, {now.get(k)} now" for k in {**then, **now} if then.get(k) != now.get(k)]
+    if differing:
+        raise DataError(
+            "The data is not what this run began with.", "; ".join(differing) + ".", "Restore it, or start a new run."
+        )
+
+
+def check_heard(moved: list[Scheduled], recipe: Recipe, held_out: bool) -> None:
+    """What follows evaluations needs some."""
+    wants = [f"schedule.{one.name} has a plateau" for one in moved if "evaluation" in one.schedule.feedback]
+    wants += ["evaluate.patience is given"] if recipe.evaluate.patience else []
+    if wants and not (held_out and recipe.evaluate.every):
+        why = "The task has no held-out data." if not held_out else "evaluate.every=0: there is one, at the end."
+        raise RecipeError(
+            f"{wants[0]}, and there are no evaluations to follow.", why, "Give held-out data, and evaluate.every."
+        )
+
+
+def check_average(recipe: Recipe, span: Span) -> None:
+    """Weights that count must come before the end."""
+    wanted = recipe.regularize
+    start, _ = average_lengths(recipe, span)
+    if wanted.average_form != "ema" and start > span.steps:
+        raise RecipeError(
+            f"regularize.average_start={wanted.average_start!r} lies beyond the run.",
+            f"It is update {start}, and the run has {span.steps}.",
+            "Give an earlier one, such as '75%'.",
+        )
+
+
+def check_sequences(task: Task, batch: Any) -> None:
+    first = next(t for _, t in tensors(batch) if t.ndim >= 2)
+    if task.unit != "tokens" and first.is_floating_point():
+        raise RecipeError(
+            "schedule.sequence cuts the second dimension, and this data's may be no time.",
+            f"Its first tensor is {tuple(first.shape)} of {first.dtype}, and the task counts {task.unit}.",
+            "Say Task(unit='tokens') where it is time; else leave schedule.sequence out.",
+        )
+
+
+def try_shortest(model: nn.Module, loss: ModelLoss, batch: Any, length: int, device: Device, seed: int) -> None:
+    """The shortest sequences of the run go through the model now, not in the middle of it."""
+    (short,) = shortened([length])(0, [batch])
+    try:
+        with untouched(model, device, seed), torch.no_grad(), as_written():
+            loss(model, short)
+    except (RuntimeError, ValueError, IndexError) as err:
+        raise DataError(
+            f"The model or the loss does not take sequences of {length}.",
+            f"{type(err).__name__}: {err}"[:300],
+            "Raise the least length of schedule.sequence, or leave it out.",
+        ) from err
+
+
+def check_smallest_batch(
+    model: nn.Module, recipe: Recipe, samples: int, sizes: list[int] | None, values: Mapping[str, float]
+) -> None:
+    """BatchNorm cannot train on a single value a channel: find that now, not at the end of the first epoch."""
+    train = recipe.train
+    micro = whole_of(train.micro_batch)
+    told = f"{samples} samples, train.batch={train.batch}, train.micro_batch={micro}"
+    taken = [train.batch, *([samples % train.batch] if train.last == "keep" else [])]
+    if sizes is not None:
+        taken = list(sizes)
+        if samples:
+            order = Order(samples, max(sizes), seed=0, keep_last=train.last == "keep", sizes=sizes)
+            taken = [stop - first for _, first, stop in map(order.place, range(len(sizes)))]
+    rests = [size % micro for size in taken]
+    for num in (micro, *(rest for rest in sorted({*rests}) if rest)):
+        check_batch(model, num, dict.fromkeys(values, 1.0), told)  # a single image is no batch, whatever its pixels
