@@ -20,6 +20,7 @@ from torch.overrides import TorchFunctionMode
 from thalweg.core import DataError, ModelError, ThalwegError, seed_for
 from thalweg.data import Source, Tensors, tensors
 from thalweg.device import Device, half_precision_gain
+from thalweg.device.kept import restored, same_generators, same_modes
 from thalweg.engine.losses import check_loss, sum_and_weight
 from thalweg.optim import named_trainable
 from thalweg.precision import POLICIES
@@ -39,18 +40,10 @@ class Probe:
 @contextmanager
 def untouched(model: nn.Module, device: Device, seed: int) -> Iterator[None]:
     """Buffers, such as running statistics, and torch's generators are afterwards as they were."""
-    kept = [(buffer, buffer.clone()) for buffer in model.buffers()]
-    states = [(generator, generator.get_state()) for generator in device.generators()]
-    for generator, _ in states:
-        generator.manual_seed(seed_for(seed, "preflight"))
-    try:
+    with restored(list(model.buffers())), same_generators(device):
+        for generator in device.generators():
+            generator.manual_seed(seed_for(seed, "preflight"))
         yield
-    finally:
-        with torch.no_grad():
-            for buffer, before in kept:
-                buffer.copy_(before)
-        for generator, state in states:
-            generator.set_state(state)
 
 
 def as_written() -> AbstractContextManager[Any]:
@@ -64,13 +57,9 @@ def as_written() -> AbstractContextManager[Any]:
 @contextmanager
 def in_evaluation_mode(model: nn.Module) -> Iterator[None]:
     """Every module is in evaluation mode; afterwards each in the mode that it was in."""
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
+    with same_modes(model):
+        model.eval()
         yield
-    finally:
-        for module, training in modes:
-            module.training = training
 
 
 def preflight(

@@ -12,10 +12,10 @@ from torch import Tensor, nn
 from thalweg.checkpoint import Snapshot
 from thalweg.core import CheckpointError, Decision
 from thalweg.device import Device
+from thalweg.device.kept import restored
 from thalweg.engine.timetable import Timetable
 from thalweg.optim import Arena, plain_name
 from thalweg.optim.history import NormHistory
-from thalweg.optim.weights import restored
 from thalweg.precision import LossScale
 from thalweg.regularize import PooledStatistics, WindowAverage
 
@@ -102,7 +102,6 @@ class State:
         """
         pairs = [*_matched(self.weights(), snapshot.groups["weights"], "weights")]
         pairs += _matched(dict(self._slots()), snapshot.groups["state"], "state")
-        self.step = int(snapshot.facts["step"])
         if self.window is None and (averages := self._averages()):
             saved = snapshot.groups.get("average", {})
             pairs += _matched(averages, {name: t for name, t in saved.items() if name in averages}, "average")
@@ -110,6 +109,7 @@ class State:
             for mine, theirs in pairs:
                 mine.copy_(theirs)
         self.t.copy_(self.applied[0] + 1)
+        self.step = int(snapshot.facts["step"])
 
     def weights(self) -> dict[str, Tensor]:
         """Parameters and saved buffers by plain name; tied ones once."""

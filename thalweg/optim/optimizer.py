@@ -13,6 +13,7 @@ from torch import Tensor
 from thalweg.core import ModelError, RecipeError, did_you_mean, seed_for
 from thalweg.core.recipe import ROUNDINGS, WAYS
 from thalweg.device import exact_dtype
+from thalweg.device.kept import restored
 from thalweg.optim import checks
 from thalweg.optim.batch import FOLDS, evaluation_weights, fold_of, laid_like, normal_like
 from thalweg.optim.codecs import CODECS
@@ -21,7 +22,7 @@ from thalweg.optim.history import NormHistory, excess
 from thalweg.optim.norm import global_norm
 from thalweg.optim.program import Program
 from thalweg.optim.shared import first_values, settle_over
-from thalweg.optim.weights import average_share, climb, restored
+from thalweg.optim.weights import average_share, climb
 from thalweg.rules import RULES, STAGES, Rule
 
 #: Version of what ``state_dict`` holds.

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -11,21 +10,6 @@ from torch import Tensor
 from thalweg.optim.norm import global_norm
 
 _ETA = 0.01
-
-
-@contextmanager
-def restored(tensors: Sequence[Tensor]) -> Iterator[None]:
-    """Whatever is written to the tensors inside, afterwards they hold what they held before, to the bit.
-
-    Cost: a copy of them.
-    """
-    kept = [x.detach().clone() for x in tensors]
-    try:
-        yield
-    finally:
-        with torch.no_grad():
-            for x, before in zip(tensors, kept):
-                x.copy_(before)
 
 
 @torch.no_grad()

@@ -20,6 +20,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from thalweg.core import DataError, seed_for
 from thalweg.device import Device
+from thalweg.device.kept import restored, same_generators, same_modes
 from thalweg.regularize.moments import moments_of, num_ranks, pooled
 from thalweg.regularize.tracking import FrozenBatchNorm
 
@@ -42,15 +43,9 @@ class Estimate:
     @contextmanager
     def put_in(self, model: nn.Module) -> Iterator[None]:
         """The model's buffers hold them; afterwards what they held before, to the bit."""
-        with torch.no_grad():
-            kept = [(live, live.clone()) for live, _ in self._pairs(model)]
+        with restored([live for live, _ in self._pairs(model)]):
             self.put(model)
-        try:
             yield
-        finally:
-            with torch.no_grad():
-                for live, before in kept:
-                    live.copy_(before)
 
     def _pairs(self, model: nn.Module) -> Iterator[tuple[Tensor, Tensor]]:
         for name, (mean, var) in self.moments.items():
@@ -233,25 +228,14 @@ def _layers(model: nn.Module) -> Iterator[tuple[str, Any]]:
 @contextmanager
 def _apart(model: nn.Module, layers: Mapping[str, Any], training: bool) -> Iterator[None]:
     """The layers normalise by batches; modes, buffers and generators are afterwards as they were."""
-    modes = [(module, module.training) for module in model.modules()]
-    buffers = [(buffer, buffer.clone()) for buffer in model.buffers()]
-    device = next(iter(layers.values())).running_mean.device
-    states = [(generator, generator.get_state()) for generator in Device(device).generators()]
-    for module, _ in modes:
-        if not isinstance(module, _BatchNorm):
-            module.training = training
-    for layer in layers.values():
-        layer.training = True
-    try:
+    device = Device(next(iter(layers.values())).running_mean.device)
+    with same_modes(model), restored(list(model.buffers())), same_generators(device):
+        for module in model.modules():
+            if not isinstance(module, _BatchNorm):
+                module.training = training
+        for layer in layers.values():
+            layer.training = True
         yield
-    finally:
-        for module, mode in modes:
-            module.training = mode
-        with torch.no_grad():
-            for buffer, before in buffers:
-                buffer.copy_(before)
-        for generator, state in states:
-            generator.set_state(state)
 
 
 def _plainly(model: nn.Module, batch: Any) -> object:

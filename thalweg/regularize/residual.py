@@ -12,6 +12,8 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils.hooks import RemovableHandle
 
+from thalweg.device.kept import same_modes
+
 _ADDITIONS = {torch.Tensor.add, torch.Tensor.add_, torch.add}
 
 
@@ -41,6 +43,7 @@ def watch(model: nn.Module, run: Callable[[], Any]) -> Run:
     computed from the other, or on the longer way.
     """
     with ExitStack() as stack:
+        stack.enter_context(same_modes(model))
         watcher = stack.enter_context(_watching(model))
         stack.enter_context(watcher)
         stack.enter_context(torch.enable_grad())
@@ -52,7 +55,6 @@ def watch(model: nn.Module, run: Callable[[], Any]) -> Run:
 def _watching(model: nn.Module) -> Iterator[_Watcher]:
     """All modules with hooks, in evaluation mode; parameters and inputs with gradients, so that autograd knows all ways."""
     watcher = _Watcher()
-    modes = [(module, module.training) for module in model.modules()]
     frozen = [p for p in model.parameters() if not p.requires_grad and (p.is_floating_point() or p.is_complex())]
     handles: list[RemovableHandle] = [model.register_forward_pre_hook(_with_gradients, with_kwargs=True)]
     for name, module in model.named_modules():
@@ -67,8 +69,6 @@ def _watching(model: nn.Module) -> Iterator[_Watcher]:
             handle.remove()
         for parameter in frozen:
             parameter.requires_grad_(False)
-        for module, training in modes:
-            module.training = training
 
 
 def _with_gradients(module: nn.Module, args: Any, kwargs: Any) -> Any:
