@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import socket
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -58,3 +59,18 @@ def three_parts(err: Any) -> tuple[str, str, str]:
     assert isinstance(err, ThalwegError)
     assert all(part and part.strip() for part in (err.asked, err.numbers, err.remedy))
     return err.asked, err.numbers, err.remedy
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def join_ranks(rank: int, world: int, port: int) -> None:
+    """This process becomes one of ``world`` that train together, over gloo, with one thread."""
+    import torch
+
+    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), RANK=str(rank), WORLD_SIZE=str(world))
+    torch.set_num_threads(1)
+    torch.distributed.init_process_group("gloo")

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import copy
-import os
 import pickle
-import socket
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -20,7 +18,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from tests.conftest import three_parts
+from tests.conftest import free_port, join_ranks, three_parts
 from tests.models import assert_same_bits
 from thalweg.core import DataError, ModelError
 from thalweg.regularize import (
@@ -78,18 +76,6 @@ def test_four_micro_batches_give_torch_a_momentum_of_0344_and_ours_one_of_01() -
     assert ours.running_mean.tolist() == pytest.approx([0.1] * 3, abs=1e-6)
 
 
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
-
-
-def _join(rank: int, world: int, port: int) -> None:
-    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), RANK=str(rank), WORLD_SIZE=str(world))
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo")
-
-
 def _sizes_of(rank: int, world: int, case: str) -> list[int]:
     """Samples of each micro-batch of a rank; "idle": the last rank has nothing; "ragged": batches differ."""
     if case == "idle" and rank == world - 1:
@@ -106,7 +92,7 @@ def _part(rank: int, step: int, place: int, num: int) -> Tensor:
 
 def _everything(rank: int, world: int, port: int, folder: str) -> None:
     """All that needs ranks, in one set of processes; each rank leaves what it found in a file."""
-    _join(rank, world, port)
+    join_ranks(rank, world, port)
     found: dict[str, Any] = {"buffers": {}, "synced": _synced(rank, world), "both": _both(rank, world)}
     for case in CASES:
         model, unused = conv_net(), nn.BatchNorm1d(2).double()
@@ -184,7 +170,7 @@ def _both(rank: int, world: int) -> dict[str, Tensor]:
 @pytest.mark.parametrize("world", [2, 3])
 def test_ranks(world: int, tmp_path: Path) -> None:
     """Processes cost seconds to start: one set of them finds what all these checks look at."""
-    mp.spawn(_everything, (world, _free_port(), str(tmp_path)), nprocs=world)
+    mp.spawn(_everything, (world, free_port(), str(tmp_path)), nprocs=world)
     ranks = [torch.load(tmp_path / str(rank)) for rank in range(world)]
     for case in CASES:
         check_running_statistics_are_those_of_all_ranks_and_micro_batches(ranks, case)

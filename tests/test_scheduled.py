@@ -60,8 +60,8 @@ def by_hand(
     steps: int = STEPS,
     *,
     lr: Any = lambda t, name: 0.1,
-    momentum: Any = lambda t: 0.5,
-    decay: Any = lambda t: 0.0,
+    momentum: Any = lambda t, name: 0.5,
+    decay: Any = lambda t, name: 0.0,
     clip: Any = lambda t: 0.0,
     sizes: list[int] | None = None,
     seen: list[dict[str, Tensor]] | None = None,
@@ -80,9 +80,9 @@ def by_hand(
             norm = torch.stack([g.norm() for g in grads.values()]).norm()
             factor = min(1.0, clip(t) / float(norm)) if clip(t) else 1.0
             for name, p in net.named_parameters():
-                velocity[name].mul_(momentum(t)).add_(grads[name] * factor)
+                velocity[name].mul_(momentum(t, name)).add_(grads[name] * factor)
                 rate = lr(t, name)
-                p.sub_(rate * velocity[name] + rate * decay(t) * p * (not name.endswith("bias")))
+                p.sub_(rate * velocity[name] + rate * decay(t, name) * p)
         if seen is not None:
             seen.append({name: p.detach().clone() for name, p in net.named_parameters()})
     return {name: p.detach() for name, p in net.named_parameters()}
@@ -108,7 +108,7 @@ def test_the_rate_follows_its_schedule() -> None:
 def test_weight_decay_follows_its_own() -> None:
     text = "linear(to=0.25)"
     result = train({"optimizer.weight_decay": 0.3, "schedule.weight_decay": text})
-    same(result, by_hand(decay=lambda t: 0.3 * scale_of(text, t)))
+    same(result, by_hand(decay=lambda t, name: 0.0 if name.endswith("bias") else 0.3 * scale_of(text, t)))
     assert [r.values["weight_decay"] for r in result.records] == pytest.approx(
         [0.3 * scale_of(text, t) for t in range(STEPS)]
     )
@@ -117,7 +117,7 @@ def test_weight_decay_follows_its_own() -> None:
 def test_an_option_of_the_rule_is_given_as_the_value_itself() -> None:
     text = "warmup(6, start=0.2) >> linear(to=0.1)"
     result = train({"schedule.options": {"momentum": text}})
-    same(result, by_hand(momentum=lambda t: scale_of(text, t, 0.5)))
+    same(result, by_hand(momentum=lambda t, name: scale_of(text, t, 0.5)))
     assert [r.values["options.momentum"] for r in result.records][5] == 0.5
 
 
@@ -137,36 +137,23 @@ def test_a_group_has_schedules_of_its_own() -> None:
     seen: list[dict[str, Tensor]] = []
     by_hand(lr=lambda t, name: 0.1 * (scale_of(text, t) if name.startswith("0") else 1.0), seen=seen)
     assert torch.equal(seen[5]["0.weight"], seen[0]["0.weight"])  # of the loop by hand
-    net, whole, order = model(), data(), Order(NUM, BATCH, seed=0, keep_last=True)
-    velocity = {name: torch.zeros_like(p) for name, p in net.named_parameters()}
-    for t in range(STEPS):
-        picked = torch.from_numpy(order.window(t)[1])
-        net.zero_grad()
-        (mse(net, {k: v[picked] for k, v in whole.items()}).total / len(picked)).backward()
-        with torch.no_grad():
-            for name, p in net.named_parameters():
-                mine = name.startswith("0")
-                velocity[name].mul_(0.25 if mine else 0.5).add_(p.grad)
-                p.sub_(0.1 * (scale_of(text, t) if mine else 1.0) * velocity[name])
-    same(result, {name: p.detach() for name, p in net.named_parameters()})
+    wanted = by_hand(
+        lr=lambda t, name: 0.1 * (scale_of(text, t) if name.startswith("0") else 1.0),
+        momentum=lambda t, name: 0.25 if name.startswith("0") else 0.5,
+    )
+    same(result, wanted)
 
 
 def test_group_strengths_keep_their_own_base_under_one_schedule() -> None:
     groups = {"0.*": {"weight_decay": 0.5}}
     recipe = {"optimizer.weight_decay": 0.1, "optimizer.groups": groups, "schedule.weight_decay": "linear(to=0)"}
     result = train(recipe)
-    net, whole, order = model(), data(), Order(NUM, BATCH, seed=0, keep_last=True)
-    velocity = {name: torch.zeros_like(p) for name, p in net.named_parameters()}
-    for t in range(STEPS):
-        picked = torch.from_numpy(order.window(t)[1])
-        net.zero_grad()
-        (mse(net, {k: v[picked] for k, v in whole.items()}).total / len(picked)).backward()
-        with torch.no_grad():
-            for name, p in net.named_parameters():
-                strength = 0.5 if name.startswith("0") else 0.0 if name.endswith("bias") else 0.1
-                velocity[name].mul_(0.5).add_(p.grad)
-                p.sub_(0.1 * velocity[name] + 0.1 * strength * scale_of("linear(to=0)", t) * p)
-    same(result, {name: p.detach() for name, p in net.named_parameters()})
+
+    def strength(t: int, name: str) -> float:
+        base = 0.5 if name.startswith("0") else 0.0 if name.endswith("bias") else 0.1
+        return base * scale_of("linear(to=0)", t)
+
+    same(result, by_hand(decay=strength))
 
 
 def test_arguments_of_the_loss_move() -> None:
@@ -626,7 +613,7 @@ def test_a_step_of_ones_own_loop_follows_every_schedule() -> None:
     for t in range(STEPS):
         picked = torch.from_numpy(order.window(t)[1])
         step({k: v[picked] for k, v in whole.items()})
-    wanted = by_hand(momentum=lambda t: scale_of(text, t, 0.5))
+    wanted = by_hand(momentum=lambda t, name: scale_of(text, t, 0.5))
     for name, p in step.model.named_parameters():
         assert torch.allclose(p, wanted[name], rtol=1e-12, atol=1e-12)
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import socket
 from pathlib import Path
 
 import pytest
@@ -12,24 +10,14 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from torch import nn
 
+from tests.conftest import free_port, join_ranks
+
 SHAPES = [(12, 7), (5,), (8, 3, 3, 3), (7, 16), (12, 7), (4, 6, 5)]
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
-
-
-def _join(rank: int, world: int, port: int) -> None:
-    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), RANK=str(rank), WORLD_SIZE=str(world))
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo")
 
 
 def _every_rule(rank: int, world: int, port: int, out: str) -> None:
     """The largest difference between sharded and whole parameters after six updates, of each rule."""
-    _join(rank, world, port)
+    join_ranks(rank, world, port)
     from torch.distributed.tensor import Replicate, Shard, distribute_tensor, init_device_mesh
 
     from thalweg.optim import face_of
@@ -71,7 +59,7 @@ def _every_rule(rank: int, world: int, port: int, out: str) -> None:
 
 @pytest.mark.parametrize("world", [2, 4])
 def test_every_rule_gives_the_unsharded_result(world: int, tmp_path: Path) -> None:
-    mp.spawn(_every_rule, (world, _free_port(), str(tmp_path / "found")), nprocs=world)
+    mp.spawn(_every_rule, (world, free_port(), str(tmp_path / "found")), nprocs=world)
     found = torch.load(tmp_path / "found")
     assert len(found) > 30
     assert {name: gap for name, gap in found.items() if not gap <= 1e-6} == {}
@@ -79,7 +67,7 @@ def test_every_rule_gives_the_unsharded_result(world: int, tmp_path: Path) -> No
 
 def _fsdp(rank: int, world: int, port: int, out: str) -> None:
     """FSDP2 with Muon, AdamW and 8-bit-free slots, trained, saved through torch's own gathering, and gone on with."""
-    _join(rank, world, port)
+    join_ranks(rank, world, port)
     from torch.distributed.checkpoint.state_dict import (
         StateDictOptions,
         get_optimizer_state_dict,
@@ -125,6 +113,6 @@ def _fsdp(rank: int, world: int, port: int, out: str) -> None:
 
 
 def test_fsdp2_trains_and_resumes_as_one_process(tmp_path: Path) -> None:
-    mp.spawn(_fsdp, (2, _free_port(), str(tmp_path / "found")), nprocs=2)
+    mp.spawn(_fsdp, (2, free_port(), str(tmp_path / "found")), nprocs=2)
     found = torch.load(tmp_path / "found")
     assert found["single"] < 1e-9 and found["resumed"] == 0.0
