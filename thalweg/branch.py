@@ -10,12 +10,10 @@ from typing import Any
 from thalweg.checkpoint import Store, write_file
 from thalweg.core import CheckpointError, Decision, Plan, Recipe, RecipeError, RunFolderError, Sink, Task
 from thalweg.engine import average_times, run_span
+from thalweg.engine.scheduled import BY_STEPS
 from thalweg.run import Result, RunFolder, train_task
 from thalweg.schedules import Schedule, first, hold, parse
 from thalweg.schedules.language import Piece
-
-#: Schedules that are counted in steps attempted.
-_BY_STEPS = ("batch", "sequence")
 
 
 def continue_run(
@@ -81,16 +79,15 @@ def continue_run(
 
 
 def _checkpoint(store: Store, at: int | None) -> int:
-    if at is None:
-        at, faults = store.newest_good()
-        if at is None:
-            raise CheckpointError(
-                "The run has no checkpoint to go on from.", " ".join(faults) or "There is none.", "Name another run."
-            )
-    elif at not in store.steps():
-        have = ", ".join(map(str, store.steps())) or "none"
-        raise CheckpointError(f"There is no checkpoint of step {at}.", f"There are: {have}.", "Name one of these.")
-    return at
+    if at is not None:
+        store.check(at)
+        return at
+    newest, faults = store.newest_good()
+    if newest is None:
+        raise CheckpointError(
+            "The run has no checkpoint to go on from.", " ".join(faults) or "There is none.", "Name another run."
+        )
+    return newest
 
 
 def _changed(plan: Plan, at: int, applied: int, steps: int, then: Schedule) -> Plan:
@@ -112,7 +109,7 @@ def _changed(plan: Plan, at: int, applied: int, steps: int, then: Schedule) -> P
 
     schedule = recipe.schedule
     simple: dict[str, Any] = {
-        name: kept(getattr(schedule, name), at if name in _BY_STEPS else applied, hold())
+        name: kept(getattr(schedule, name), at if name in BY_STEPS else applied, hold())
         for name in ("weight_decay", "clip", "average", "batch", "sequence", "dropout", "stochastic_depth")
     }
     tables: dict[str, Any] = {name: kept_all(getattr(schedule, name)) for name in ("options", "loss", "penalties")}

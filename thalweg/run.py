@@ -7,7 +7,7 @@ import json
 import signal
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -26,7 +26,7 @@ from thalweg.core import (
     StopReason,
     Task,
 )
-from thalweg.engine import GIVE_UP_AFTER, Loop, Resolved, build, evaluate, resolve
+from thalweg.engine import GIVE_UP_AFTER, Loop, Resolved, build, evaluate, evaluated_weights, resolve
 from thalweg.regularize import PreciseStatistics, set_factors
 from thalweg.report import write_report
 from thalweg.watch import JsonLines, Memory
@@ -269,9 +269,7 @@ class _Run:
         self.folder.check_same(self.recipe)
         store = self.folder.store
         if resume is not True:
-            if resume not in store.steps():
-                have = ", ".join(map(str, store.steps())) or "none"
-                raise CheckpointError(f"There is no checkpoint of step {resume}.", f"There are: {have}.", "Name one.")
+            store.check(resume)
             return store.load(resume), []
         step, faults = store.newest_good()
         if step is None:
@@ -356,7 +354,7 @@ class BestWeights:
         self.values: dict[str, Any] = {}
 
     def keep(self) -> None:
-        with self.state.averaged(), nullcontext() if self.precise is None else self.precise.put_in(self.state.step):
+        with evaluated_weights(self.state, self.precise):
             self.values = {name: tensor.clone() for name, tensor in self.state.weights().items()}
 
     def adopt(self) -> None:

@@ -109,6 +109,16 @@ class Store:
             ) from None
         return target
 
+    def check(self, step: int) -> None:
+        """Refuse a step that no checkpoint is of.
+
+        Raises:
+            CheckpointError: naming those that are there.
+        """
+        if step not in self.steps():
+            have = ", ".join(map(str, self.steps())) or "none"
+            raise CheckpointError(f"There is no checkpoint of step {step}.", f"There are: {have}.", "Name one.")
+
     def load(self, step: int) -> Snapshot:
         """Read a checkpoint, every byte verified before anything is used.
 

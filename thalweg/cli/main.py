@@ -112,7 +112,7 @@ def _parser() -> argparse.ArgumentParser:
 
 def _train(asked: argparse.Namespace) -> int:
     changes = dict(_pair(text) for text in asked.set)
-    from thalweg.recipes import find_task, recipe_for, short_name
+    from thalweg.recipes import find_task, short_name
 
     task = find_task(asked.task)
     if asked.source is not None:
@@ -121,12 +121,7 @@ def _train(asked: argparse.Namespace) -> int:
         raise RecipeError(
             "--more, --from-step and --then go with --from.", "No other run is named.", "Name it: --from runs/digits."
         )
-    recipe = recipe_for(task)
-    if asked.recipe:
-        from thalweg.core import Recipe
-
-        recipe = Recipe.from_file(asked.recipe, base=recipe)
-    recipe = recipe.override(changes)
+    recipe = _recipe_of(task, asked.recipe).override(changes)
     from thalweg.run import RunFolder, choose_folder, train_task
     from thalweg.watch import Terminal
 
@@ -138,6 +133,14 @@ def _train(asked: argparse.Namespace) -> int:
         recipe = RunFolder.recipe_in(folder)
     result = train_task(task, recipe, folder=folder, resume=resume, sinks=[Terminal(verbose=not asked.quiet)])
     return _ended(asked, result, folder)
+
+
+def _recipe_of(task: Any, file: str | None) -> Any:
+    """The task's own recipe, and over it what a file says."""
+    from thalweg.core import Recipe
+    from thalweg.recipes import recipe_for
+
+    return Recipe.from_file(file, base=recipe_for(task)) if file else recipe_for(task)
 
 
 def _train_on(asked: argparse.Namespace, task: Any, name: str) -> int:
@@ -267,13 +270,10 @@ def _preview(asked: argparse.Namespace) -> int:
         curves = preview(Recipe.from_file(asked.recipe).override(changes))
     else:
         from thalweg.engine.preview import preview_of_task
-        from thalweg.recipes import find_task, recipe_for
+        from thalweg.recipes import find_task
 
         task = find_task(asked.task)
-        recipe = recipe_for(task)
-        if asked.recipe is not None:
-            recipe = Recipe.from_file(asked.recipe, base=recipe)
-        curves = preview_of_task(task, recipe.override(changes))
+        curves = preview_of_task(task, _recipe_of(task, asked.recipe).override(changes))
     from thalweg.report.preview import in_terminal, table, write_svg
 
     write_svg(svg, curves, f"What {asked.recipe or asked.task} schedules")
@@ -290,7 +290,9 @@ def _svg_of(asked: argparse.Namespace) -> Path:
     if asked.svg is None and asked.recipe is not None:
         return Path(f"{asked.recipe.removesuffix('.toml')}.schedules.svg")
     if asked.svg is None:
-        return Path(f"{asked.task.partition(':')[0].rsplit('.', 1)[-1]}.schedules.svg")
+        from thalweg.recipes import short_name
+
+        return Path(f"{short_name(asked.task)}.schedules.svg")
     svg = Path(asked.svg)
     if svg.suffix.lower() != ".svg" or not svg.parent.is_dir():
         raise RunFolderError(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 
 def human_bytes(count: int) -> str:
     """Binary units, three figures.
@@ -41,6 +43,16 @@ def human_count(count: float) -> str:
         if count >= size:
             return _three_figures(count / size) + unit
     return _three_figures(count)
+
+
+def columns(rows: Sequence[Sequence[str]]) -> list[str]:
+    """A table as plain text, a line for each row.
+
+    >>> columns([("a", "b"), ("long", "")])
+    ['a     b', 'long']
+    """
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    return ["  ".join(cell.ljust(n) for cell, n in zip(row, widths)).rstrip() for row in rows]
 
 
 def _three_figures(value: float) -> str:

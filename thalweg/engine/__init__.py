@@ -1,7 +1,7 @@
 """The engine: resolve, preflight, build, step, loop, evaluate."""
 
 from thalweg.engine.build import average_times, build, run_span
-from thalweg.engine.evaluate import evaluate
+from thalweg.engine.evaluate import evaluate, evaluated_weights
 from thalweg.engine.loop import GIVE_UP_AFTER, Loop
 from thalweg.engine.preflight import preflight
 from thalweg.engine.resolve import Resolved, resolve
@@ -20,6 +20,7 @@ __all__ = [
     "average_times",
     "build",
     "evaluate",
+    "evaluated_weights",
     "preflight",
     "resolve",
     "run_span",

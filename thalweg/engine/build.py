@@ -14,10 +14,7 @@ from thalweg.engine.regularizers import TaskLoss, make_streams
 from thalweg.engine.scheduled import (
     Scheduled,
     average_lengths,
-    batch_sizes,
-    epochs_of,
     scheduled,
-    sequence_lengths,
     span_of,
 )
 from thalweg.engine.state import State
@@ -74,18 +71,7 @@ def build(plan: Plan, model: nn.Module, loss: ModelLoss, device: Device, policy:
 
 def run_span(plan: Plan) -> Span:
     """The run as its schedules see it."""
-    recipe = plan.recipe
-    sizes = batch_sizes(recipe, plan.steps)
-    return span_of(
-        plan.steps,
-        plan.per_step,
-        plan.why_not,
-        sizes=sizes,
-        lengths=sequence_lengths(recipe, plan.steps, plan.sequence),
-        batch=recipe.train.batch,
-        whole=max(plan.sequence, 1),
-        epochs=epochs_of(plan.samples, sizes, recipe.train.last),
-    )
+    return span_of(plan.recipe, plan.steps, plan.per_step, plan.why_not, samples=plan.samples, sequence=plan.sequence)
 
 
 def make_timetable(plan: Plan, span: Span, device: Device, loss: ModelLoss) -> Timetable:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -16,6 +16,13 @@ from thalweg.engine.preflight import ModelLoss, in_evaluation_mode
 from thalweg.engine.state import State
 from thalweg.precision import Policy
 from thalweg.regularize import PreciseStatistics
+
+
+@contextmanager
+def evaluated_weights(state: State, precise: PreciseStatistics | None) -> Iterator[None]:
+    """The model holds what is evaluated and shipped: averaged weights, with statistics of their own where they are measured."""
+    with state.averaged(), nullcontext() if precise is None else precise.put_in(version=state.step):
+        yield
 
 
 def evaluate(
@@ -37,8 +44,7 @@ def evaluate(
     """
     model = state.model
     sums: dict[str, list[Tensor]] = {}
-    statistics = nullcontext() if precise is None else precise.put_in(version=state.step)
-    with state.averaged(), statistics, in_evaluation_mode(model), torch.no_grad():
+    with evaluated_weights(state, precise), in_evaluation_mode(model), torch.no_grad():
         for samples in held_out(source, batch, state.device.torch_device):
             with policy.context(state.device):
                 found = {"loss": sum_and_weight(loss(model, samples), samples)}

@@ -41,7 +41,6 @@ class Loop:
         self.evaluate, self.save, self.stop, self.best = evaluate, save, stop, best
         wanted = plan.recipe.evaluate
         self.early = EarlyStop(wanted.patience, wanted.goal or "min", wanted.min_delta)
-        self.had_enough = False
         self.ranking: list[tuple[float, int]] = []  # (value of the chosen metric, step), best first
         self.streak = 0  # skipped steps in a row
         self._began = time.perf_counter()
@@ -57,7 +56,7 @@ class Loop:
         def due(every: int | None) -> bool:
             return state.step == self.plan.steps or bool(every and state.step % every == 0)
 
-        if self.early.over:  # a run that stopped early is at its end
+        if self.early.is_over():  # a run that stopped early is at its end
             return self._end(StopReason.STOPPED_EARLY)
         try:
             for window in self.feed.windows(state.step, last):
@@ -67,7 +66,7 @@ class Loop:
                     self._evaluate()
                 if due(recipe.checkpoint.every) or self._is_best_now():
                     self._save()
-                if self.had_enough and state.step < self.plan.steps:
+                if self.early.is_over() and state.step < self.plan.steps:
                     self._save()
                     return self._end(StopReason.STOPPED_EARLY)
                 if self.streak >= GIVE_UP_AFTER:
@@ -138,7 +137,7 @@ class Loop:
         seconds = round(time.perf_counter() - self._began, 4)
         if wanted.every and now % wanted.every == 0:  # the one at a run's end comes out of turn, and is not counted
             self._listen(value if wanted.goal == "min" else -value)
-            self.had_enough = self.early.tell(value)
+            self.early.tell(value)
         evaluation = Evaluation(now, metrics, self.best_steps()[:1] == [now], seconds)
         if evaluation.best:
             self.best()

@@ -41,17 +41,15 @@ def preview(recipe: Recipe) -> list[Curve]:
             "Give --task, or --steps.",
         )
     _check_length(recipe)
-    sizes = batch_sizes(recipe, steps)
-    batch = recipe.train.batch
-    span = span_of(steps, {"examples": float(batch)}, _WITHOUT_DATA, sizes=sizes, batch=batch)
+    span = span_of(recipe, steps, {"examples": float(recipe.train.batch)}, _WITHOUT_DATA)
     try:
-        check_values(moved, recipe, span)
+        check_values(moved, span)
     except RecipeError as err:
         if err.numbers in _WITHOUT_DATA.values():
             raise RecipeError(err.asked, err.numbers, f"Give --task. {err.remedy}") from None
         raise
     found = [_curve(one, recipe, span) for one in moved]
-    found += _of_batch(recipe, sizes)
+    found += _of_batch(recipe, batch_sizes(recipe, steps))
     if recipe.schedule.sequence is not None:
         values = by_steps(recipe.schedule.sequence, "sequence", steps)
         about = "factor on the length of sequences, which the data has (--task)"

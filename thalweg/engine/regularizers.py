@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
@@ -14,7 +15,7 @@ from torch.nn.modules.dropout import _DropoutNd
 from thalweg.core import ModelError, Recipe, RecipeError, Task, seed_for
 from thalweg.data import Augment, Tensors, tensors
 from thalweg.engine.preflight import ModelLoss
-from thalweg.engine.scheduled import Scheduled, rules_of
+from thalweg.engine.scheduled import Scheduled
 from thalweg.regularize import (
     Change,
     DropConnect,
@@ -34,8 +35,7 @@ from thalweg.regularize import (
     set_factors,
 )
 from thalweg.regularize.dropout import Drop
-from thalweg.regularize.streams import Keyed
-from thalweg.rules import RULES
+from thalweg.regularize.keyed import Keyed
 from thalweg.schedules import Span
 
 WindowChange = Callable[[int, list[Any]], list[Any]]
@@ -106,22 +106,14 @@ def change_model(model: nn.Module, run: Callable[[], object], recipe: Recipe) ->
     if wanted.by_sample or moves:
         changes += convert_dropout(model)
         left = not_converted(model)
-    try:
-        if wanted.stochastic_depth:
+    if wanted.stochastic_depth:
+        with _told("Build it in: thalweg.regularize.StochasticDepth; or leave regularize.stochastic_depth out."):
             changes += add_stochastic_depth(model, run, wanted.stochastic_depth, mode=wanted.stochastic_depth_mode)
-    except ModelError as err:
-        remedy = (
-            "Build it into the model: thalweg.regularize.StochasticDepth; or leave regularize.stochastic_depth out."
-        )
-        raise ModelError(err.asked, err.numbers, _THERE if "already" in err.asked else remedy) from None
-    try:
-        if wanted.dropout:
-            places = wanted.dropout_at
-            named = len(places) == 1 and places[0] in ("residual", "head")
+    if wanted.dropout:
+        places = wanted.dropout_at
+        named = len(places) == 1 and places[0] in ("residual", "head")
+        with _told("Give regularize.dropout_at = ['head'], or patterns of modules' names such as ['blocks.*.mlp']."):
             changes += add_dropout(model, run, wanted.dropout, at=places[0] if named else places)
-    except ModelError as err:
-        remedy = "Give regularize.dropout_at = ['head'], or patterns of modules' names such as ['blocks.*.mlp']."
-        raise ModelError(err.asked, err.numbers, _THERE if "already" in err.asked else remedy) from None
     for name in ("dropout", "stochastic_depth"):
         if getattr(schedule, name) is not None and not any(
             isinstance(layer, Keyed) and layer.rate == name for layer in model.modules()
@@ -132,6 +124,17 @@ def change_model(model: nn.Module, run: Callable[[], object], recipe: Recipe) ->
                 f"Give regularize.{name}, or put such layers into the model.",
             )
     return changes, left
+
+
+@contextmanager
+def _told(remedy: str) -> Iterator[None]:
+    """What can be done in a recipe about a model that cannot be changed."""
+    try:
+        yield
+    except ModelError as err:
+        if "already" in err.asked:
+            remedy = "Leave it out of the recipe, or train a fresh model: give a function that makes one."
+        raise ModelError(err.asked, err.numbers, remedy) from None
 
 
 def not_used(model: nn.Module, recipe: Recipe) -> Iterator[tuple[str, Any, str]]:
@@ -147,9 +150,6 @@ def not_used(model: nn.Module, recipe: Recipe) -> Iterator[tuple[str, Any, str]]
         yield from ((f"regularize.{name}", value, why) for name, value in asked.items() if value)
     if wanted.by_sample and not any(isinstance(layer, Keyed) for layer in layers):
         yield "regularize.by_sample", True, "not used: the model has no layer of dropout that can be keyed"
-
-
-_THERE = "Leave it out of the recipe, or train a fresh model: give a function that makes one."
 
 
 def what_follows_the_split(model: nn.Module, recipe: Recipe) -> Iterator[tuple[str, Any, str]]:
@@ -222,7 +222,7 @@ def _classes(task: Task, source: Any) -> int:
     return int(found.max()) + 1
 
 
-def check_values(moved: list[Scheduled], recipe: Recipe, span: Span) -> None:
+def check_values(moved: list[Scheduled], span: Span) -> None:
     """Every scheduled value lies in the range of what it moves, over the whole run.
 
     Raises:
@@ -231,22 +231,16 @@ def check_values(moved: list[Scheduled], recipe: Recipe, span: Span) -> None:
     for one in moved:
         values = one.values(span)
         low, high = min(values), max(values)
-        kind, _, name = one.name.rpartition(".")
+        name = one.name.rpartition(".")[2]
         if one.name == "clip" and low <= 0:
             raise _outside(one, low, "above 0, for 0 would stop every update")
         if one.name == "average" and high >= 1:
             raise _outside(one, high, "below 1")
         if name == "label_smoothing" and high > 1:
             raise _outside(one, high, "up to 1")
-        if kind == "options":
-            owner = next(rule for rule in rules_of(recipe) if name in rule.defaults)
-            owner.options({name: low})
-            owner.options({name: high})
-        elif kind.startswith("groups.") and name not in ("lr", "weight_decay"):
-            group = recipe.optimizer.groups[kind.removeprefix("groups.")]
-            owner = RULES[group.get("rule", recipe.optimizer.rule)]
-            owner.options({name: low})
-            owner.options({name: high})
+        if one.owner is not None:
+            for value in (low, high):
+                one.owner.options({name: value})
 
 
 def _outside(one: Scheduled, value: float, range_: str) -> RecipeError:

@@ -176,10 +176,8 @@ def resolve(task: Task, recipe: Recipe, *, saved: Plan | None = None) -> Resolve
         try_shortest(model, loss, raw, min(lengths), device, recipe.seed)
     check_smallest_batch(model, recipe, samples, sizes, values)
     per_step, why_not = _units(task, recipe, samples, probe, batch_size(first[0]), whole)
-    epochs = epochs_of(samples, sizes, recipe.train.last)
-    batch, long = recipe.train.batch, max(whole, 1)
-    span = span_of(steps, per_step, why_not, sizes=sizes, lengths=lengths, batch=batch, whole=long, epochs=epochs)
-    check_values(moved, recipe, span)
+    span = span_of(recipe, steps, per_step, why_not, samples=samples, sequence=whole)
+    check_values(moved, span)
     recipe = settle_precision(recipe, model, loss, first[0], device, decide)
     recipe = _settle_evaluation(recipe, task, test is not None, steps, decide)
     check_heard(moved, recipe, test is not None)
@@ -380,12 +378,20 @@ def _no_options(table: str, given: Mapping[str, Any], why: str) -> None:
 
 def task_loss(function: Callable[..., Any], recipe: Recipe) -> TaskLoss:
     """The loss function with the recipe's arguments and penalties; their names are checked."""
-    _with_options(function, recipe.loss, "loss", skip=2)
+    _check_arguments(function, recipe.loss, "loss", skip=2)
     return TaskLoss(function, recipe.loss, recipe.regularize.penalties)
 
 
 def _with_options(function: Callable[..., Any], given: Mapping[str, Any], table: str, *, skip: int) -> Any:
     """``function`` with recipe options bound; their names are checked against its signature."""
+    _check_arguments(function, given, table, skip=skip)
+    if not given:
+        return function
+    options = dict(given)
+    return lambda *args: function(*args, **options)
+
+
+def _check_arguments(function: Callable[..., Any], given: Mapping[str, Any], table: str, *, skip: int) -> None:
     parameters = list(inspect.signature(function).parameters.values())[skip:]
     if not any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters):
         known = [p.name for p in parameters if p.kind is not inspect.Parameter.VAR_POSITIONAL]
@@ -395,10 +401,6 @@ def _with_options(function: Callable[..., Any], given: Mapping[str, Any], table:
                 raise RecipeError(
                     f"{table}.{key} is no argument of {name}().", f"It takes {len(known)}.", did_you_mean(key, known)
                 )
-    if not given:
-        return function
-    options = dict(given)
-    return lambda *args: function(*args, **options)
 
 
 def _near(source: Source, device: Device, decide: Decisions | None) -> Source:

@@ -28,6 +28,7 @@ class Scheduled:
         base: what the recipe gives.
         factor: whether the schedule is a factor on ``base``, or gives the value itself.
         taken: what the engine takes for ``base``, where that differs between parameters or layers: 1 for the factor alone.
+        owner: the rule whose option it is.
     """
 
     name: str
@@ -35,6 +36,7 @@ class Scheduled:
     base: float
     factor: bool = True
     taken: float | None = None
+    owner: Rule | None = None
 
     def values(self, span: Span) -> list[float]:
         """The value at each update, as a person reads it."""
@@ -73,14 +75,14 @@ def _scheduled(recipe: Recipe, loss: Mapping[str, Any] | None) -> Iterator[Sched
     peak = RULES[optimizer.rule].lr if optimizer.lr is None else optimizer.lr
     yield Scheduled("lr", parse(wanted.lr), peak)
     simple = {
-        "weight_decay": (optimizer.weight_decay, "optimizer.weight_decay", optimizer.weight_decay),
-        "clip": (recipe.train.clip, "train.clip", recipe.train.clip),
-        "average": (regularize.average, "regularize.average", regularize.average),
+        "weight_decay": (optimizer.weight_decay, "optimizer.weight_decay"),
+        "clip": (recipe.train.clip, "train.clip"),
+        "average": (regularize.average, "regularize.average"),
     }
-    for name, (base, path, there) in simple.items():
+    for name, (base, path) in simple.items():
         if (text := getattr(wanted, name)) is not None:
             grouped = name == "weight_decay" and any("weight_decay" in group for group in optimizer.groups.values())
-            if not there and not grouped:
+            if not base and not grouped:
                 raise RecipeError(
                     f"schedule.{name} moves a value that is switched off.",
                     f"{path}={base:g}.",
@@ -135,14 +137,13 @@ def _options(recipe: Recipe) -> Iterator[Scheduled]:
             )
         check_movable(owner, name, f"schedule.options.{name}")
         base = _base(f"optimizer.options.{name}", optimizer.options.get(name, owner.defaults[name]), owner)
-        yield Scheduled(f"options.{name}", parse(text), base, factor=False)
+        yield Scheduled(f"options.{name}", parse(text), base, factor=False, owner=owner)
 
 
 def _groups(recipe: Recipe, peak: float) -> Iterator[Scheduled]:
     for pattern, group in recipe.optimizer.groups.items():
-        given = group.get("schedule", {}) if isinstance(group, Mapping) else {}
-        rule = RULES[group.get("rule", recipe.optimizer.rule)] if given else None
-        for name, text in given.items():
+        rule = RULES[group.get("rule", recipe.optimizer.rule)]
+        for name, text in group.get("schedule", {}).items():
             path = f"groups.{pattern}.{name}"
             if name == "lr":
                 yield Scheduled(path, parse(text), _peak_of(group, recipe, peak), taken=peak)
@@ -151,7 +152,6 @@ def _groups(recipe: Recipe, peak: float) -> Iterator[Scheduled]:
                 base = float(group.get("weight_decay", recipe.optimizer.weight_decay))
                 yield Scheduled(path, parse(text), base or 1.0, taken=1.0)
                 continue
-            assert rule is not None
             if rule.least_ndim and "rule" not in group:
                 raise RecipeError(
                     f"optimizer.groups.'{pattern}' schedules {name}, and does not say of which rule.",
@@ -162,7 +162,7 @@ def _groups(recipe: Recipe, peak: float) -> Iterator[Scheduled]:
             own = recipe.optimizer.options if rule.name == recipe.optimizer.rule else {}
             options = {**own, **group.get("options", {})}
             base = _base(path, options.get(name, rule.defaults[name]), rule)
-            yield Scheduled(path, parse(text), base, factor=False)
+            yield Scheduled(path, parse(text), base, factor=False, owner=rule)
 
 
 def _peak_of(group: Mapping[str, Any], recipe: Recipe, peak: float) -> float:
@@ -285,31 +285,33 @@ def average_lengths(recipe: Recipe, span: Span) -> tuple[int, int]:
 
 
 def span_of(
+    recipe: Recipe,
     steps: int,
     per_step: Mapping[str, float],
     why_not: Mapping[str, str],
     *,
-    sizes: Sequence[int] | None = None,
-    lengths: Sequence[int] | None = None,
-    batch: int = 1,
-    whole: int = 1,
-    epochs: Sequence[float] | None = None,
+    samples: int = 0,
+    sequence: int = 0,
 ) -> Span:
-    """The run as schedules see it.
+    """The run as its schedules see it.
 
     Args:
         per_step: what a whole batch takes of each unit.
-        sizes, batch: samples of each step, where they change, and of a whole batch.
-        lengths, whole: tokens of each sequence, likewise.
-        epochs: passes over the data that each step takes, where batch sizes change.
+        why_not: for a unit that is missing, why.
+        samples: in an epoch; 0: not known.
+        sequence: tokens of a whole sequence; 0: not known, or there are none.
     """
+    sizes = batch_sizes(recipe, steps)
+    lengths = sequence_lengths(recipe, steps, sequence) if sequence else None
     if sizes is None and lengths is None:
         return Span(steps, dict(per_step), dict(why_not))
-    parts = [(sizes[k] / batch if sizes else 1.0, lengths[k] / whole if lengths else 1.0) for k in range(steps)]
-    rates = {
-        unit: tuple(rate * size * (length if unit == "tokens" else 1.0) for size, length in parts)
+    shares = [size / recipe.train.batch for size in sizes] if sizes else [1.0] * steps
+    parts = [length / sequence for length in lengths] if lengths else [1.0] * steps
+    rates: dict[str, Sequence[float]] = {
+        unit: tuple(rate * size * (part if unit == "tokens" else 1.0) for size, part in zip(shares, parts))
         for unit, rate in per_step.items()
     }
+    epochs = epochs_of(samples, sizes, recipe.train.last)
     if epochs is not None and "epochs" in rates:
         rates["epochs"] = tuple(epochs)
     return Span(steps, rates, dict(why_not))

@@ -31,10 +31,10 @@ class EarlyStop:
             self.best, self.bad = value, 0
         else:
             self.bad += 1
-        return self.over
+        return self.is_over()
 
-    @property
-    def over(self) -> bool:
+    def is_over(self) -> bool:
+        """Whether the run has ended by this rule."""
         return 0 < self.patience <= self.bad
 
     def facts(self) -> list[float]:

@@ -111,8 +111,8 @@ class TrainStep:
         self.steps = steps or self.recipe.train.steps
         _check_in_reach(self.recipe)
         self.loss = task_loss(loss, self.recipe)
-        self._moved = scheduled(self.recipe, self.loss.known)
-        for one in self._moved:
+        moved = scheduled(self.recipe, self.loss.known)
+        for one in moved:
             if "evaluation" in one.schedule.feedback or (one.schedule.feedback and self.steps is None):
                 raise RecipeError(
                     f"schedule.{one.name}='{one.schedule}' listens to what TrainStep does not have.",
@@ -128,8 +128,8 @@ class TrainStep:
         self.device, _ = choose(self.recipe.device)
         self.model = model.to(self.device.torch_device)
         self.rows = parameter_table(model, optimizer=self.recipe.optimizer, schedule=self.recipe.schedule)
-        span = span_of(self.steps or 1, {}, _WHY_NOT)
-        check_values(self._moved, self.recipe, span)
+        span = span_of(self.recipe, self.steps or 1, {}, _WHY_NOT)
+        check_values(moved, span)
         average_lengths(self.recipe, span)
         if self.steps is None and self.recipe.regularize.average_form != "ema":
             raise RecipeError(

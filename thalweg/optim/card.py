@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from thalweg.core import RecipeError, did_you_mean
+from thalweg.core import RecipeError, did_you_mean, units
 from thalweg.optim.batch import new_part
 from thalweg.optim.codecs import Part
 from thalweg.optim.program import DUE, FIRST, Program
@@ -180,9 +180,7 @@ def columns(headings: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     1     2
     long
     """
-    listed = [tuple(headings), *map(tuple, rows)]
-    widths = [max(len(row[i]) for row in listed) for i in range(len(headings))]
-    return "\n".join("  ".join(cell.ljust(n) for cell, n in zip(row, widths)).rstrip() for row in listed)
+    return "\n".join(units.columns([tuple(headings), *map(tuple, rows)]))
 
 
 def page() -> str:

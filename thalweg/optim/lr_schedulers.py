@@ -91,14 +91,11 @@ class Scheduler(lr_scheduler.LRScheduler):
         if "lr" not in self.schedules:
             return [group["lr"] for group in groups]
         factor = self.schedules["lr"].at(max(self.last_epoch, 0), self.steps)
-        return [_number(group.setdefault("initial_lr", group["lr"])) * factor for group in groups]
+        return [float(group.setdefault("initial_lr", group["lr"])) * factor for group in groups]
 
     def step(self, epoch: int | None = None) -> None:
         """An update was made."""
-        if epoch is None:
-            super().step()
-        else:
-            super().step(epoch)
+        super().step(epoch)
         for group in self.optimizer.param_groups:
             for name, schedule in self.schedules.items():
                 if name != "lr":
@@ -107,7 +104,7 @@ class Scheduler(lr_scheduler.LRScheduler):
     def _put(self, group: dict[str, Any], name: str, schedule: Schedule) -> None:
         key, place = _where(group, name)
         old = group[key] if place is None else group[key][place]
-        base = _number(group.setdefault(f"initial_{name}", old))
+        base = float(group.setdefault(f"initial_{name}", old))
         at = max(self.last_epoch, 0)
         new = base * schedule.at(at, self.steps) if name in _FACTORS else schedule.at(at, self.steps, peak=base)
         if place is not None:
@@ -137,20 +134,10 @@ class Scheduler(lr_scheduler.LRScheduler):
                     "Build the scheduler that it was saved from.",
                 )
         self.last_epoch, self._step_count = state_dict["last_epoch"], state_dict["_step_count"]
-        rates = self.get_lr()
-        for group, rate in zip(self.optimizer.param_groups, rates):
-            if isinstance(group["lr"], Tensor):
-                group["lr"].fill_(_number(rate))
-            else:
-                group["lr"] = rate
+        for group in self.optimizer.param_groups:
             for name, schedule in self.schedules.items():
-                if name != "lr":
-                    self._put(group, name, schedule)
-        self._last_lr = [_number(group["lr"]) for group in self.optimizer.param_groups]
-
-
-def _number(value: Any) -> float:
-    return float(value)
+                self._put(group, name, schedule)
+        self._last_lr = [float(group["lr"]) for group in self.optimizer.param_groups]
 
 
 def _where(group: Mapping[str, Any], name: str) -> tuple[str, int | None]:

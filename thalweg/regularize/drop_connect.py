@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -37,25 +39,23 @@ class _Linear(nn.Linear):
         return F.linear(input, weight, self.bias)
 
 
-class _Conv1d(nn.Conv1d):
-    def forward(self, input: Tensor) -> Tensor:
+class _Conv:
+    def forward(self: Any, input: Tensor) -> Tensor:
         weight: Tensor = self.get_submodule("drop_connect")(self.weight)
         out: Tensor = self._conv_forward(input, weight, self.bias)
         return out
 
 
-class _Conv2d(nn.Conv2d):
-    def forward(self, input: Tensor) -> Tensor:
-        weight: Tensor = self.get_submodule("drop_connect")(self.weight)
-        out: Tensor = self._conv_forward(input, weight, self.bias)
-        return out
+class _Conv1d(_Conv, nn.Conv1d):
+    pass
 
 
-class _Conv3d(nn.Conv3d):
-    def forward(self, input: Tensor) -> Tensor:
-        weight: Tensor = self.get_submodule("drop_connect")(self.weight)
-        out: Tensor = self._conv_forward(input, weight, self.bias)
-        return out
+class _Conv2d(_Conv, nn.Conv2d):
+    pass
+
+
+class _Conv3d(_Conv, nn.Conv3d):
+    pass
 
 
 _WITH: dict[type[nn.Module], type[nn.Module]] = {

@@ -12,6 +12,7 @@ from torch._guards import TracingContext
 
 from thalweg.core import ModelError
 from thalweg.device.counters import element_bits, hashed
+from thalweg.regularize.moments import recomputing
 
 _LOW, _HIGH = -(2**31), 2**31
 
@@ -98,10 +99,10 @@ class Keyed(nn.Module):
         return hashed(keys, 0, 7 + call) if call else keys
 
     def _next_call(self) -> int:
-        if torch._C._current_graph_task_id() == -1:
+        if not recomputing():
             self._calls += 1
             return self._calls - 1
-        if self._calls > 1:  # in a backward pass: a checkpointed block is computed again
+        if self._calls > 1:
             raise ModelError(
                 f"The layer '{self._name}' is recomputed under activation checkpointing.",
                 f"It is called {self._calls} times in a forward pass, and its calls cannot be told apart there.",

@@ -15,7 +15,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from thalweg.core import ModelError, did_you_mean, seed_for
 from thalweg.device.counters import hashed
-from thalweg.regularize.keyed import Keyed as Keyed
+from thalweg.regularize.keyed import Keyed
 
 _WRAPPERS = {"_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module"}
 _KEPT_SIZES = 8

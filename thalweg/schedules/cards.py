@@ -7,6 +7,7 @@ import re
 from collections.abc import Sequence
 
 from thalweg.core import RecipeError, did_you_mean
+from thalweg.core.units import columns
 from thalweg.schedules.curve import Curve
 from thalweg.schedules.makers import COMPOSITIONS
 from thalweg.schedules.shapes import SHAPES, options_of
@@ -147,5 +148,4 @@ def _prose(text: str) -> str:
 
 
 def _columns(rows: Sequence[tuple[str, ...]]) -> list[str]:
-    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-    return ["  " + "  ".join(cell.ljust(n) for cell, n in zip(row, widths)).rstrip() for row in rows]
+    return [f"  {line}" for line in columns(rows)]

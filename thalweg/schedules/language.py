@@ -120,8 +120,6 @@ class Repeat:
         return f"repeat({', '.join([str(self.what), *_written(self.length), *counted, *scaled])})"
 
     def lay(self, on: _Laying, num: int) -> None:
-        if not num:
-            return
         if self.times:
             ends = [round(num * k / self.times) for k in range(1, self.times + 1)]
         else:
@@ -229,7 +227,7 @@ class Schedule:
 
     def listening(self, span: int | Span) -> tuple[Listening, ...]:
         """The pieces that listen to the run, in order."""
-        return self._laid(span, 1.0)[1]
+        return self._laid(span, 1.0)[1] if self.feedback else ()
 
     def in_updates(self, span: Span) -> Schedule:
         """The same schedule over ``span``, its lengths counted in updates, so that another run lays it out alike."""

@@ -31,7 +31,7 @@ def piece(name: str, length: Length = None, /, **options: Any) -> Schedule:
     return Schedule((Piece(name, length, tuple(options.items())),))
 
 
-#: Options that lie in an interval of their own: (above, up to, its ends included).
+#: Options that lie in an interval of their own: (above, below).
 _RANGES = {"power": (0.0, 1e300), "rise": (0.0, 1.0), "longer": (0.0, 1e300)}
 _COUNTS = ("patience", "times")
 
