@@ -348,3 +348,20 @@ def test_precise_statistics_do_not_hang_on_the_split() -> None:
     order, x = Order(NUM, BATCH, seed=0, keep_last=True), data()["x"]
     seen = torch.cat([x[torch.from_numpy(order.window(s)[1])] for s in range(2)])
     assert torch.allclose(whole.model[1].running_mean, whole.model[0](seen).mean(0), rtol=1e-9)
+
+
+def test_a_refused_checkpoint_changes_nothing() -> None:
+    from dataclasses import replace
+
+    batch = {k: v[:BATCH] for k, v in data().items()}
+    step = thalweg.TrainStep(model(), mse, {**LIST, "regularize.average": 0.9}, steps=9)
+    for _ in range(3):
+        step(batch)
+    snapshot = step.snapshot()
+    other = thalweg.TrainStep(model(), mse, {**LIST, "regularize.average": 0.9}, steps=9)
+    other(batch)
+    before = [p.detach().clone() for p in other.model.parameters()]
+    broken = replace(snapshot, groups={name: t for name, t in snapshot.groups.items() if name != "average"})
+    assert "average" in refused(other.load, broken, batch)
+    assert int(other.snapshot().facts["step"]) == 1
+    assert all(torch.equal(a, b) for a, b in zip(before, other.model.parameters()))
