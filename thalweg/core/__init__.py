@@ -14,13 +14,14 @@ from thalweg.core.errors import (
     did_you_mean,
 )
 from thalweg.core.groups import ParameterGroup, parameter_groups
+from thalweg.core.ledger import Ledger, ModuleBytes
 from thalweg.core.plan import Decision, ParameterRow, Plan
 from thalweg.core.protocols import Feed, Gather, Loss, Sink, Split, Task
 from thalweg.core.recipe import Recipe, divisors
 from thalweg.core.record import Evaluation, Event, Record, StopReason, read_lines
 from thalweg.core.registry import Registry
 from thalweg.core.streams import seed_for
-from thalweg.core.units import human_bytes, human_count, human_seconds
+from thalweg.core.units import human_bytes, human_count, human_seconds, to_bytes
 
 __all__ = [
     "CheckpointError",
@@ -31,10 +32,12 @@ __all__ = [
     "Event",
     "Feed",
     "Gather",
+    "Ledger",
     "Loss",
     "LossError",
     "MissingExtra",
     "ModelError",
+    "ModuleBytes",
     "ParameterRow",
     "Plan",
     "Recipe",
@@ -57,4 +60,5 @@ __all__ = [
     "read_lines",
     "seed_for",
     "parameter_groups",
+    "to_bytes",
 ]

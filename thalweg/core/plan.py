@@ -6,6 +6,7 @@ import json
 from dataclasses import dataclass, field
 from typing import Any
 
+from thalweg.core.ledger import Ledger
 from thalweg.core.recipe import Recipe
 
 #: The reason of a row whose rule is the recipe's own: nothing to tell.
@@ -69,6 +70,7 @@ class Plan:
         why_not: for a unit that is not known, why.
         sequence: tokens of a whole sequence; 0 where the data has none.
         changes: what was changed in the model, such as layers of dropout that were put in, a line each.
+        ledger: what training takes in memory, predicted; None where nothing predicted it.
     """
 
     task: str
@@ -85,6 +87,7 @@ class Plan:
     why_not: dict[str, str] = field(default_factory=dict)
     sequence: int = 0
     changes: tuple[str, ...] = ()
+    ledger: Ledger | None = None
 
     def to_json(self) -> str:
         tree = {
@@ -102,6 +105,7 @@ class Plan:
             "why_not": self.why_not,
             "sequence": self.sequence,
             "changes": list(self.changes),
+            "ledger": None if self.ledger is None else self.ledger.to_dict(),
         }
         return json.dumps(tree, indent=1)
 
@@ -123,4 +127,5 @@ class Plan:
             why_not=tree.get("why_not", {}),
             sequence=tree.get("sequence", 0),
             changes=tuple(tree.get("changes", ())),
+            ledger=Ledger.from_dict(tree["ledger"]) if tree.get("ledger") else None,
         )

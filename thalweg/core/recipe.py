@@ -14,6 +14,7 @@ from typing import Any
 
 from thalweg.core.errors import RecipeError, did_you_mean
 from thalweg.core.tree import build, check_options, merge, plain, set_path, walk
+from thalweg.core.units import to_bytes
 
 
 def _check(ok: bool, asked: str, numbers: str, remedy: str) -> None:
@@ -46,7 +47,8 @@ class Train:
         steps: optimizer updates to attempt; None: derived from ``epochs``.
         epochs: passes over the training data; used where ``steps`` is None.
         batch: samples in one step's window.
-        micro_batch: samples in one forward pass; divides ``batch``. None: the whole batch at once.
+        micro_batch: samples in one forward pass; divides ``batch``. "auto": as many as fit the memory; None: the whole
+            batch at once.
         clip: the largest global gradient norm; 0 switches clipping off.
         clip_history: deviations above its running mean that a norm may have, such as 2.5 (ZClip); 0 switches it off.
         last: what becomes of an epoch's last, short window: "keep" trains on it, exactly weighted; "drop" leaves it out.
@@ -55,10 +57,15 @@ class Train:
     steps: int | None = None
     epochs: float | None = None
     batch: int = 64
-    micro_batch: int | None = None
+    micro_batch: int | str | None = None
     clip: float = 1.0
     clip_history: float = 0.0
     last: str = "keep"
+
+    @property
+    def unit(self) -> int:
+        """Samples that every window is a multiple of, where its size is scheduled."""
+        return self.micro_batch if isinstance(self.micro_batch, int) and self.micro_batch < self.batch else 1
 
     def __post_init__(self) -> None:
         _check(
@@ -79,7 +86,14 @@ class Train:
             "A batch has at least 1.",
             "Give train.batch=1 or more.",
         )
-        if self.micro_batch is not None:
+        if isinstance(self.micro_batch, str):
+            _check(
+                self.micro_batch == "auto",
+                f"train.micro_batch={self.micro_batch!r} is no number of samples.",
+                f"train.batch={self.batch}.",
+                f"Use 'auto' for as many as fit, or a number. {_that_fit(self.batch)}",
+            )
+        elif self.micro_batch is not None:
             _check(
                 self.micro_batch >= 1,
                 f"train.micro_batch={self.micro_batch} holds no sample.",
@@ -114,6 +128,7 @@ class Train:
 
 DECAY_FORMS = ("decoupled", "coupled", "independent", "corrected", "cautious", "initial")
 SLOT_FORMS = ("full", "bf16", "bf16+error", "int8")
+RELEASES = ("off", "one-pass", "two-pass")
 ROUNDINGS = ("nearest", "stochastic", "kahan")
 WAYS = ("eager", "stacked", "compiled", "fused")
 
@@ -138,7 +153,12 @@ class Optimizer:
             A pattern is of names ("blocks.*.attn.*"), or "type:Embedding", "ndim:1", "shape:10x*".
         layer_decay: factor on the rate for each layer further from the output; 1 switches it off.
         stages: what combines with the rule, with its options: {"cautious": {}, "clip_update_rms": {"most": 1.0}}.
-        slots: how the rule's memory is kept: "full", "bf16", "bf16+error" or "int8".
+        slots: how the rule's memory is kept: "full", "bf16", "bf16+error" or "int8"; None: "full", unless
+            ``memory_budget`` asks for less.
+        release_gradients: "one-pass": each parameter is updated in the backward pass, as soon as its gradient is there,
+            and the gradient is freed (no accumulation, no clipping); "two-pass": a pass before it measures the norm,
+            so that clipping works; "off"; None: "off", unless ``memory_budget`` asks for it.
+        offload: whether slots lie in the CPU's memory; None: only where ``memory_budget`` asks for it.
         rounding: of bfloat16 and float16 parameters: "nearest", "stochastic", "kahan"; "auto": stochastic for bfloat16,
             Kahan for float16.
         way: how updates run: "eager", "stacked", "compiled", "fused"; None: chosen by size, device and maths.
@@ -155,7 +175,9 @@ class Optimizer:
     groups: dict[str, Any] = field(default_factory=dict)
     layer_decay: float = 1.0
     stages: dict[str, Any] = field(default_factory=dict)
-    slots: str = "full"
+    slots: str | None = None
+    release_gradients: str | None = None
+    offload: bool | None = None
     rounding: str = "auto"
     way: str | None = None
 
@@ -184,7 +206,12 @@ class Optimizer:
             "Each layer further from the output gets the rate times this.",
             "Give a value above 0 and up to 1, such as 0.75.",
         )
-        for name, known in (("slots", SLOT_FORMS), ("rounding", ("auto", *ROUNDINGS)), ("way", (None, *WAYS))):
+        for name, known in (
+            ("slots", (None, *SLOT_FORMS)),
+            ("release_gradients", (None, *RELEASES)),
+            ("rounding", ("auto", *ROUNDINGS)),
+            ("way", (None, *WAYS)),
+        ):
             value = getattr(self, name)
             _check(
                 value in known,
@@ -475,6 +502,10 @@ class Checkpoint:
         )
 
 
+PRECISIONS = ("fp32", "tf32", "bf16", "fp16", "bf16-pure", "fp8")
+RECOMPUTED = ("none", "blocks", "ops", "compiled")
+
+
 @dataclass(frozen=True, kw_only=True)
 class Recipe:
     """What a run is. Two runs with one recipe, seed and device kind are the same run.
@@ -482,7 +513,15 @@ class Recipe:
     Args:
         seed: names every random stream of the run.
         device: "auto", or a device that torch knows: "cpu", "cuda", "cuda:1", "mps", "xpu".
-        precision: "auto", "fp32", "bf16" or "fp16".
+        precision: "fp32"; "tf32", "bf16", "fp16", "fp8": matrix products and convolutions in it, over float32 weights;
+            "bf16-pure": weights and gradients in it too; "auto": what is faster here, measured (docs/precision.md).
+        islands: what computes in float32 whatever the precision: "norm", "softmax", "logits", or patterns of modules'
+            names; None: what the precision needs.
+        memory_budget: bytes that training may take, such as "12GiB"; what is left open of recomputation, slots, release
+            of gradients and offload is chosen to fit it, by measured price (docs/memory.md).
+        recompute: which activations are not kept but computed again in the backward pass: "none"; "blocks": those
+            inside the model's repeated blocks; "ops": all but the products of matrices; "compiled": what torch.compile's
+            activation memory budget leaves out; None: "none", unless ``memory_budget`` asks for more.
         model, loss: arguments for the task's model and loss functions, by name.
 
     >>> Recipe().override({"optimizer.lr": "3e-4"}).optimizer.lr
@@ -492,6 +531,9 @@ class Recipe:
     seed: int = 0
     device: str = "auto"
     precision: str = "auto"
+    islands: tuple[str, ...] | None = None
+    memory_budget: str | None = None
+    recompute: str | None = None
     model: dict[str, Any] = field(default_factory=dict)
     loss: dict[str, Any] = field(default_factory=dict)
     train: Train = field(default_factory=Train)
@@ -519,13 +561,16 @@ class Recipe:
             "A seed is a whole number of 64 bits, with sign.",
             "Give one from -2**63 to 2**63 - 1, such as 0.",
         )
-        known = ("auto", "fp32", "bf16", "fp16")
-        _check(
-            self.precision in known,
-            f"precision={self.precision!r} is not known.",
-            f"{len(known)} are.",
-            did_you_mean(self.precision, known),
-        )
+        for name, known in (("precision", ("auto", *PRECISIONS)), ("recompute", RECOMPUTED)):
+            value = getattr(self, name)
+            _check(
+                value in known or (name == "recompute" and value is None),
+                f"{name}={value!r} is not known.",
+                f"{len(known)} are.",
+                did_you_mean(str(value), known),
+            )
+        if self.memory_budget is not None:
+            to_bytes(self.memory_budget, "memory_budget")
 
     def override(self, changes: Mapping[str, Any]) -> Recipe:
         """A recipe with values replaced by path.

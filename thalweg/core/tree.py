@@ -99,10 +99,12 @@ def build(kind: Any, tree: Mapping[str, Any], where: str) -> Any:
 def _convert(value: Any, wanted: Any, path: str) -> Any:
     """Read ``value`` as ``wanted``; texts come from the command line and are parsed."""
     if typing.get_origin(wanted) in (typing.Union, types.UnionType):
-        inner = [a for a in typing.get_args(wanted) if a is not type(None)]
-        if value is None or value == "auto":
+        first, *others = (a for a in typing.get_args(wanted) if a is not type(None))
+        if value is None or (value == "auto" and not others):
             return None
-        return _convert(value, inner[0], path)
+        if others and isinstance(value, str) and not value.strip()[:1].isdigit():  # a number or a word
+            return value
+        return _convert(value, first, path)
     if typing.get_origin(wanted) is dict:
         if not isinstance(value, Mapping):
             raise RecipeError(f"{path} is a table.", f"Got {value!r}.", f"Name a key in it, such as {path}.name.")

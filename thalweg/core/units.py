@@ -2,7 +2,40 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
+
+from thalweg.core.errors import RecipeError
+
+_BINARY = ("B", "KiB", "MiB", "GiB", "TiB")
+_DECIMAL = ("B", "kB", "MB", "GB", "TB")
+
+
+def to_bytes(text: str | int, path: str) -> int:
+    """Bytes of a size as people write it.
+
+    Args:
+        path: what is so large, for the error.
+
+    Raises:
+        RecipeError: if it is no size above 0.
+
+    >>> to_bytes("1.5KiB", "memory_budget"), to_bytes("12 GB", "memory_budget"), to_bytes(4096, "memory_budget")
+    (1536, 12000000000, 4096)
+    """
+    found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([a-zA-Z]*)\s*", str(text))
+    unit = "" if found is None else found[2].lower()
+    for base, units in ((1024, _BINARY), (1000, _DECIMAL)):
+        for power, name in enumerate(units):
+            if found is not None and unit in (name.lower(), "" if power == 0 else name.lower()):
+                size = int(float(found[1]) * base**power)
+                if size > 0:
+                    return size
+    raise RecipeError(
+        f"{path}={text!r} is no size in bytes.",
+        f"Units are {', '.join(_BINARY)} and {', '.join(_DECIMAL[1:])}.",
+        "Write one such as '12GiB'.",
+    )
 
 
 def human_bytes(count: int) -> str:

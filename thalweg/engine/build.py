@@ -36,7 +36,7 @@ def build(plan: Plan, model: nn.Module, loss: ModelLoss, device: Device, policy:
     in_update = regularize.averages and regularize.average_form != "window"
     peak = optimizer.lr if optimizer.lr is not None else RULES[optimizer.rule].lr
     how = How(
-        slots=optimizer.slots,
+        slots=optimizer.slots or "full",
         rounding=optimizer.rounding,
         average=in_update,
         peak=peak or 1.0,

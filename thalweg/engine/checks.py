@@ -17,9 +17,9 @@ from thalweg.regularize import check_batch
 from thalweg.schedules import Span
 
 
-def whole_of(value: int | None) -> int:
+def whole_of(value: int | str | None) -> int:
     """A number that the plan has settled."""
-    assert value is not None
+    assert isinstance(value, int)
     return value
 
 

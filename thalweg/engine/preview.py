@@ -142,7 +142,7 @@ def _base_of_group(one: Scheduled, recipe: Recipe, plan: Plan | None, pattern: s
 def _of_batch(recipe: Recipe, sizes: list[int] | None) -> Iterator[Curve]:
     if sizes is not None:
         train = recipe.train
-        unit = train.micro_batch if train.micro_batch and train.micro_batch < train.batch else 1
+        unit = train.unit
         about = f"samples of a window, of {train.batch}, in multiples of {unit}"
         yield _by_steps("batch", str(recipe.schedule.batch), sizes, about)
 

@@ -155,7 +155,7 @@ def not_used(model: nn.Module, recipe: Recipe) -> Iterator[tuple[str, Any, str]]
 def what_follows_the_split(model: nn.Module, recipe: Recipe) -> Iterator[tuple[str, Any, str]]:
     """(path, value, reason) of what makes a run depend on how a window is cut into micro-batches, where it is cut."""
     train = recipe.train
-    if train.micro_batch is None or train.micro_batch >= train.batch:
+    if not isinstance(train.micro_batch, int) or train.micro_batch >= train.batch:
         return
     layers = [layer for layer in model.modules() if layer.training]
     drops = [layer for layer in layers if isinstance(layer, (Drop, _DropoutNd)) and layer.p > 0]

@@ -48,6 +48,7 @@ from thalweg.engine.checks import (
     try_shortest,
     whole_of,
 )
+from thalweg.engine.memory import settle_memory
 from thalweg.engine.preflight import (
     ModelLoss,
     Probe,
@@ -179,6 +180,7 @@ def resolve(task: Task, recipe: Recipe, *, saved: Plan | None = None) -> Resolve
     span = span_of(recipe, steps, per_step, why_not, samples=samples, sequence=whole)
     check_values(moved, span)
     recipe = settle_precision(recipe, model, loss, first[0], device, decide)
+    recipe = settle_memory(recipe)
     recipe = _settle_evaluation(recipe, task, test is not None, steps, decide)
     check_heard(moved, recipe, test is not None)
     check_average(recipe, span)
@@ -332,7 +334,7 @@ def _settle_evaluation(recipe: Recipe, task: Task, held_out: bool, steps: int, d
     if held_out:
         every = decide.unless_given("evaluate.every", evaluate.every, lambda: (tenth, "ten times a run"))
         batch = decide.unless_given(
-            "evaluate.batch", evaluate.batch, lambda: (recipe.train.micro_batch, "the micro-batch")
+            "evaluate.batch", evaluate.batch, lambda: (whole_of(recipe.train.micro_batch), "the micro-batch")
         )
         smaller = evaluate.best.split("_")[-1] in ("loss", "error", "perplexity", "mae", "mse", "rmse")
         goal = decide.unless_given(
@@ -341,7 +343,7 @@ def _settle_evaluation(recipe: Recipe, task: Task, held_out: bool, steps: int, d
         evaluate = replace(evaluate, every=every, batch=batch, goal=goal)
     else:
         evaluate = replace(
-            evaluate, every=0, batch=evaluate.batch or recipe.train.micro_batch, goal=evaluate.goal or "min"
+            evaluate, every=0, batch=evaluate.batch or whole_of(recipe.train.micro_batch), goal=evaluate.goal or "min"
         )
     saves = decide.unless_given("checkpoint.every", checkpoint.every, lambda: (tenth, "ten times a run"))
     return replace(recipe, evaluate=evaluate, checkpoint=replace(checkpoint, every=saves))

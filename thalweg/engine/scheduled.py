@@ -222,7 +222,7 @@ def batch_sizes(recipe: Recipe, steps: int) -> list[int] | None:
     text, train = recipe.schedule.batch, recipe.train
     if text is None:
         return None
-    unit = train.micro_batch if train.micro_batch and train.micro_batch < train.batch else 1
+    unit = train.unit
     factors = by_steps(text, "batch", steps)
     sizes = [max(1, round(train.batch * factor / unit)) * unit for factor in factors]
     if max(sizes) > train.batch:

@@ -14,6 +14,7 @@ from thalweg.core import Plan, Recipe, RecipeError
 from thalweg.data import batch_size, split, to_device
 from thalweg.device import choose, facts
 from thalweg.engine.build import build
+from thalweg.engine.memory import settle_memory
 from thalweg.engine.preflight import ModelLoss, preflight
 from thalweg.engine.regularizers import check_values
 from thalweg.engine.resolve import (
@@ -147,7 +148,8 @@ class TrainStep:
         Args:
             batch: a tree of tensors whose first dimension counts samples; any number of them.
         """
-        micro_batch = self.recipe.train.micro_batch or batch_size(batch)
+        given = self.recipe.train.micro_batch
+        micro_batch = given if isinstance(given, int) else batch_size(batch)
         window = [to_device(part, self.device.torch_device) for part in split(batch, micro_batch)]
         if self._step is None:
             self._step = self._build(window)
@@ -178,6 +180,7 @@ class TrainStep:
         self.rows = parameter_table(self.model, optimizer=self.recipe.optimizer, schedule=self.recipe.schedule)
         probe = preflight(self.model, self.loss, window[0], None, self.device, seed)
         recipe = settle_precision(self.recipe, self.model, self.loss, window[0], self.device, self._decide)
+        recipe = settle_memory(recipe)
         self.recipe = replace(recipe, train=replace(recipe.train, steps=steps))
         self.plan = Plan(
             task="step",

@@ -1,0 +1,78 @@
+"""A Ledger says what training takes on one device, in bytes by purpose, before it is taken."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields
+from typing import Any
+
+
+@dataclass(frozen=True)
+class ModuleBytes:
+    """What one module's forward pass keeps for the backward pass, its inner modules included.
+
+    Attributes:
+        name: as in ``named_modules``; "" is what belongs to none, such as the loss.
+        kept: bytes of activations.
+    """
+
+    name: str
+    kept: int
+
+
+@dataclass(frozen=True)
+class Ledger:
+    """Bytes of training state, of one step's passes, and of both at their worst.
+
+    Attributes:
+        parameters, gradients, slots, averages, buffers: what lies there for the whole run; ``data``: of it, training data
+            on the device.
+        activations: kept for the backward pass when the forward pass of a micro-batch is over.
+        modules: of which, by module, the largest first.
+        temporary: what else there is at the peak.
+        peak: the most there is at once in a step: of the tensors, and of ``process``.
+        peak_at: where in the step that is, for people.
+        process: what the process holds besides: on a CPU the interpreter and its libraries, on a GPU the context.
+        micro_batch: samples of one pass.
+        recompute: as in the recipe.
+    """
+
+    parameters: int
+    gradients: int
+    slots: int
+    averages: int
+    buffers: int
+    data: int
+    activations: int
+    modules: tuple[ModuleBytes, ...]
+    temporary: int
+    peak: int
+    peak_at: str
+    process: int
+    micro_batch: int
+    recompute: str
+
+    @property
+    def state(self) -> int:
+        """What lies there for the whole run."""
+        return self.parameters + self.gradients + self.slots + self.averages + self.buffers + self.data
+
+    def rows(self) -> list[tuple[str, int]]:
+        """(purpose, bytes), for a table; they add up to ``peak``."""
+        return [
+            *((name, getattr(self, name)) for name in STATE),
+            ("activations", self.activations),
+            ("temporary", self.temporary),
+            ("process", self.process),
+        ]
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, tree: Mapping[str, Any]) -> Ledger:
+        modules = tuple(ModuleBytes(**one) for one in tree["modules"])
+        return cls(**{f.name: tree[f.name] for f in fields(cls) if f.name != "modules"}, modules=modules)
+
+
+STATE = ("parameters", "gradients", "slots", "averages", "buffers", "data")
