@@ -32,7 +32,19 @@ from thalweg.core import (
     human_count,
     human_seconds,
 )
-from thalweg.core.recipe import Checkpoint, Data, Evaluate, Optimizer, Regularize, Schedule, Train
+from thalweg.core.recipe import (
+    PRECISIONS,
+    RECOMPUTED,
+    RELEASES,
+    SLOT_FORMS,
+    Checkpoint,
+    Data,
+    Evaluate,
+    Optimizer,
+    Regularize,
+    Schedule,
+    Train,
+)
 
 often = settings(max_examples=60, deadline=None, database=None)
 
@@ -97,7 +109,7 @@ def trains(draw: st.DrawFn) -> Train:
         steps=draw(maybe(st.integers(1, 10**9))),
         epochs=draw(maybe(st.floats(1e-9, 1e9))),
         batch=batch,
-        micro_batch=draw(maybe(st.sampled_from(divisors(batch)))),
+        micro_batch=draw(maybe(st.sampled_from([*divisors(batch), "auto"]))),
         clip=draw(finite),
         last=draw(st.sampled_from(["keep", "drop"])),
     )
@@ -107,7 +119,10 @@ recipes = st.builds(
     Recipe,
     seed=int64,
     device=st.sampled_from(["auto", "cpu", "cuda:1"]),
-    precision=st.sampled_from(["auto", "fp32", "bf16", "fp16"]),
+    precision=st.sampled_from(["auto", *PRECISIONS]),
+    islands=maybe(st.sampled_from([("norm",), ("logits", "head.*"), ()])),
+    memory_budget=maybe(st.sampled_from(["12GiB", "800 MB", "4096"])),
+    recompute=maybe(st.sampled_from(RECOMPUTED)),
     model=options,
     loss=options,
     train=trains(),
@@ -117,6 +132,9 @@ recipes = st.builds(
         lr=maybe(finite),
         weight_decay=finite,
         decay_form=st.sampled_from([None, "decoupled", "coupled"]),
+        slots=maybe(st.sampled_from(SLOT_FORMS)),
+        release_gradients=maybe(st.sampled_from(RELEASES)),
+        offload=maybe(st.booleans()),
         no_decay=st.lists(st.from_regex(r"[a-z0-9.*?\[\]]{1,9}", fullmatch=True), max_size=4).map(tuple),
         options=options,
     ),
@@ -201,11 +219,18 @@ def test_what_a_file_leaves_out_comes_from_the_base(tmp_path: Path) -> None:
 
 
 def test_a_value_of_the_base_can_be_left_to_the_plan_again() -> None:
-    base = Recipe().override({"train.micro_batch": 32, "optimizer.lr": 0.1, "optimizer.decay_form": "coupled"})
+    base = Recipe().override({"optimizer.slots": "int8", "optimizer.lr": 0.1, "optimizer.decay_form": "coupled"})
     for back in ("auto", None):
-        asked = {"train.micro_batch": back, "optimizer.lr": back, "optimizer.decay_form": back}
+        asked = {"optimizer.slots": back, "optimizer.lr": back, "optimizer.decay_form": back}
         assert base.override(asked) == Recipe()
-    assert Recipe.from_toml('[train]\nmicro_batch = "auto"', base=base).train.micro_batch is None
+    assert Recipe.from_toml('[optimizer]\nslots = "auto"', base=base).optimizer.slots is None
+
+
+def test_a_micro_batch_that_is_measured_is_a_word_of_its_own() -> None:
+    """Left to the plan it is the whole batch; "auto" is what fits."""
+    base = Recipe().override({"train.micro_batch": 32})
+    assert base.override({"train.micro_batch": None}) == Recipe()
+    assert Recipe.from_toml('[train]\nmicro_batch = "auto"', base=base).train.micro_batch == "auto"
 
 
 @pytest.mark.parametrize(
@@ -267,7 +292,10 @@ def test_an_option_of_None_is_kept_or_refused_but_never_dropped() -> None:
         ("train.epochs", "1.5", 1.5),
         ("train.epochs", "2", 2.0),
         ("train.batch", "32", 32),
-        ("train.micro_batch", "auto", None),
+        ("train.micro_batch", "auto", "auto"),
+        ("train.micro_batch", "16", 16),
+        ("optimizer.slots", "auto", None),
+        ("memory_budget", "12GiB", "12GiB"),
         ("train.clip", "0", 0.0),
         ("train.last", "drop", "drop"),
         ("optimizer.lr", "3e-4", 3e-4),
@@ -460,7 +488,13 @@ def test_a_value_in_the_place_of_a_table_is_refused(table: str, bad: Any) -> Non
         ("checkpoint.keep_last", -1),
         ("checkpoint.keep_best", -1),
         ("checkpoint.keep_every", -1),
-        ("precision", "fp8"),
+        ("precision", "fp9"),
+        ("recompute", "all"),
+        ("memory_budget", "12 apples"),
+        ("memory_budget", "0"),
+        ("train.micro_batch", "many"),
+        ("optimizer.release_gradients", "yes"),
+        ("optimizer.slots", "int4"),
         ("precision", ""),
     ],
 )
