@@ -10,6 +10,10 @@ from typing import Any
 import torch
 
 from thalweg.core import DeviceError
+from thalweg.device.products import cpu_has_tf32
+
+#: Compute capabilities of CUDA that the formats begin with.
+TF32_FROM, FP8_FROM = (8, 0), (8, 9)
 
 #: What each kind of device can do, as far as training here needs to know.
 CAPABILITIES: dict[str, dict[str, Any]] = {
@@ -42,6 +46,35 @@ class Device:
         if self.kind == "cuda" and not torch.cuda.is_bf16_supported(including_emulation=False):
             return tuple(p for p in listed if p != "bf16")
         return listed
+
+    @property
+    def capability(self) -> tuple[int, int] | None:
+        """CUDA's compute capability, such as (8, 0); None on other devices."""
+        return torch.cuda.get_device_capability(self.torch_device) if self.kind == "cuda" else None
+
+    @property
+    def tf32(self) -> bool:
+        """Whether float32 products can be computed in TF32: CUDA from compute capability 8.0 on, and few CPUs."""
+        if self.kind == "cpu":
+            return cpu_has_tf32()
+        return self.capability is not None and self.capability >= TF32_FROM and torch.version.hip is None
+
+    @property
+    def fp8(self) -> bool:
+        """Whether the chip multiplies 8-bit floats: CUDA from compute capability 8.9 on."""
+        return self.capability is not None and self.capability >= FP8_FROM and torch.version.hip is None
+
+    @property
+    def precisions(self) -> tuple[str, ...]:
+        """What ``precision`` of a recipe may be here; fp8 needs torchao besides."""
+        halves = self.autocasts
+        return (
+            "fp32",
+            *(("tf32",) if self.tf32 else ()),
+            *halves,
+            *(("bf16-pure",) if "bf16" in halves else ()),
+            *(("fp8",) if self.fp8 else ()),
+        )
 
     @property
     def exact(self) -> torch.dtype:

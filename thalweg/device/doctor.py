@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import shutil
 import subprocess
 from collections.abc import Iterator
@@ -10,7 +11,7 @@ import torch
 from torch import nn
 
 from thalweg.core import human_bytes
-from thalweg.device.backend import Device, choose, facts
+from thalweg.device.backend import FP8_FROM, TF32_FROM, Device, choose, facts
 from thalweg.device.measure import half_precision_gain, matmul_rates
 
 _DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
@@ -26,8 +27,10 @@ def examine() -> Iterator[tuple[str, str]]:
     yield "torch", f"{known['torch']}, Python {known['python']}, {known['system']}"
     for name, rate in matmul_rates(device).items():
         yield "matmul", f"{name}: {rate / 1e9:,.0f} GFLOP/s on 1024 x 1024"
+    yield "tf32", "possible" if device.tf32 else f"not possible on this device{_needs(device, TF32_FROM)}"
     for half in ("bf16", "fp16"):
         yield half, _half(device, half)
+    yield "fp8", _fp8(device)
     yield "compiler", _compiler()
 
 
@@ -42,12 +45,25 @@ def _half(device: Device, half: str) -> str:
 
     def autocast() -> None:
         with torch.autocast(device.kind, dtype=_DTYPES[half]):
-            total = block(inputs).sum()
+            total = block(inputs).float().sum()
         total.backward()
 
     gain, pairs = half_precision_gain(plain, autocast, device, budget_s=1.5)
     verdict = "gains" if gain >= 1.1 else "does not gain"
     return f"possible; {verdict}: {gain:.2f} times the speed of fp32 on an MLP block ({pairs} pairs)"
+
+
+def _fp8(device: Device) -> str:
+    if not device.fp8:
+        return f"not possible on this device{_needs(device, FP8_FROM)}"
+    found = importlib.util.find_spec("torchao") is not None
+    return "possible" if found else "possible with torchao, which is not installed: pip install 'thalweg[fp8]'"
+
+
+def _needs(device: Device, first: tuple[int, int]) -> str:
+    """What a CUDA device would need, and what it has."""
+    mine = device.capability
+    return "" if mine is None else f": compute capability {mine[0]}.{mine[1]}, and it begins with {first[0]}.{first[1]}"
 
 
 def _compiler() -> str:

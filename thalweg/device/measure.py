@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 
 from thalweg.device.backend import Device
+from thalweg.device.products import float32_products
 
 
 def clock(work: Callable[[], object], device: Device, *, repeats: int) -> list[float]:
@@ -41,15 +42,28 @@ def half_precision_gain(
     return statistics.median(ratios), pairs
 
 
-def matmul_rates(device: Device, *, size: int = 1024, repeats: int = 5) -> dict[str, float]:
-    """Floating-point operations a second of a square matrix product, by dtype; the best of ``repeats``."""
+RATES = ("float32", "tf32", "bfloat16", "float16")
+
+
+def matmul_rates(
+    device: Device, *, size: int = 1024, repeats: int = 5, names: Sequence[str] = RATES
+) -> dict[str, float]:
+    """Floating-point operations a second of a square matrix product, by dtype; the best of ``repeats``.
+
+    Args:
+        names: of ``RATES``; those that the device does not have are left out of the answer.
+    """
     rates = {}
-    for name in ("float32", "bfloat16", "float16"):
+    for name in names:
+        if name == "tf32" and not device.tf32:
+            continue
+        dtype = torch.float32 if name == "tf32" else getattr(torch, name)
         try:
-            a = torch.ones(size, size, dtype=getattr(torch, name), device=device.torch_device)
-            work = lambda a=a: a @ a
-            clock(work, device, repeats=1)
-            rates[name] = 2 * size**3 / min(clock(work, device, repeats=repeats))
+            with float32_products("tf32" if name == "tf32" else "ieee", device.kind), torch.no_grad():
+                a = torch.ones(size, size, dtype=dtype, device=device.torch_device)
+                work = lambda a=a: a @ a
+                clock(work, device, repeats=1)
+                rates[name] = 2 * size**3 / min(clock(work, device, repeats=repeats))
         except RuntimeError:  # the device has no such product
             continue
     return rates

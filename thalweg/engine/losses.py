@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from thalweg.core import LossError
@@ -49,3 +50,19 @@ def check_loss(value: Any) -> None:
         )
     if float(weight) < 0:
         raise LossError("The weight of the loss is negative.", f"It is {float(weight)}.", "Give 0 or more.")
+
+
+def check_float32(total: Tensor, asked: str) -> None:
+    """Refuse a total in half precision: eight or eleven bits cannot tell a loss from the next one.
+
+    Raises:
+        LossError: for bfloat16 and float16.
+    """
+    if total.dtype in (torch.bfloat16, torch.float16):
+        short = str(total.dtype).removeprefix("torch.")
+        bits = 8 if total.dtype == torch.bfloat16 else 11
+        raise LossError(
+            f"The loss is in half precision, with {asked}.",
+            f"Its total is {short}: {bits} significant bits, so that sums stand still from {2**bits} on.",
+            "Compute it from logits.float(), or leave islands out of the recipe, or have 'logits' in them.",
+        )

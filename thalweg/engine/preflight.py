@@ -109,22 +109,23 @@ def preflight(
     return Probe(float(total.detach()) / max(float(weight), 1e-30), float(weight))
 
 
-def gain_of_half(
-    model: nn.Module, loss: ModelLoss, batch: Any, half: str, device: Device, seed: int
-) -> tuple[float, int]:
-    """How many times faster the forward and backward pass is in ``half`` than in fp32, and the pairs timed."""
+def gain_of(name: str, model: nn.Module, loss: ModelLoss, batch: Any, device: Device, seed: int) -> tuple[float, int]:
+    """How many times faster the forward and backward pass is in a precision than in fp32, and the pairs timed."""
     params = [p for _, p in named_trainable(model)]
 
     def work(name: str) -> Callable[[], object]:
+        policy = POLICIES[name]
+
         def run() -> None:
-            with POLICIES[name].context(device):
-                total, _ = sum_and_weight(loss(model, batch), batch)
-            torch.autograd.grad(total, params, allow_unused=True)
+            with policy.around(device):
+                with policy.forward(device):
+                    total, _ = sum_and_weight(loss(model, batch), batch)
+                torch.autograd.grad(total, params, allow_unused=True)
 
         return run
 
     with untouched(model, device, seed):
-        return half_precision_gain(work("fp32"), work(half), device)
+        return half_precision_gain(work("fp32"), work(name), device)
 
 
 class _LabelWatch(TorchFunctionMode):

@@ -1,75 +1,132 @@
-"""Precision policies: which dtype autocast computes in, and whether the loss is scaled."""
+"""Precision policies: what a pass computes in, and what stands around passes."""
 
 from __future__ import annotations
 
 import contextlib
-from dataclasses import dataclass
-from typing import Any
+import importlib.util
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
 
 import torch
-from torch import Tensor
 
-from thalweg.core import DeviceError
-from thalweg.device import Device
+from thalweg.core import DeviceError, MissingExtra
+from thalweg.core.recipe import PRECISIONS
+from thalweg.device import Device, float32_products
+from thalweg.precision.functions import FUNCTIONS, InFloat32
+
+_NONE: contextlib.AbstractContextManager[None] = contextlib.nullcontext()
 
 
 @dataclass(frozen=True)
 class Policy:
-    """How the forward pass computes. Parameters, gradients, slots and averages stay in the parameters' own dtype.
+    """How passes compute. Slots and averages are not its business: they keep at least float32.
 
     Attributes:
-        name: "fp32", "bf16" or "fp16".
-        autocast: the dtype of matrix products and convolutions, or None.
+        name: as in a recipe.
+        autocast: the dtype that torch's autocast brings matrix products and convolutions to, or None.
         scaled: whether the loss is scaled, dynamically, because gradients would underflow.
+        products: of what stays float32, "ieee" or "tf32".
+        stored: dtype of the parameters, and of what goes through the model, or None: as the model has it.
+        float8: whether linear layers multiply in 8 bits.
+        islands: words of what computes in float32 though it is a function and no module: "softmax", "norm".
     """
 
     name: str
-    autocast: torch.dtype | None
-    scaled: bool
+    autocast: torch.dtype | None = None
+    scaled: bool = False
+    products: str = "ieee"
+    stored: torch.dtype | None = None
+    float8: bool = False
+    islands: frozenset[str] = frozenset()
 
-    def context(self, device: Device) -> contextlib.AbstractContextManager[Any]:
-        if self.autocast is None:
-            return contextlib.nullcontext()
-        return torch.autocast(device.kind, dtype=self.autocast)
+    def context(self, device: Device) -> contextlib.AbstractContextManager[None]:
+        """For passes that stand alone, such as evaluation: ``around`` and ``forward`` in one."""
+        return self._both(device)
+
+    @contextlib.contextmanager
+    def _both(self, device: Device) -> Iterator[None]:
+        with self.around(device), self.forward(device):
+            yield
+
+    def forward(self, device: Device) -> contextlib.AbstractContextManager[object]:
+        """For a forward pass and its loss, inside ``around``; the backward pass does not belong in it."""
+        return _NONE if self.autocast is None else torch.autocast(device.kind, dtype=self.autocast)
+
+    def around(self, device: Device, passes: int = 1) -> contextlib.AbstractContextManager[object]:
+        """For all forward and backward passes between which no weight changes.
+
+        Args:
+            passes: how many forward passes there are. From two on, the half-precision copies that autocast makes of weights
+                are kept from the first to the last; alone they would be made anew for each. The same bits either way.
+        """
+        products = float32_products(self.products, device.kind)
+        if not self.islands and (self.autocast is None or passes == 1):
+            return products
+        return self._around(products, device, passes)
+
+    @contextlib.contextmanager
+    def _around(self, products: float32_products, device: Device, passes: int) -> Iterator[None]:
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(products)
+            if self.autocast is not None and passes > 1:
+                stack.enter_context(torch.autocast(device.kind, dtype=self.autocast, enabled=False))
+            if self.islands:
+                stack.enter_context(InFloat32(self.islands, device.kind, back=self.stored is not None))
+            yield
 
 
 POLICIES = {
-    "fp32": Policy("fp32", None, False),
-    "bf16": Policy("bf16", torch.bfloat16, False),
-    "fp16": Policy("fp16", torch.float16, True),
+    "fp32": Policy("fp32"),
+    "tf32": Policy("tf32", products="tf32"),
+    "bf16": Policy("bf16", autocast=torch.bfloat16),
+    "fp16": Policy("fp16", autocast=torch.float16, scaled=True),
+    "bf16-pure": Policy("bf16-pure", stored=torch.bfloat16),
+    "fp8": Policy("fp8", autocast=torch.bfloat16, float8=True),
+}
+assert tuple(POLICIES) == PRECISIONS
+
+_NEEDS = {
+    "tf32": "TF32 needs an NVIDIA GPU of compute capability 8.0 or more (Ampere)",
+    "bf16": "bfloat16 products need an NVIDIA GPU of compute capability 8.0 or more (Ampere)",
+    "bf16-pure": "bfloat16 products need an NVIDIA GPU of compute capability 8.0 or more (Ampere)",
+    "fp8": "8-bit products need an NVIDIA GPU of compute capability 8.9 or more (Ada, Hopper)",
 }
 
 
-def policy_for(name: str, device: Device) -> Policy:
-    """The policy called ``name``, if ``device`` has it."""
-    if name != "fp32" and name not in device.autocasts:
+def policy_for(name: str, device: Device, islands: tuple[str, ...] | None = None) -> Policy:
+    """The policy called ``name``, if ``device`` has it.
+
+    Args:
+        islands: as in a recipe; None: none beyond the policy's own.
+
+    Raises:
+        DeviceError: if the device cannot. MissingExtra: for fp8 without torchao.
+    """
+    here = device.precisions
+    if name not in here:
+        at = device.capability
+        chip = f"{device.torch_device}" + (f" has {at[0]}.{at[1]}" if at else " is none")
+        why = f"{_NEEDS[name]}; {chip}. " if name in _NEEDS else ""
         raise DeviceError(
             f"precision={name!r} is not possible on {device.torch_device}.",
-            f"It has {', '.join(('fp32', *device.autocasts))}.",
+            f"{why}It has {', '.join(here)}.",
             "Use one of these, or precision='auto'.",
         )
-    return POLICIES[name]
+    if name == "fp8":
+        check_torchao()
+    functions = frozenset(islands or ()) & FUNCTIONS.keys()
+    return replace(POLICIES[name], islands=functions) if functions else POLICIES[name]
 
 
-@dataclass
-class LossScale:
-    """Dynamic loss scaling on the device, after Micikevicius et al. 2017, arXiv:1710.03740.
+def check_torchao() -> None:
+    """Refuse fp8 where its package is missing.
 
-    The scale is halved when a gradient is not finite and doubled after ``interval`` finite steps in a row; powers of two, so
-    scaling itself never rounds. Both tensors belong to the saved state.
+    Raises:
+        MissingExtra: without torchao.
     """
-
-    scale: Tensor
-    streak: Tensor
-    interval: int = 2000
-
-    @classmethod
-    def start(cls, device: Device, *, scale: float = 2.0**16) -> LossScale:
-        return cls(
-            torch.full((), scale, device=device.torch_device),
-            torch.zeros((), dtype=torch.int32, device=device.torch_device),
+    if importlib.util.find_spec("torchao") is None:
+        raise MissingExtra(
+            "precision='fp8' needs the package torchao.",
+            "It is not installed.",
+            "Install it: pip install 'thalweg[fp8]'; or use precision='bf16'.",
         )
-
-    def update(self, skipped: Tensor) -> None:
-        """Move the scale after a step; ``skipped`` is 1.0 or 0.0, 0-dim."""
-        torch._amp_update_scale_(self.scale, self.streak, skipped, 2.0, 0.5, self.interval)
