@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, ClassVar
 from weakref import WeakKeyDictionary
 
@@ -48,6 +49,7 @@ class Keyed(nn.Module):
     _fixed: Tensor | None  # (1, 1), int32: the key of the step
     _release: Callable[[], None] | None  # takes the layer back from its Streams
     _calls: int
+    _again: int | None  # the call of the forward pass that is run again next, where it is known
 
     def __init__(self) -> None:
         super().__init__()
@@ -57,11 +59,12 @@ class Keyed(nn.Module):
     def _leave(self) -> None:
         self._rows = self._fixed = self._release = None
         self._calls = 0
+        self._again = None
         self._by_sample = False
         self._name = ""
 
     def __getstate__(self) -> dict[str, Any]:
-        alone = dict.fromkeys(("factor", "_rows", "_fixed", "_release"))
+        alone = dict.fromkeys(("factor", "_rows", "_fixed", "_release", "_again"))
         return {**self.__dict__, **alone, "_calls": 0, "_by_sample": False, "_name": ""}
 
     def sample_bits(self, x: Tensor, shape: tuple[int, ...]) -> Tensor:
@@ -102,6 +105,9 @@ class Keyed(nn.Module):
         if not recomputing():
             self._calls += 1
             return self._calls - 1
+        if self._again is not None:
+            self._again += 1
+            return self._again - 1
         if self._calls > 1:
             raise ModelError(
                 f"The layer '{self._name}' is recomputed under activation checkpointing.",
@@ -109,6 +115,22 @@ class Keyed(nn.Module):
                 "Give each call a layer of its own, or leave this part out of the checkpointing.",
             )
         return 0
+
+
+@contextmanager
+def replayed(layers: Sequence[Keyed], calls: Sequence[int]) -> Iterator[None]:
+    """Inside, a backward pass runs a block again whose ``layers`` had been called so many times before it.
+
+    A layer that is called more than once thus has the same numbers again; without this it is refused.
+    """
+    before = [layer._again for layer in layers]
+    for layer, call in zip(layers, calls):
+        layer.__dict__["_again"] = call  # past nn.Module's slow setter
+    try:
+        yield
+    finally:
+        for layer, call_before in zip(layers, before):
+            layer.__dict__["_again"] = call_before
 
 
 def _drawn(rows: int, device: torch.device) -> Tensor:
