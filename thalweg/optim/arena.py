@@ -16,9 +16,12 @@ from torch import Tensor, nn
 
 from thalweg.core import ParameterRow, seed_for
 from thalweg.device import exact_dtype
+from thalweg.device.lanes import in_host_memory
 from thalweg.optim.batch import Batch, evaluation_weights, is_dense, new_slots, normal_like
 from thalweg.optim.codecs import CODECS, Part
 from thalweg.optim.lower import WORTH_COMPILING, Update, lower
+from thalweg.optim.offload import Offload, Staging
+from thalweg.optim.pieces import elements, one_of
 from thalweg.optim.program import Program, due_now
 from thalweg.optim.shared import first_values, settle_over
 from thalweg.rules import RULES, STAGES
@@ -47,7 +50,13 @@ class Treatment:
 
 @dataclass(frozen=True)
 class How:
-    """What holds for all parameters of a run."""
+    """What holds for all parameters of a run.
+
+    Attributes:
+        release: gradients are used as they come (``engine/release.py``): there is no buffer for them.
+        offload: slots lie in the CPU's memory.
+        gradients: what gradients are added up in, if not in the parameters' own dtype, which may be narrower.
+    """
 
     slots: str = "full"
     rounding: str = "auto"
@@ -55,6 +64,9 @@ class How:
     peak: float = 1.0
     seed: int = 0
     way: str | None = None
+    release: bool = False
+    offload: bool = False
+    gradients: torch.dtype | None = None
 
 
 @dataclass
@@ -75,6 +87,9 @@ class Arena:
         named: (name, parameter); each becomes a view of the arena, strides kept.
         treatments: by name.
         how: what holds for all of them.
+
+    Attributes:
+        torn: whether an update has begun and not come to its end: after an error, weights may be half moved.
     """
 
     def __init__(
@@ -96,15 +111,22 @@ class Arena:
                 size += -(-params[name].numel() // _ALIGN) * _ALIGN
             borders.append((begin, size))
         self.params = torch.zeros(size, dtype=self.dtype, device=self.device)
-        self.grads = torch.zeros_like(self.params)
+        wanted = torch.promote_types(how.gradients or self.dtype, self.dtype)
+        self.grads = torch.zeros(0 if how.release else size, dtype=wanted, device=self.device)
         self._views: list[tuple[nn.Parameter, Tensor]] = []
         for name, (_, p) in self.places.items():
             view = self.view(self.params, name)
             view.copy_(p.detach())
             p.data = view
-            p.grad = self.view(self.grads, name)
-            self._views.append((p, p.grad))
+            p.grad = None
+            if p.grad_dtype != wanted:
+                p.grad_dtype = wanted  # autograd adds to a wider gradient than the parameter
+            if not how.release:
+                p.grad = self.view(self.grads, name)
+                self._views.append((p, p.grad))
+        self.torn = False
         self.shared: dict[str, dict[str, Tensor]] = {}
+        self.staging = Staging(self.device) if how.offload else None
         self._cleared = -1  # version of the gradients when they were last known to be zero
         self.segments = [
             self._segment(treatment, names, border) for (treatment, names), border in zip(groups.items(), borders)
@@ -115,7 +137,8 @@ class Arena:
         options = dict(treatment.options)
         for what, _ in treatment.moves:
             if what in options:  # a number of the step, no constant
-                options[what] = torch.tensor(options[what], dtype=self.scalar_dtype, device=self.device)
+                at = "cpu" if self.device.type == "meta" else self.device  # slots may follow its value
+                options[what] = torch.tensor(options[what], dtype=self.scalar_dtype, device=at)
         program = Program(
             rule,
             options,
@@ -126,7 +149,7 @@ class Arena:
             codec=CODECS[how.slots],
             average=how.average,
             unscale=True,
-            clear=self.device.type == "cpu" and border[1] - border[0] >= WORTH_COMPILING,  # else one call zeroes all
+            clear=not how.release and self.device.type == "cpu" and border[1] - border[0] >= WORTH_COMPILING,
             seed=how.seed,
             exact=self.scalar_dtype,
         )
@@ -135,10 +158,22 @@ class Arena:
             ps, gs, folds = [self.params[start:stop]], [self.grads[start:stop]], ["batch"]
         else:
             ps = [self.view(self.params, name) for name in names]
-            gs = [self.view(self.grads, name) for name in names]
+            gs = [] if how.release else [self.view(self.grads, name) for name in names]
             folds = [treatment.fold] * len(names)
-        slots = [new_slots(program, part, ps, folds) for part in program.parts]
+        home = torch.device("cpu") if how.offload else self.device
+        slots = [
+            new_slots(program, part, ps, folds, self.device if part.shape == "uniform" else home)
+            for part in program.parts
+        ]
         lowered = lower(program, device=self.device.type, elements=border[1] - border[0], way=how.way)
+        if how.offload:
+            slots = [
+                mine if part.shape == "uniform" else [in_host_memory(x, self.device) for x in mine]
+                for part, mine in zip(program.parts, slots)
+            ]
+            assert self.staging is not None
+            away = Offload(program, lowered.run, self.staging)
+            lowered = Update(away, lowered.how, f"{lowered.why}; slots come from the CPU's memory in portions")
         return Segment(treatment, names, program, Batch(ps, gs, slots, folds), lowered)
 
     def view(self, flat: Tensor, name: str, *, offset: int = 0) -> Tensor:
@@ -197,16 +232,43 @@ class Arena:
             self._cleared = self.grads._version
 
     def _noise(self, segment: Segment, step: int) -> list[Tensor]:
-        """Standard normal numbers, named by (seed, place, step)."""
-        return [
-            normal_like(p, segment.program.wide, seed_for(self.how.seed, "noise", segment.names[0], k, step))
-            for k, p in enumerate(segment.batch.ps)
-        ]
+        """What ``noise`` gives, shaped like the segment's batch."""
+        drawn = [self.noise(segment, k, step) for k in range(len(segment.names))]
+        if segment.program.reads != "element":
+            return drawn
+        p = segment.batch.ps[0]
+        whole = torch.zeros(p.shape, dtype=segment.program.wide, device=p.device)
+        offset = self.places[segment.names[0]][0]
+        for name, numbers in zip(segment.names, drawn):
+            start = self.places[name][0] - offset
+            whole[start : start + numbers.numel()] = numbers
+        return [whole]
+
+    def noise(self, segment: Segment, k: int, step: int) -> Tensor:
+        """Standard normal numbers for parameter ``k`` of a segment, named by (seed, place, step); flat for element rules."""
+        name = segment.names[k]
+        flat = segment.program.reads == "element"
+        like = self.view(self.params, name).reshape(-1) if flat else segment.batch.ps[k]
+        return normal_like(like, segment.program.wide, seed_for(self.how.seed, "noise", segment.names[0], k, step))
+
+    def alone(self, segment: Segment, k: int) -> Batch:
+        """Parameter ``k`` of a segment as a batch of its own, without its gradient."""
+        if segment.program.reads != "element":
+            return one_of(segment.program, segment.batch, k)
+        offset = self.places[segment.names[0]][0]
+        start, p = self.places[segment.names[k]]
+        return elements(segment.program, segment.batch, start - offset, p.numel())
 
     # ------------------------------------------------------------------ what is kept, by name
 
+    def wait(self) -> None:
+        """Slots that are on their way to the CPU's memory have arrived: they can be read there."""
+        if self.staging is not None:
+            self.staging.lanes.synchronize()
+
     def average_views(self) -> dict[str, Tensor]:
         """The kept average of each parameter, in its shape and strides; empty where none is kept."""
+        self.wait()
         found: dict[str, Tensor] = {}
         for segment in self.segments:
             for place, part in enumerate(segment.program.parts):
@@ -216,6 +278,7 @@ class Arena:
 
     def averages(self) -> list[tuple[Tensor, Tensor]]:
         """(weights to evaluate, live) tensors of every segment that has others than the live ones."""
+        self.wait()
         pairs = []
         for segment in self.segments:
             weights = evaluation_weights(segment.program, segment.batch)
@@ -224,6 +287,7 @@ class Arena:
 
     def slots(self) -> dict[str, Tensor]:
         """Everything that the rules remember, as "part/parameter"; what a segment shares, as "part/first parameter"."""
+        self.wait()
         found: dict[str, Tensor] = {}
         for segment in self.segments:
             for place, part in enumerate(segment.program.parts):
@@ -251,10 +315,13 @@ class Arena:
         return {name: self.view(mine[0], name, offset=offset) for name in segment.names}
 
     def nbytes(self) -> dict[str, int]:
+        """Bytes by purpose; "offloaded" are those slots and averages that lie in the CPU's memory instead of the device's."""
         sizes = {"parameters": self.params.nbytes, "gradients": self.grads.nbytes, "slots": 0, "average": 0}
         for segment in self.segments:
             for part, mine in zip(segment.program.parts, segment.batch.slots):
-                sizes["average" if part.name == "average" else "slots"] += sum(x.nbytes for x in mine)
+                away = self.how.offload and part.shape != "uniform"
+                purpose = "offloaded" if away else "average" if part.name == "average" else "slots"
+                sizes[purpose] = sizes.get(purpose, 0) + sum(x.nbytes for x in mine)
         return sizes
 
 
@@ -278,16 +345,33 @@ def update(
         moved: what schedules move besides, by the names that treatments have for it.
         due: steps attempted before this one.
     """
-    exact = arenas[0].scalar_dtype
+    given = numbers_of(arenas[0].scalar_dtype, lr, t, divisor, skipped, share, moved)
+    for arena in arenas:
+        arena.torn = True
+    for rule in arenas[0].shared:
+        _settle(arenas, rule, given)
+    for arena in arenas:
+        arena.run(given, due=due)
+    for arena in arenas:
+        arena.torn = False
+
+
+def numbers_of(
+    exact: torch.dtype,
+    lr: Tensor,
+    t: Tensor,
+    divisor: Tensor,
+    skipped: Tensor,
+    share: Tensor | None,
+    moved: Mapping[str, Tensor] | None,
+) -> dict[str, Any]:
+    """The numbers of a step as segments ask for them (``Arena.scalars``); arguments as for ``update``."""
     given: dict[str, Any] = {"lr": lr.to(exact), "t": t, "divisor": divisor.to(exact), "skipped": skipped}
     given["moved"] = moved
     given["single divisor"] = divisor.to(torch.float32)  # for torch's fused operators, once for all segments
     if share is not None:
         given["share"] = share.to(exact)
-    for rule in arenas[0].shared:
-        _settle(arenas, rule, given)
-    for arena in arenas:
-        arena.run(given, due=due)
+    return given
 
 
 def _settle(arenas: Sequence[Arena], rule: str, given: Mapping[str, Any]) -> None:

@@ -43,6 +43,8 @@ class Batch:
         ps, gs: parameters and their gradients.
         slots: by stored part, a list as long as ``ps``; of a uniform part, a list of one.
         folds: how each parameter becomes matrices.
+        taken: uniform parts of what was taken out of it last.
+        firsts: number of the first element of each parameter, which random bits are drawn by; empty: they follow each other.
     """
 
     ps: list[Tensor]
@@ -50,6 +52,7 @@ class Batch:
     slots: list[list[Tensor]]
     folds: list[str] = field(default_factory=list)
     taken: list[list[Tensor]] = field(default_factory=list)
+    firsts: list[int] = field(default_factory=list)
 
     def fold(self, i: int) -> str:
         return self.folds[i] if self.folds else fold_of(self.ps[i].shape)
@@ -58,8 +61,9 @@ class Batch:
         """The parameters numbered ``which``, with uniform parts of their own: each part of a batch starts from the same."""
         slots = slots_of(program, self.slots, which)
         folds = [self.folds[i] for i in which] if self.folds else []
+        firsts = [self.firsts[i] for i in which] if self.firsts else []
         self.taken = slots
-        return Batch([self.ps[i] for i in which], [self.gs[i] for i in which], slots, folds)
+        return Batch([self.ps[i] for i in which], [self.gs[i] for i in which], slots, folds, firsts=firsts)
 
     def adopt_uniform(self, program: Program) -> None:
         """Take over the uniform parts of what was taken last; all of them are equal."""
@@ -68,13 +72,13 @@ class Batch:
                 mine[0].copy_(theirs[0])
 
 
-def new_part(program: Program, part: Part, p: Tensor, fold: str) -> Tensor:
-    """The first value of a stored part of ``p``'s slots."""
-    dtype = program.dtype_of(part)
+def new_part(program: Program, part: Part, p: Tensor, fold: str, device: torch.device | None = None) -> Tensor:
+    """The first value of a stored part of ``p``'s slots, on its device or another."""
+    dtype, device = program.dtype_of(part), device or p.device
     if part.shape == "like":
         if part.start == "param":
-            return p.detach().to(dtype, copy=True, memory_format=torch.preserve_format)
-        return torch.full_like(p, float(part.start), dtype=dtype, memory_format=torch.preserve_format)
+            return p.detach().to(device, dtype, copy=True, memory_format=torch.preserve_format)
+        return torch.full_like(p, float(part.start), dtype=dtype, device=device, memory_format=torch.preserve_format)
     shape = matrix_shape(p.shape, fold)
     if callable(part.shape):
         shape = part.shape(shape)
@@ -83,14 +87,16 @@ def new_part(program: Program, part: Part, p: Tensor, fold: str) -> Tensor:
     else:
         shape = {"row": (*shape[:-1], 1), "column": (*shape[:-2], 1, shape[-1])}.get(part.shape, ())
     if part.start == "eye":
-        return torch.eye(shape[-1], dtype=dtype, device=p.device).expand(shape).clone()
-    return torch.full(shape, float(part.start), dtype=dtype, device=p.device)
+        return torch.eye(shape[-1], dtype=dtype, device=device).expand(shape).clone()
+    return torch.full(shape, float(part.start), dtype=dtype, device=device)
 
 
-def new_slots(program: Program, part: Part, ps: Sequence[Tensor], folds: Sequence[str]) -> list[Tensor]:
-    """The first values of a stored part: one for each parameter, one alone of a uniform part."""
+def new_slots(
+    program: Program, part: Part, ps: Sequence[Tensor], folds: Sequence[str], device: torch.device | None = None
+) -> list[Tensor]:
+    """The first values of a stored part, with the parameters or on ``device``: one for each, one alone of a uniform part."""
     held = 1 if part.shape == "uniform" else len(ps)
-    return [new_part(program, part, p, fold) for p, fold in zip(ps[:held], folds[:held])]
+    return [new_part(program, part, p, fold, device) for p, fold in zip(ps[:held], folds[:held])]
 
 
 def slots_of(program: Program, slots: Sequence[list[Tensor]], which: Sequence[int]) -> list[list[Tensor]]:
@@ -144,7 +150,7 @@ def evaluation_weights(program: Program, batch: Batch) -> list[Tensor] | None:
             places = [names.index(slot.name) for slot in program.slots[piece.first : piece.first + piece.num]]
             found = []
             for i, p in enumerate(batch.ps):
-                slots = [batch.slots[k][0 if program.parts[k].shape == "uniform" else i] for k in places]
+                slots = [batch.slots[k][0 if program.parts[k].shape == "uniform" else i].to(p.device) for k in places]
                 found.append(evaluate(p.to(program.wide), *slots, **piece.options).to(p.dtype))
             return found
     return None
@@ -181,9 +187,12 @@ def laid_like(xs: Sequence[Tensor], ps: Sequence[Tensor]) -> list[Tensor]:
     return [x if x.stride() == p.stride() else torch.empty_like(p, dtype=x.dtype).copy_(x) for x, p in zip(xs, ps)]
 
 
-def offsets(ps: Sequence[Tensor]) -> Iterator[int]:
+def offsets(batch: Batch) -> Iterator[int]:
     """Number of the first element of each parameter: what the random bits are drawn by."""
+    if batch.firsts:
+        yield from batch.firsts
+        return
     place = 0
-    for p in ps:
+    for p in batch.ps:
         yield place
         place += p.numel()

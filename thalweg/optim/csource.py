@@ -70,7 +70,7 @@ def write_source(
     sums: int = 0,
     clears: str | None = None,
 ) -> Source:
-    """C source of ``run(num, rows, cols, sizes, pointers, scalars, skipped, sums, scratch, threads)``.
+    """C source of ``run(num, rows, cols, sizes, firsts, pointers, scalars, skipped, sums, scratch, threads)``.
 
     Args:
         trace: inputs named as ``ports`` and the scalars; an input "index" is the number of the element.
@@ -149,8 +149,9 @@ class _Writer:
     def text(self) -> str:
         body = self._flat_body() if self.flat else self._staged_body()
         return _HEAD + (
-            "void run(int64_t num, const int64_t *rows, const int64_t *cols, const int64_t *sizes, void *const *pointers,\n"
-            "         void *const *scalars, const double *skipped, double *sums, double *scratch, int threads) {\n"
+            "void run(int64_t num, const int64_t *rows, const int64_t *cols, const int64_t *sizes, const int64_t *firsts,\n"
+            "         void *const *pointers, void *const *scalars, const double *skipped, double *sums, double *scratch,\n"
+            "         int threads) {\n"
             f"    if (skipped && *skipped > 0) {{ {self._clear_all()}return; }}\n" + body + "}\n"
         )
 
@@ -183,7 +184,7 @@ class _Writer:
         setup += self._scalar_lines()
         inner = [
             "int tid = omp_get_thread_num(), crew = omp_get_num_threads();",
-            "int64_t lo = all * tid / crew, hi = all * (tid + 1) / crew, first = 0, start = 0;",
+            "int64_t lo = all * tid / crew, hi = all * (tid + 1) / crew, first = 0;",
             "for (int64_t i = 0; i < num && first < hi; i++) {",
             f"int64_t mine = (sizes[i] + {self.width} - 1) / {self.width};",
             "if (first + mine > lo) {",
@@ -194,7 +195,7 @@ class _Writer:
             *self._row(0, "first + r"),
             "}",
             "}",
-            "first += mine; start += sizes[i];",
+            "first += mine;",
             "}",
         ]
         after = []
@@ -243,8 +244,8 @@ class _Writer:
             per += ["}", "#pragma omp barrier"]
             per += self._combine(stage)
         per += self._epilogue()
-        per += ["#pragma omp barrier", "start += size;"]
-        inner = ["int tid = omp_get_thread_num(), crew = omp_get_num_threads();", "int64_t start = 0;"]
+        per += ["#pragma omp barrier"]
+        inner = ["int tid = omp_get_thread_num(), crew = omp_get_num_threads();"]
         inner += ["for (int64_t i = 0; i < num; i++) {", *per, "}"]
         return _lines(setup, ["#pragma omp parallel num_threads(threads)", "{", *inner, "}"], self._uniform_stores())
 
@@ -497,7 +498,7 @@ class _Writer:
     def _load_full(self, value: Value) -> str:
         name = self.named[value]
         if name == "index":
-            return f"const int32_t v{value.number} = (int32_t)(start + base) + (int32_t)j;"
+            return f"const int32_t v{value.number} = (int32_t)(firsts[i] + base) + (int32_t)j;"
         i = next(k for k, port in enumerate(self.ports) if port.name == name)
         return f"const {TYPES[value.dtype]} v{value.number} = {load(f'a{i}', 'base + j', value.dtype)};"
 

@@ -42,7 +42,7 @@ def eager(program: Program, *, tile: int = TILE, stack: bool = False) -> Kernel:
         skipped = scalars.get("skipped")
         last: list[Tensor] = []
         groups = _by_shape(program, batch) if stack else [[i] for i in range(len(batch.ps))]
-        places = list(offsets(batch.ps))
+        places = list(offsets(batch))
         for group in groups:
             if program.reads != "element" and not batch.ps[group[0]].numel():
                 continue  # a matrix without rows has no mean and no largest element
@@ -72,9 +72,17 @@ def as_tensors(scalars: Mapping[str, Any], exact: torch.dtype, device: torch.dev
 
 def write(old: Tensor, new: Tensor, skipped: Tensor | None) -> None:
     """``new`` into ``old``, of as many elements, unless ``skipped`` is 1."""
-    if new.shape != old.shape:
-        new = new.reshape(old.shape)
-    old.copy_(new if skipped is None else torch.where(skipped > 0, old, new))
+    write_all([(old, new)], skipped)
+
+
+def write_all(pairs: Sequence[tuple[Tensor, Tensor]], skipped: Tensor | None) -> None:
+    """``write`` for what belongs together: memory is taken before the first of them is written, so that all are or none is."""
+    ready = []
+    for old, new in pairs:
+        shaped = new if new.shape == old.shape else new.reshape(old.shape)
+        ready.append(shaped if skipped is None else torch.where(skipped > 0, old, shaped))
+    for (old, _), new in zip(pairs, ready):
+        old.copy_(new)
 
 
 def _whole(
@@ -92,10 +100,8 @@ def _whole(
     drawn = {name: tensor.reshape(p.shape) for name, tensor in extra.items()}
     ndim = batch.ps[i].ndim
     new, *parts = program.run(p, g, stored, scalars, index=index, due=due, extra=drawn, ndim=ndim)
-    write(batch.ps[i], new, skipped)
-    for part, mine, value in zip(program.parts, batch.slots, parts):
-        if part.shape != "uniform":
-            write(mine[i], value, skipped)
+    kept = [(mine[i], v) for part, mine, v in zip(program.parts, batch.slots, parts) if part.shape != "uniform"]
+    write_all([(batch.ps[i], new), *kept], skipped)
     return parts
 
 
@@ -135,9 +141,8 @@ def _tiled(
             index = None if index is None else blocks(index)
             more = {name: blocks(tensor) for name, tensor in more.items()}
         new, *parts = program.run(seen_p, seen_g, given, scalars, index=index, due=due, extra=more, ndim=p.ndim)
-        for target, value in zip([flat_p[cut], *old], [new, *parts]):
-            if target.ndim:
-                write(target, value.reshape(-1)[: target.numel()], skipped)
+        targets = [(old, value) for old, value in zip([flat_p[cut], *old], [new, *parts]) if old.ndim]
+        write_all([(old, value.reshape(-1)[: old.numel()]) for old, value in targets], skipped)
     for flattened, part in ((flat_p, p), *((s, m[i]) for s, m, like in zip(stored, batch.slots, per_element) if like)):
         if flattened.data_ptr() != part.data_ptr():  # a copy, because the tensor has gaps
             part.copy_(flattened.view(p.shape) if flat(p) is None else flattened.as_strided(p.shape, p.stride()))
@@ -180,11 +185,11 @@ def _stacked(
     drawn = {name: _join([tensors[i].reshape(shape) for i in group]) for name, tensors in (extra or {}).items()}
     ndim = batch.ps[group[0]].ndim
     new, *parts = program.run(p, g, stored, scalars, due=due, extra=drawn, ndim=ndim)
+    pairs = []
     for k, i in enumerate(group):
-        write(batch.ps[i], new[k], skipped)
-        for mine, value, alone in zip(batch.slots, parts, uniform):
-            if not alone:
-                write(mine[i], value[k], skipped)
+        pairs.append((batch.ps[i], new[k]))
+        pairs += [(mine[i], value[k]) for mine, value, alone in zip(batch.slots, parts, uniform) if not alone]
+    write_all(pairs, skipped)
     return parts
 
 

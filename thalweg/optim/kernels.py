@@ -74,7 +74,8 @@ def fused(program: Program, *, device: str) -> Kernel | None:
 
     def kernel(batch: Batch, scalars: Mapping[str, Any], *, due: int = 0, extra: Extra = None) -> None:
         gaps = not all(p.is_contiguous() or is_dense(p) for p in batch.ps)  # the operator walks memory, gaps and all
-        if gaps or isinstance(scalars.get("wd"), Tensor):  # and takes decay as a number of Python's
+        wider = any(g.dtype != p.dtype for g, p in zip(batch.gs, batch.ps))
+        if gaps or wider or isinstance(scalars.get("wd"), Tensor):  # and takes decay as a number of Python's
             return by_hand(batch, scalars, due=due, extra=extra)
         if any(g.stride() != p.stride() for g, p in zip(batch.gs, batch.ps)):
             batch = replace(batch, gs=laid_like(batch.gs, batch.ps))

@@ -23,7 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from thalweg.optim.batch import Batch, is_dense, laid_like, matrix_shape
+from thalweg.optim.batch import Batch, is_dense, laid_like, matrix_shape, offsets
 from thalweg.optim.codecs import BLOCK
 from thalweg.optim.csource import TILE, Port, Source, write_source
 from thalweg.optim.eager import Extra, Kernel, eager
@@ -110,7 +110,7 @@ def load(text: str) -> Any:
             _build(text, library, command)
             run = ctypes.CDLL(str(library)).run
     run.restype = None
-    run.argtypes = [ctypes.c_int64] + [ctypes.c_void_p] * 8 + [ctypes.c_int]
+    run.argtypes = [ctypes.c_int64] + [ctypes.c_void_p] * 9 + [ctypes.c_int]
     return run
 
 
@@ -165,7 +165,7 @@ def native(program: Program, *, grad_dtype: torch.dtype | None = None, due: int 
         given = extra or {}
         columns += [laid_like(given[name], batch.ps) if name in given else batch.gs for name in program.tensors]
         shapes = [matrix_shape(p.shape, batch.fold(i)) for i, p in enumerate(batch.ps)] if matrices else None
-        caller(columns, numbers, shapes=shapes)
+        caller(columns, numbers, shapes=shapes, firsts=list(offsets(batch)) if program.random else None)
         if program.clear:
             for g, laid in zip(batch.gs, gs):
                 if g is not laid:
@@ -241,13 +241,19 @@ class Caller:
         self._scratch = torch.empty(0, dtype=torch.float64)
 
     def __call__(
-        self, columns: Sequence[Sequence[Tensor]], scalars: Mapping[str, Any], *, shapes: Any = None
+        self,
+        columns: Sequence[Sequence[Tensor]],
+        scalars: Mapping[str, Any],
+        *,
+        shapes: Any = None,
+        firsts: Sequence[int] | None = None,
     ) -> Tensor:
         """Run on ``columns``: for each port, a tensor of each parameter.
 
         Args:
             scalars: 0-dim tensors by name, and perhaps "skipped".
             shapes: (..., R, C) of each parameter, where the kernel works by rows and columns.
+            firsts: number of the first element of each parameter, where the kernel draws random bits.
         """
         pointers = [[x.data_ptr() for x in column] for column in columns]
         if shapes is None:
@@ -255,6 +261,9 @@ class Caller:
         else:
             pointers, rows, extents = self._matrices(columns, pointers, shapes)
             sizes = [r * c for r, c in zip(rows, extents)]
+            if firsts is not None:
+                num_of = [math.prod(shape[:-2]) for shape in shapes]
+                firsts = [f + k * math.prod(s[-2:]) for f, s, n in zip(firsts, shapes, num_of) for k in range(n)]
         num, total = len(sizes), sum(sizes)
         flattened = [pointer for group in zip(*pointers) for pointer in group]
         threads = torch.get_num_threads() if total > 1 << 15 else 1
@@ -267,6 +276,7 @@ class Caller:
             numbers(*rows),
             numbers(*extents),
             numbers(*sizes),
+            numbers(*(firsts or ())),
             (ctypes.c_void_p * len(flattened))(*flattened),
             (ctypes.c_void_p * len(given))(*(x.data_ptr() for x in given)),
             None if stop is None else stop.data_ptr(),
