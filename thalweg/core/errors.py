@@ -60,6 +60,10 @@ class DeviceError(ThalwegError, RuntimeError):
     """A device or precision that this machine does not have."""
 
 
+class OutOfMemoryError(ThalwegError, MemoryError):
+    """Memory ran out in the middle of a run, and smaller portions did not help."""
+
+
 class MissingExtra(ThalwegError, ImportError):
     """A feature whose optional package is not installed."""
 

@@ -12,6 +12,7 @@ from torch import Tensor
 from thalweg.core import LossError
 from thalweg.data import Source, held_out
 from thalweg.engine.losses import sum_and_weight
+from thalweg.engine.portions import each
 from thalweg.engine.preflight import ModelLoss, in_evaluation_mode
 from thalweg.engine.state import State
 from thalweg.precision import Policy
@@ -43,17 +44,26 @@ def evaluate(
         batch: samples a batch; the result does not depend on it but for rounding.
     """
     model = state.model
+
+    def pairs(samples: Any) -> dict[str, list[Tensor]]:
+        """(sum, weight) by name, as 0-dim tensors that are exact to add up."""
+        with policy.context(state.device):
+            found = {"loss": sum_and_weight(loss(model, samples), samples)}
+            if metrics is not None:
+                found |= {name: sum_and_weight(pair, samples) for name, pair in metrics(model, samples).items()}
+        exact, device = state.device.exact, state.device.torch_device
+        return {
+            name: [torch.as_tensor(v, dtype=exact, device=device).reshape(()) for v in pair]
+            for name, pair in found.items()
+        }
+
     sums: dict[str, list[Tensor]] = {}
     with evaluated_weights(state, precise), in_evaluation_mode(model), torch.no_grad():
         for samples in held_out(source, batch, state.device.torch_device):
-            with policy.context(state.device):
-                found = {"loss": sum_and_weight(loss(model, samples), samples)}
-                if metrics is not None:
-                    found |= {name: sum_and_weight(pair, samples) for name, pair in metrics(model, samples).items()}
-            for name, pair in found.items():
-                exact = [torch.as_tensor(v, dtype=state.device.exact, device=state.device.torch_device) for v in pair]
-                before = sums.setdefault(name, [torch.zeros_like(exact[0]), torch.zeros_like(exact[1])])
-                sums[name] = [before[0] + exact[0].reshape(()), before[1] + exact[1].reshape(())]
+            for found in each(samples, pairs, state.evaluation_limit):
+                for name, pair in found.items():
+                    before = sums.get(name)
+                    sums[name] = pair if before is None else [a + b for a, b in zip(before, pair)]
     if not sums:
         raise LossError("Nothing was evaluated.", "The held-out data gave no batch.", "Give at least one sample.")
     return {name: float(total / weight) for name, (total, weight) in sums.items()}

@@ -6,7 +6,8 @@ micro-batches it has; the loss scale cancels.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor
@@ -29,8 +30,9 @@ class Sharpness:
         self.arenas, self.rho, self.scaled = arenas, rho, scaled
         self.kept = [torch.empty_like(arena.params) for arena in arenas]
 
-    def climb(self, norm: Tensor) -> None:
-        """Move the parameters to their neighbour.
+    @contextmanager
+    def nearby(self, norm: Tensor) -> Iterator[None]:
+        """Inside, the parameters are their neighbour's; afterwards, also after an error, what they were.
 
         Args:
             norm: of the gradients that the arenas hold, as they are.
@@ -38,9 +40,10 @@ class Sharpness:
         ps, gs = [arena.params for arena in self.arenas], [arena.grads for arena in self.arenas]
         for kept, p in zip(self.kept, ps):
             kept.copy_(p)
-        climb(ps, gs, self.rho, scaled=self.scaled, norm=norm)
-
-    def come_back(self) -> None:
-        """The parameters are what they were."""
-        for arena, kept in zip(self.arenas, self.kept):
-            arena.params.copy_(kept)
+        try:
+            climb(ps, gs, self.rho, scaled=self.scaled, norm=norm)
+            yield
+        finally:
+            with torch.no_grad():
+                for arena, kept in zip(self.arenas, self.kept):
+                    arena.params.copy_(kept)

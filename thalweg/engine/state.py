@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -13,11 +14,12 @@ from thalweg.checkpoint import Snapshot
 from thalweg.core import CheckpointError, Decision
 from thalweg.device import Device
 from thalweg.device.kept import restored
+from thalweg.engine.portions import EVALUATED, TRAINED, Limit
 from thalweg.engine.timetable import Timetable
 from thalweg.optim import Arena, plain_name
 from thalweg.optim.history import NormHistory
 from thalweg.precision import LossScale
-from thalweg.regularize import PooledStatistics, WindowAverage
+from thalweg.regularize import GhostBatchNorm, PooledStatistics, WindowAverage
 
 
 class State:
@@ -29,6 +31,8 @@ class State:
         t: the number of the next update, from 1, 0-dim float32.
         timetable: the scheduled values of this step; what its schedules have heard is state.
         window: the last few weights, where their mean is the average.
+        limit, evaluation_limit: how many samples a pass may take, as memory has taught.
+        updating: whether an update is under way: after an error, some of it may have moved.
     """
 
     def __init__(
@@ -51,6 +55,10 @@ class State:
         self.t = torch.ones((), dtype=torch.float32, device=device.torch_device)
         self.step = 0
         self.averaged_statistics = [b.clone() for b in self.statistics.buffers()] if average else []
+        ghosts = [layer.size for layer in model.modules() if isinstance(layer, GhostBatchNorm)]
+        self.limit = Limit(TRAINED, device, grain=math.lcm(*ghosts))
+        self.evaluation_limit = Limit(EVALUATED, device)
+        self.updating = False
         self.window: WindowAverage | None = None
         if window is not None:
             self.window = WindowAverage([*(a.params for a in arenas), *self.statistics.buffers()], *window)
@@ -87,12 +95,18 @@ class State:
                 live.copy_(average)
 
     def snapshot(self, facts: Mapping[str, Any]) -> Snapshot:
-        """All of the state, for a checkpoint; tensors are named after the model's parameters, never by place."""
+        """All of the state, for a checkpoint; tensors are named after the model's parameters, never by place.
+
+        Raises:
+            CheckpointError: where an update broke off in the middle.
+        """
+        self.check_whole()
         weights = self.weights()
         groups = {"weights": weights, "state": dict(self._slots())}
         if averages := self._averages():
             groups["average"] = {**weights, **averages}
-        return Snapshot(groups, {**facts, "step": self.step})
+        most = {limit.what: limit.most for limit in self.limits() if limit.most}
+        return Snapshot(groups, {**facts, "step": self.step, **({"most_samples": most} if most else {})})
 
     def load(self, snapshot: Snapshot) -> None:
         """Take over a snapshot of a run with the same model and recipe.
@@ -110,6 +124,30 @@ class State:
                 mine.copy_(theirs)
         self.t.copy_(self.applied[0] + 1)
         self.step = int(snapshot.facts["step"])
+        for limit in self.limits():
+            limit.most = int(snapshot.facts.get("most_samples", {}).get(limit.what, 0))
+        self.updating = False
+        for arena in self.arenas:
+            arena.torn = False
+
+    def limits(self) -> tuple[Limit, Limit]:
+        return self.limit, self.evaluation_limit
+
+    def moved(self) -> bool:
+        """Whether some of an update may have moved, and some not."""
+        return self.updating or any(arena.torn for arena in self.arenas)
+
+    def check_whole(self) -> None:
+        """
+        Raises:
+            CheckpointError: where an update broke off in the middle.
+        """
+        if self.moved():
+            raise CheckpointError(
+                "An update broke off in the middle, and this state is none to go on from.",
+                f"Step {self.step + 1}: some weights may have moved, and others not.",
+                "Go on from the last checkpoint.",
+            )
 
     def weights(self) -> dict[str, Tensor]:
         """Parameters and saved buffers by plain name; tied ones once."""

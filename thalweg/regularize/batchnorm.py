@@ -47,6 +47,7 @@ class PooledStatistics:
         self._pending: list[int] = [0] * len(layers)  # values a channel of the batch that lies in scratch
         self._counts: list[int] = [0] * len(layers)  # values a channel seen in this step
         self._passes = 0  # batches in the sums
+        self._early = False  # whether this forward pass has put something into the sums already
         self._paused = self._again = (
             False  # whether passes are not counted in the rest of this step, or until ``collect``
         )
@@ -126,7 +127,7 @@ class PooledStatistics:
                 self.layers[i].__dict__["own_moments"] = True
         self._counts = [0] * len(self.layers)
         self._passes = 0
-        self._paused = self._again = False
+        self._paused = self._again = self._early = False
 
     def pause(self) -> None:
         """Further forward passes of this step are not counted: they go over the same samples again."""
@@ -142,9 +143,33 @@ class PooledStatistics:
 
     def collect(self, *, last: bool) -> None:
         """A micro-batch is done. One that is alone in its step needs no sums: its statistics are the pooled ones."""
-        self._again = self._paused
+        self._again, self._early = self._paused, False
         if self._passes or not last:
             self._flush()
+
+    def undo(self) -> bool:
+        """Forget the forward pass that broke off or that is to be run again; what was collected before it stays.
+
+        Returns:
+            Whether that was possible: not where a layer was used twice in the pass, for its first batch is in the sums.
+        """
+        if self._active:
+            self._pending = [0] * len(self.layers)
+            self._batch.zero_()  # it may hold half of what an operator writes
+        self._again, possible = self._paused, not self._early
+        self._early = False
+        return possible
+
+    def collected(self) -> tuple[Tensor, list[int], int] | None:
+        """A copy of what was collected so far in this step, for ``put_back``; None where nothing is."""
+        return (self._sums.clone(), list(self._counts), self._passes) if self._active else None
+
+    def put_back(self, collected: tuple[Tensor, list[int], int] | None) -> None:
+        """What was collected is again what it was; the pass since then is forgotten."""
+        if collected is not None:
+            self._sums.copy_(collected[0])
+            self._counts, self._passes = list(collected[1]), collected[2]
+        self.undo()
 
     def end(self, ok: Tensor) -> None:
         """The step is over: running statistics move where ``ok`` (0-dim bool); the layers get them back."""
@@ -263,6 +288,7 @@ class PooledStatistics:
             if self._pending[i]:  # a layer used twice in one forward pass: its first batch is still in scratch
                 span = self.spans[i]
                 self._open_sums()
+                self._early = True
                 self._add(span, self.fill(tuple(self._pending))[span])
                 self._counts[i] += self._pending[i]
             x = inputs[0] if inputs else named["input"]
