@@ -15,8 +15,13 @@ NAMES = (
     "converge",
     "batchnorm",
     "dropout",
+    "out_of_memory",
     "inputs",
+    "precision",
     "worth",
+    "memory",
+    "recompute",
+    "bytes_a_parameter",
 )
 
 for name in sys.argv[1:] or NAMES:

@@ -328,6 +328,7 @@ def test_a_window_of_half_precision_weights_is_averaged_in_float32(tmp_path: Pat
 
     recipe = {
         **LIST,
+        "precision": "bf16-pure",
         "regularize.average_form": "window",
         "regularize.average_start": "2",
         "regularize.average_every": "3",

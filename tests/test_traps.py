@@ -201,7 +201,7 @@ def test_an_average_of_bfloat16_weights_moves() -> None:
 
     model = mlp().bfloat16()
     loss = lambda model, batch: F.cross_entropy(model(batch["x"].bfloat16()).float(), batch["y"])
-    changes = {"regularize.average": 0.999, "optimizer.lr": 0.0, "train.batch": 16}
+    changes = {"regularize.average": 0.999, "optimizer.lr": 0.0, "train.batch": 16, "precision": "bf16-pure"}
     step, feed = make_step(model, loss, points(), **changes)
     step.state.step = 20_000
     step.state.applied.fill_(20_000)  # its decay is full, and its young days are over

@@ -13,7 +13,7 @@ from thalweg.core import Loss, Recipe, Split, StopReason, Task, ThalwegError
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
-    from thalweg import optim, regularize, schedules
+    from thalweg import memory, optim, regularize, schedules
     from thalweg.branch import continue_run
     from thalweg.data import TokenWindows
     from thalweg.engine import TrainStep
@@ -27,7 +27,7 @@ _LAZY = {
     "train": "thalweg.run",
     "train_task": "thalweg.run",
 }
-_ROOMS = ("optim", "regularize", "schedules", "watch", "data", "checkpoint", "rules")
+_ROOMS = ("memory", "optim", "regularize", "schedules", "watch", "data", "checkpoint", "rules")
 
 __all__ = [
     "Loss",
@@ -41,6 +41,7 @@ __all__ = [
     "TrainStep",
     "__version__",
     "continue_run",
+    "memory",
     "optim",
     "regularize",
     "schedules",

@@ -27,6 +27,7 @@ from thalweg.core import (
     Task,
 )
 from thalweg.engine import GIVE_UP_AFTER, Loop, Resolved, build, evaluate, evaluated_weights, resolve
+from thalweg.engine.memory import PeakWatch
 from thalweg.regularize import PreciseStatistics, set_factors
 from thalweg.report import write_report
 from thalweg.watch import JsonLines, Memory
@@ -216,6 +217,7 @@ class _Run:
             self.folder.store.remove_after(step.state.step)
             (self.folder.path / "outcome.json").unlink(missing_ok=True)
         sinks = self._sinks(snapshot)
+        watch = None if plan.ledger is None else PeakWatch(plan.ledger, resolved.device)
         with _asked_to_stop() as stop:
             precise = self._precise(resolved)
             loop = Loop(plan, step, resolved.feed, sinks, evaluate=self._evaluation(resolved, step, precise), stop=stop)
@@ -231,6 +233,9 @@ class _Run:
                 loop.streak = snapshot.facts["streak"] % GIVE_UP_AFTER  # one that gave up gets another try
             for sink in sinks:
                 sink.start(plan, step.state.step)
+            if watch is not None:
+                watch.begin()
+                loop.measured = watch.told
             for text in told:
                 loop.tell("checkpoint passed over", text)
             reason = StopReason.FAILED
@@ -239,6 +244,10 @@ class _Run:
                 if keeper is not None and keeper.values:
                     loop.tell("best weights", f"The model is that of step {loop.best_steps()[0]}.")
             finally:
+                if step.recomputation is not None:
+                    step.recomputation.release()
+                if reason is StopReason.FAILED:
+                    resolved.prepared.undo()
                 for sink in sinks:
                     sink.stop(reason)
         step.state.adopt_average()
@@ -250,6 +259,7 @@ class _Run:
             step.streams.release()
             set_factors(step.state.model, {"dropout": None, "stochastic_depth": None})
         sample = self._sample(step.state.model, reason)
+        resolved.prepared.undo()
         if self.folder:
             outcome = {"reason": reason.value, "advice": reason.advice, "sample": sample}
             write_file(self.folder.path / "outcome.json", json.dumps(outcome).encode())

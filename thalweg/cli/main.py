@@ -76,6 +76,30 @@ def _parser() -> argparse.ArgumentParser:
     )
     train.set_defaults(run=_train)
 
+    plan = commands.add_parser(
+        "plan",
+        help="say what a run will take in memory and time, and what would make it smaller",
+        description="Say what a run will take in memory and time before it begins. Nothing is trained.",
+    )
+    plan.add_argument("task", help="an embedded task, or module:attribute of your own")
+    plan.add_argument("--recipe", metavar="FILE", help="a TOML recipe; what it leaves out is the task's own")
+    plan.add_argument(
+        "--set", metavar="PATH=VALUE", action="append", default=[], help="override one value of the recipe"
+    )
+    plan.add_argument(
+        "--device-memory", metavar="BYTES", help="plan with so much, such as 16GiB (default: what is there)"
+    )
+    plan.add_argument(
+        "--on",
+        metavar=("CHIP", "x N"),
+        nargs="+",
+        help="plan for chips that are not here, such as h100-80gb x 8; 'list' lists them",
+    )
+    plan.add_argument(
+        "--shard", action="store_true", help="with --on: spread parameters, gradients and slots over them"
+    )
+    plan.set_defaults(run=_plan)
+
     init = commands.add_parser("init", help="write a starter task and recipe")
     init.add_argument("folder", nargs="?", default=".", help="where to write my_task.py and my_recipe.toml")
     init.set_defaults(run=_init)
@@ -133,6 +157,43 @@ def _train(asked: argparse.Namespace) -> int:
         recipe = RunFolder.recipe_in(folder)
     result = train_task(task, recipe, folder=folder, resume=resume, sinks=[Terminal(verbose=not asked.quiet)])
     return _ended(asked, result, folder)
+
+
+def _plan(asked: argparse.Namespace) -> int:
+    from thalweg.core import to_bytes
+    from thalweg.watch.forecast import print_chips, print_forecast
+
+    if asked.on == ["list"]:
+        print_chips()
+        return 0
+    if asked.shard and asked.on is None:
+        raise RecipeError("--shard goes with --on.", "No chips are named.", "Name them: --on h100-80gb x 8.")
+    changes = dict(_pair(text) for text in asked.set)
+    if asked.device_memory is not None:
+        to_bytes(asked.device_memory, "--device-memory")
+    chip, devices = _chips(asked.on) if asked.on else (None, 1)
+    from thalweg.memory import forecast
+    from thalweg.recipes import find_task
+
+    task = find_task(asked.task)
+    recipe = _recipe_of(task, asked.recipe).override(changes)
+    print_forecast(
+        forecast(task, recipe, on=chip, devices=devices, sharded=asked.shard, device_memory=asked.device_memory)
+    )
+    return 0
+
+
+def _chips(words: list[str]) -> tuple[str, int]:
+    """(chip, how many) of "h100-80gb x 8" or "h100-80gb x8"."""
+    name, *rest = words
+    number = "".join(rest).lower().removeprefix("x") or "1"
+    if not number.isdecimal() or int(number) < 1 or (rest and not "".join(rest).lower().startswith("x")):
+        raise RecipeError(
+            f"--on {' '.join(words)} names no chips.",
+            "It is a chip, or a chip, an x and a number.",
+            "For example --on h100-80gb x 8.",
+        )
+    return name, int(number)
 
 
 def _recipe_of(task: Any, file: str | None) -> Any:

@@ -7,6 +7,7 @@ from thalweg.core.errors import (
     LossError,
     MissingExtra,
     ModelError,
+    OutOfMemoryError,
     RecipeError,
     RunFolderError,
     TaskError,
@@ -14,7 +15,7 @@ from thalweg.core.errors import (
     did_you_mean,
 )
 from thalweg.core.groups import ParameterGroup, parameter_groups
-from thalweg.core.ledger import Ledger, ModuleBytes
+from thalweg.core.ledger import Change, Forecast, Ledger, ModuleBytes
 from thalweg.core.plan import Decision, ParameterRow, Plan
 from thalweg.core.protocols import Feed, Gather, Loss, Sink, Split, Task
 from thalweg.core.recipe import Recipe, divisors
@@ -24,6 +25,7 @@ from thalweg.core.streams import seed_for
 from thalweg.core.units import human_bytes, human_count, human_seconds, to_bytes
 
 __all__ = [
+    "Change",
     "CheckpointError",
     "DataError",
     "Decision",
@@ -31,6 +33,7 @@ __all__ = [
     "Evaluation",
     "Event",
     "Feed",
+    "Forecast",
     "Gather",
     "Ledger",
     "Loss",
@@ -38,6 +41,7 @@ __all__ = [
     "MissingExtra",
     "ModelError",
     "ModuleBytes",
+    "OutOfMemoryError",
     "ParameterRow",
     "Plan",
     "Recipe",

@@ -76,3 +76,58 @@ class Ledger:
 
 
 STATE = ("parameters", "gradients", "slots", "averages", "buffers", "data")
+
+
+@dataclass(frozen=True)
+class Change:
+    """Something that would make training smaller.
+
+    Attributes:
+        what: as one would give it: "train.micro_batch=16".
+        peak: bytes then.
+        price: factor on the time of a step; None where it is not known.
+        fits: whether it alone makes it fit.
+        note: what else it changes, if anything.
+    """
+
+    what: str
+    peak: int
+    price: float | None
+    fits: bool
+    note: str = ""
+
+
+@dataclass(frozen=True)
+class Forecast:
+    """What ``thalweg plan`` has to say.
+
+    Attributes:
+        task: its name.
+        machine: the device, for people.
+        devices: how many of them; ``sharded``: whether parameters, gradients and slots are spread over them.
+        ledger: bytes on each device.
+        memory: bytes that training may take there.
+        batch: samples of a step, over all devices; ``steps``: of the run.
+        largest: samples of the largest micro-batch that fits on each; 0: none.
+        seconds: of a step; None where it is not known. ``timed``: how it is known.
+        decisions: (path, value, reason) of what was filled in.
+        changes: what would make it smaller, the cheapest first.
+    """
+
+    task: str
+    machine: str
+    devices: int
+    sharded: bool
+    ledger: Ledger
+    memory: int
+    batch: int
+    steps: int
+    largest: int
+    seconds: float | None
+    timed: str
+    decisions: tuple[tuple[str, Any, str], ...] = ()
+    changes: tuple[Change, ...] = ()
+
+    @property
+    def fits(self) -> bool:
+        return self.ledger.peak <= self.memory

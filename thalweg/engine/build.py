@@ -9,8 +9,11 @@ from torch import Tensor, nn
 
 from thalweg.core import Plan, seed_for
 from thalweg.device import Device
+from thalweg.engine.precision import gradient_dtype
 from thalweg.engine.preflight import ModelLoss
+from thalweg.engine.recompute import recompute
 from thalweg.engine.regularizers import TaskLoss, make_streams
+from thalweg.engine.release import Release
 from thalweg.engine.scheduled import (
     Scheduled,
     average_lengths,
@@ -35,6 +38,7 @@ def build(plan: Plan, model: nn.Module, loss: ModelLoss, device: Device, policy:
     optimizer, regularize = recipe.optimizer, recipe.regularize
     in_update = regularize.averages and regularize.average_form != "window"
     peak = optimizer.lr if optimizer.lr is not None else RULES[optimizer.rule].lr
+    releases = optimizer.release_gradients not in (None, "off")
     how = How(
         slots=optimizer.slots or "full",
         rounding=optimizer.rounding,
@@ -42,6 +46,9 @@ def build(plan: Plan, model: nn.Module, loss: ModelLoss, device: Device, policy:
         peak=peak or 1.0,
         seed=seed_for(recipe.seed, "rounding"),
         way=optimizer.way,
+        release=releases,
+        offload=bool(optimizer.offload),
+        gradients=gradient_dtype(recipe),
     )
     arenas = make_arenas(named_trainable(model), plan.parameters, optimizer, how)
     span = run_span(plan)
@@ -66,7 +73,8 @@ def build(plan: Plan, model: nn.Module, loss: ModelLoss, device: Device, policy:
         sharpness_scaled=regularize.sharpness_scaled,
     )
     streams = make_streams(model, recipe, device.torch_device, timetable.now)
-    return Step(state, loss, policy, options, streams)
+    release = Release(arenas, two_pass=optimizer.release_gradients == "two-pass") if releases else None
+    return Step(state, loss, policy, options, streams, release, recompute(model, recipe.recompute or "none"))
 
 
 def run_span(plan: Plan) -> Span:

@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 
 from thalweg.core import Evaluation, Event, Feed, Plan, Record, Sink, StopReason, ThalwegError
+from thalweg.device import ran_out
+from thalweg.engine.memory.measured import STEPS
+from thalweg.engine.portions import Failure, in_update, spoken
 from thalweg.engine.step import FIELDS, RING, Step
 from thalweg.engine.stopping import EarlyStop
 
@@ -47,6 +51,7 @@ class Loop:
         self._flushed_at = self._began
         self._pending: list[float] = []  # seconds of the steps whose rows are still on the device
         self._saved = -1
+        self.measured: Callable[[], str] = lambda: ""  # the peak of memory beside what was predicted
 
     def run(self, until: int | None = None) -> StopReason:
         """Train up to step ``until`` (the plan's end if None)."""
@@ -56,12 +61,20 @@ class Loop:
         def due(every: int | None) -> bool:
             return state.step == self.plan.steps or bool(every and state.step % every == 0)
 
+        settled = state.step + STEPS
         if self.early.is_over():  # a run that stopped early is at its end
             return self._end(StopReason.STOPPED_EARLY)
+        for limit in state.limits():
+            if limit.most:
+                self.tell("out of memory", f"Memory ran out earlier: a {limit.what} has at most {limit.most} samples.")
         try:
             for window in self.feed.windows(state.step, last):
                 self.step.run(window)
                 self._note()
+                if state.limit.news:
+                    self._tell_of_memory()
+                if state.step == settled and (text := self.measured()):
+                    self.tell("memory", text)
                 if self.evaluate and due(recipe.evaluate.every):
                     self._evaluate()
                 if due(recipe.checkpoint.every) or self._is_best_now():
@@ -74,10 +87,14 @@ class Loop:
                 if self.stop() and state.step < self.plan.steps:
                     self._save()
                     return self._end(StopReason.INTERRUPTED)
-        except Exception:
+        except Exception as err:
             self._rescue()
-            raise
-        return self._end(StopReason.FINISHED)
+            if not ran_out(err):
+                raise
+            failure = Failure.of(err, "the run, outside of its steps")
+        else:
+            return self._end(StopReason.FINISHED)
+        raise in_update(failure, moved=False)
 
     def flush(self) -> None:
         """Read the rows of all steps since the last flush, in one copy, and pass them on."""
@@ -95,10 +112,17 @@ class Loop:
         for sink in self.sinks:
             sink.steps(records)
 
-    def tell(self, name: str, text: str) -> None:
+    def tell(self, name: str, text: str, detail: dict[str, Any] | None = None) -> None:
         """Something that a person should know goes to every sink."""
         for sink in self.sinks:
-            sink.event(Event(self.step.state.step, name, text))
+            sink.event(Event(self.step.state.step, name, text, detail or {}))
+
+    def _tell_of_memory(self) -> None:
+        """Passes that memory did not suffice for, in their place among the records."""
+        self.flush()
+        for limit in self.step.state.limits():
+            for text, detail in spoken(limit, self.step.state.model, self.plan.recipe):
+                self.tell("out of memory", text, detail)
 
     def _note(self) -> None:
         now = time.perf_counter()
@@ -128,6 +152,8 @@ class Loop:
         assert self.evaluate is not None
         self.flush()
         metrics = self.evaluate()
+        if self.step.state.evaluation_limit.news:
+            self._tell_of_memory()
         wanted = self.plan.recipe.evaluate
         now = self.step.state.step
         value = metrics[wanted.best]
@@ -165,13 +191,15 @@ class Loop:
             self._saved = self.step.state.step
 
     def _rescue(self) -> None:
-        """A step broke off before its update: the state is that of the step before, and is kept."""
+        """A step broke off before its update: the state is that of the step before, and is kept; a half moved one is not."""
         self.step.state.statistics.restore()
-        self.flush()
+        self._tell_of_memory()
         if self.step.state.step:
             try:
                 self._save()
-            except ThalwegError as err:  # what broke the step is the error that counts
+            except Exception as err:  # what broke the step is the error that counts
+                if not (isinstance(err, ThalwegError) or ran_out(err)):
+                    raise
                 self.tell("not saved", str(err))
 
     def _end(self, reason: StopReason) -> StopReason:

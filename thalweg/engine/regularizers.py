@@ -152,10 +152,16 @@ def not_used(model: nn.Module, recipe: Recipe) -> Iterator[tuple[str, Any, str]]
         yield "regularize.by_sample", True, "not used: the model has no layer of dropout that can be keyed"
 
 
-def what_follows_the_split(model: nn.Module, recipe: Recipe) -> Iterator[tuple[str, Any, str]]:
-    """(path, value, reason) of what makes a run depend on how a window is cut into micro-batches, where it is cut."""
-    train = recipe.train
-    if not isinstance(train.micro_batch, int) or train.micro_batch >= train.batch:
+def what_follows_the_split(
+    model: nn.Module, recipe: Recipe, micro_batch: int | None = None
+) -> Iterator[tuple[str, Any, str]]:
+    """(path, value, reason) of what makes a run depend on how a window is cut into micro-batches, where it is cut.
+
+    Args:
+        micro_batch: samples of one; None: as the recipe says.
+    """
+    size = recipe.train.micro_batch if micro_batch is None else micro_batch
+    if not isinstance(size, int) or size >= recipe.train.batch:
         return
     layers = [layer for layer in model.modules() if layer.training]
     drops = [layer for layer in layers if isinstance(layer, (Drop, _DropoutNd)) and layer.p > 0]
@@ -166,8 +172,11 @@ def what_follows_the_split(model: nn.Module, recipe: Recipe) -> Iterator[tuple[s
         yield "regularize.by_sample", False, why
     alone = [x for x in layers if isinstance(x, _BatchNorm) and not isinstance(x, (GhostBatchNorm, FrozenBatchNorm))]
     if alone:
-        why = f"{len(alone)} layers normalise each micro-batch of {train.micro_batch} samples by itself; a size makes it theirs"
+        why = f"{len(alone)} layers normalise each micro-batch of {size} samples by itself; a size makes it theirs"
         yield "regularize.ghost", 0, why
+    for ghost in sorted({x.size for x in layers if isinstance(x, GhostBatchNorm) and size % x.size}):
+        why = f"a micro-batch of {size} samples is not a whole number of ghost batches of {ghost}; the last one is smaller"
+        yield "regularize.ghost", ghost, why
 
 
 def make_streams(model: nn.Module, recipe: Recipe, device: Any, now: Mapping[str, Tensor]) -> Streams | None:

@@ -6,6 +6,7 @@ import inspect
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -23,6 +24,7 @@ from thalweg.core import (
     Split,
     Task,
     did_you_mean,
+    divisors,
     seed_for,
 )
 from thalweg.data import (
@@ -37,6 +39,7 @@ from thalweg.data import (
     sequence_length,
     shortened,
 )
+from thalweg.data import split as split_batch
 from thalweg.device import Device, choose, facts
 from thalweg.engine.checks import (
     check_average,
@@ -48,15 +51,16 @@ from thalweg.engine.checks import (
     try_shortest,
     whole_of,
 )
-from thalweg.engine.memory import settle_memory
+from thalweg.engine.memory import Bench, fit, predicted, settle_memory
+from thalweg.engine.precision import begin_precision, settle_precision, tell_gradients
 from thalweg.engine.preflight import (
     ModelLoss,
     Probe,
     as_written,
-    gain_of_half,
     preflight,
     untouched,
 )
+from thalweg.engine.recompute import recomputed, tried
 from thalweg.engine.regularizers import (
     TaskLoss,
     WindowChange,
@@ -67,6 +71,7 @@ from thalweg.engine.regularizers import (
     not_used,
     what_follows_the_split,
 )
+from thalweg.engine.release import check_release
 from thalweg.engine.scheduled import (
     batch_sizes,
     epochs_of,
@@ -75,16 +80,19 @@ from thalweg.engine.scheduled import (
     span_of,
 )
 from thalweg.optim import parameter_table
-from thalweg.precision import Policy, policy_for
+from thalweg.precision import Policy, Prepared, policy_for
 from thalweg.regularize import Change, watch_batch
 from thalweg.rules import RULES, STAGES
-
-_GAIN = 1.1  # half precision is taken where it is at least this much faster
 
 
 @dataclass(frozen=True)
 class Resolved:
-    """A plan and the living things that it is about."""
+    """A plan and the living things that it is about.
+
+    Attributes:
+        prepared: what the precision changed in the model, and how it is taken off again.
+        bench: on which variants of the run can be tried; where one was made.
+    """
 
     plan: Plan
     model: nn.Module
@@ -93,6 +101,8 @@ class Resolved:
     test: Source | None
     device: Device
     policy: Policy
+    prepared: Prepared
+    bench: Bench | None = None
 
 
 class Decisions:
@@ -110,11 +120,15 @@ class Decisions:
         return given if given is not None else self.take(path, *derive())
 
 
-def resolve(task: Task, recipe: Recipe, *, saved: Plan | None = None) -> Resolved:
+def resolve(
+    task: Task, recipe: Recipe, *, saved: Plan | None = None, most: int | None = None, planning: bool = False
+) -> Resolved:
     """Fill every gap of a recipe, try the model on one micro-batch, and say what was decided.
 
     Args:
         saved: the plan of the run that is resumed: what was measured then is not measured again.
+        most: bytes of memory to plan with; None: what is there.
+        planning: whether a bench is wanted, on which variants can be tried.
 
     Raises:
         ThalwegError: for anything that would fail later.
@@ -130,10 +144,10 @@ def resolve(task: Task, recipe: Recipe, *, saved: Plan | None = None) -> Resolve
         recipe = replace(recipe, device=decide.take("device", str(device.torch_device), why))
     if recipe.precision != "auto":
         policy_for(recipe.precision, device)
-    split = _split(task, recipe)
+    split = split_of(task, recipe)
     source = as_source(split.train)
     test = None if split.test is None else as_source(split.test)
-    recipe, steps, samples = _settle_length(recipe, source, decide)
+    recipe, steps, samples = settle_length(recipe, source, decide)
     sizes = batch_sizes(recipe, steps)
     if saved is not None:
         check_same_data(saved, samples, split.facts)
@@ -149,13 +163,14 @@ def resolve(task: Task, recipe: Recipe, *, saved: Plan | None = None) -> Resolve
             "DataLoader",
             "its data set and collate function are used; batch, order and workers are the recipe's",
         )
-    model = _model(task, recipe).to(device.torch_device)
+    model = made_model(task, recipe).to(device.torch_device)
+    recipe, early = begin_precision(recipe, model, device, decide.take)
     mix = mixing(recipe, task, source)
     source, test = _near(source, device, decide), None if test is None else _near(test, device, None)
-    feed = make_feed(
+    feeding = partial(
+        make_feed,
         source,
         batch=recipe.train.batch,
-        micro_batch=whole_of(recipe.train.micro_batch),
         seed=recipe.seed,
         keep_last=recipe.train.last == "keep",
         device=device.torch_device,
@@ -163,50 +178,76 @@ def resolve(task: Task, recipe: Recipe, *, saved: Plan | None = None) -> Resolve
         augment=augmentation(recipe, task, split.augment),
         sizes=sizes,
     )
-    raw = _first_window(feed, steps)[0]
+    sized = recipe.train.micro_batch != "auto"
+    feed = feeding(micro_batch=whole_of(recipe.train.micro_batch) if sized else recipe.train.batch)
+    raw = _part(_first_window(feed, steps)[0], sized)
     whole = sequence_length(raw)
     lengths = sequence_lengths(recipe, steps, whole)
     if lengths is not None:
         check_sequences(task, raw)
     feed = _changed(feed, mix, lengths)
-    first = _first_window(feed, steps)
-    changes = changed_model(model, loss, first[0], device, recipe, decide)
-    with watch_batch(model, batch_size(first[0])) as values:
-        probe = preflight(model, loss, first[0], source, device, recipe.seed, mixed=mix is not None)
+    window = _first_window(feed, steps)
+    first = _part(window[0], sized)
+    num_parts = len(window) if sized else -(-batch_size(window[0]) // batch_size(first))
+    changes = changed_model(model, loss, first, device, recipe, decide)
+    with tried(model, recipe.recompute, decide.take), watch_batch(model, batch_size(first)) as values:
+        probe = preflight(model, loss, first, source, device, recipe.seed, mixed=mix is not None)
     if lengths is not None:
         try_shortest(model, loss, raw, min(lengths), device, recipe.seed)
-    check_smallest_batch(model, recipe, samples, sizes, values)
-    per_step, why_not = _units(task, recipe, samples, probe, batch_size(first[0]), whole)
+    per_step, why_not = _units(task, recipe, samples, probe, batch_size(first), whole)
     span = span_of(recipe, steps, per_step, why_not, samples=samples, sequence=whole)
     check_values(moved, span)
-    recipe = settle_precision(recipe, model, loss, first[0], device, decide)
-    recipe = settle_memory(recipe)
+    with recomputed(model, recipe.recompute or "none"):
+        recipe, policy, prepared = settle_precision(recipe, model, loss, first, device, decide.take, early)
+
+    def plan_of(recipe: Recipe) -> Plan:
+        return Plan(
+            task=task.name,
+            recipe=recipe,
+            decisions=(),
+            steps=steps,
+            samples=samples,
+            loss_divisor=loss_divisor(probe, num_parts),
+            parameters=parameter_table(model, optimizer=recipe.optimizer, schedule=recipe.schedule),
+            unit=task.unit,
+            sizes={},
+            machine={**facts(device), "data": split.facts, "first_loss": probe.loss},
+            per_step=per_step,
+            why_not=why_not,
+            sequence=whole,
+            changes=tuple(map(str, changes)),
+        )
+
+    def check(recipe: Recipe) -> None:
+        check_smallest_batch(model, recipe, samples, sizes, values)
+
+    ledger, bench = None if saved is None else saved.ledger, None
+    data = _bytes_near(source, device)
+    if planning or not sized or (recipe.memory_budget is not None and saved is None):
+        if sized:
+            window = _first_window(_changed(feeding(micro_batch=recipe.train.batch), mix, lengths), steps)
+        bench = Bench(plan_of, model, loss, window[0], device, policy, check=check, data=data)
+        recipe, ledger = fit(recipe, bench, decide.take, most, planning=planning)
+        feed = _changed(feeding(micro_batch=whole_of(recipe.train.micro_batch)), mix, lengths)
+    else:
+        recipe = settle_memory(recipe)
+        if saved is None:
+            ledger = predicted(plan_of(recipe), model, loss, first, device, policy, decide.take, data=data)
+    check(recipe)
+    check_release(recipe, device.kind, plan_of(recipe).parameters, decide.take)
+    tell_gradients(recipe, decide.take)
+    tell_split(model, recipe, decide)
     recipe = _settle_evaluation(recipe, task, test is not None, steps, decide)
     check_heard(moved, recipe, test is not None)
     check_average(recipe, span)
     if test is not None:
         check_metric(task, recipe, model, test, device)
-    rows = parameter_table(model, optimizer=recipe.optimizer, schedule=recipe.schedule)
-    divisor = saved.loss_divisor if saved else loss_divisor(probe, len(first))
     if recipe.train.steps != steps and saved is None:
         recipe = replace(recipe, train=replace(recipe.train, steps=steps))
-    plan = Plan(
-        task=task.name,
-        recipe=recipe,
-        decisions=saved.decisions if saved else tuple(decide.made),
-        steps=steps,
-        samples=samples,
-        loss_divisor=divisor,
-        parameters=rows,
-        unit=task.unit,
-        sizes={},
-        machine={**facts(device), "data": split.facts, "first_loss": probe.loss},
-        per_step=per_step,
-        why_not=why_not,
-        sequence=whole,
-        changes=tuple(map(str, changes)),
-    )
-    return Resolved(plan, model, loss, feed, test, device, policy_for(recipe.precision, device))
+    plan = replace(plan_of(recipe), decisions=saved.decisions if saved else tuple(decide.made), ledger=ledger)
+    if saved is not None:
+        plan = replace(plan, loss_divisor=saved.loss_divisor)
+    return Resolved(plan, model, loss, feed, test, device, policy, prepared, bench)
 
 
 def settle_optimizer(recipe: Recipe, decide: Decisions) -> Recipe:
@@ -249,12 +290,17 @@ def _can_be_written(value: Any) -> bool:
     return value is not None and not (isinstance(value, float) and math.isinf(value))
 
 
-def _settle_length(recipe: Recipe, source: Source, decide: Decisions) -> tuple[Recipe, int, int]:
+def settle_length(recipe: Recipe, source: Source, decide: Decisions) -> tuple[Recipe, int, int]:
     train = recipe.train
     samples = source.num if isinstance(source, Stream) else len(source)
-    micro = decide.unless_given(
-        "train.micro_batch", train.micro_batch, lambda: (train.batch, "the whole batch in one pass")
-    )
+    micro = train.micro_batch or ("auto" if recipe.memory_budget else None)  # a budget decides what is left open
+    micro = decide.unless_given("train.micro_batch", micro, lambda: (train.batch, "the whole batch in one pass"))
+    if micro == "auto" and recipe.schedule.batch is not None:
+        raise RecipeError(
+            "train.micro_batch='auto' does not go with schedule.batch.",
+            "The sizes of windows are whole micro-batches, so another machine would train on others.",
+            f"Give train.micro_batch, one of {', '.join(map(str, divisors(train.batch)))}.",
+        )
     if train.last == "drop" and 0 < samples < train.batch:
         raise DataError(
             "train.last='drop' drops the only window of an epoch.",
@@ -310,24 +356,6 @@ def _steps_for(epochs: float, samples: int, recipe: Recipe, least: int) -> int:
 _MOST_STEPS = 10**8
 
 
-def settle_precision(
-    recipe: Recipe, model: nn.Module, loss: ModelLoss, batch: Any, device: Device, decide: Decisions
-) -> Recipe:
-    if recipe.precision != "auto":
-        return recipe
-    dtypes = {p.dtype for p in model.parameters()}
-    if dtypes != {torch.float32}:
-        name = decide.take("precision", "fp32", f"the parameters are {', '.join(map(str, dtypes))}, left as they are")
-    elif "bf16" not in device.autocasts:
-        name = decide.take("precision", "fp32", f"{device.torch_device} has no bf16")
-    else:
-        gain, pairs = gain_of_half(model, loss, batch, "bf16", device, recipe.seed)
-        told = f"bf16 runs this model's forward and backward pass at {gain:.2f} times the speed of fp32 ({pairs} pairs)"
-        chosen = "bf16" if gain >= _GAIN else "fp32"
-        name = decide.take("precision", chosen, f"measured here: {told}; taken from {_GAIN:g} on")
-    return replace(recipe, precision=name)
-
-
 def _settle_evaluation(recipe: Recipe, task: Task, held_out: bool, steps: int, decide: Decisions) -> Recipe:
     evaluate, checkpoint = recipe.evaluate, recipe.checkpoint
     tenth = max(1, steps // 10)
@@ -349,7 +377,7 @@ def _settle_evaluation(recipe: Recipe, task: Task, held_out: bool, steps: int, d
     return replace(recipe, evaluate=evaluate, checkpoint=replace(checkpoint, every=saves))
 
 
-def _split(task: Task, recipe: Recipe) -> Split:
+def split_of(task: Task, recipe: Recipe) -> Split:
     data = task.data
     is_function = callable(data) and not hasattr(data, "__iter__") and not hasattr(data, "__getitem__")
     if is_function:
@@ -359,7 +387,7 @@ def _split(task: Task, recipe: Recipe) -> Split:
     return data if isinstance(data, Split) else Split(train=data)
 
 
-def _model(task: Task, recipe: Recipe) -> nn.Module:
+def made_model(task: Task, recipe: Recipe) -> nn.Module:
     model = task.model
     if isinstance(model, nn.Module):
         if recipe.model:
@@ -407,11 +435,30 @@ def _check_arguments(function: Callable[..., Any], given: Mapping[str, Any], tab
 
 def _near(source: Source, device: Device, decide: Decisions | None) -> Source:
     """In-memory data moves to the device where it takes little of its memory."""
-    if device.kind == "cpu" or not isinstance(source, Tensors) or source.nbytes() > device.memory_bytes() // 8:
+    if device.kind == "cpu" or not isinstance(source, Tensors) or not _is_near(source, device):
         return source
     if decide is not None:
         decide.take("data on device", True, f"{source.nbytes() >> 20} MiB, under an eighth of the device's memory")
     return source.to(device.torch_device)
+
+
+def _part(batch: Any, sized: bool) -> Any:
+    """A micro-batch to try things on; where its size is still open, a few samples of the window."""
+    return batch if sized else split_batch(batch, few(batch))[0]
+
+
+def few(batch: Any) -> int:
+    """Samples of a micro-batch that fits wherever anything does."""
+    return min(8, batch_size(batch))
+
+
+def _bytes_near(source: Source, device: Device) -> int:
+    """Bytes of training data that lie on an accelerator."""
+    return source.nbytes() if device.kind != "cpu" and isinstance(source, Tensors) and _is_near(source, device) else 0
+
+
+def _is_near(source: Tensors, device: Device) -> bool:
+    return source.nbytes() <= device.memory_bytes() // 8
 
 
 def _first_window(feed: Feed, steps: int) -> list[Any]:
@@ -440,9 +487,15 @@ def changed_model(
     changes, left = change_model(model, run, recipe)
     for name in left:
         decide.take("regularize.dropout", name, "stays torch's own: its masks follow the micro-batch and no schedule")
-    for path, value, why in (*what_follows_the_split(model, recipe), *not_used(model, recipe)):
+    for path, value, why in not_used(model, recipe):
         decide.take(path, value, why)
     return changes
+
+
+def tell_split(model: nn.Module, recipe: Recipe, decide: Decisions) -> None:
+    """What makes the run depend on how a window is cut into micro-batches."""
+    for path, value, why in what_follows_the_split(model, recipe):
+        decide.take(path, value, why)
 
 
 def _units(

@@ -11,9 +11,14 @@ from torch import Tensor, nn
 
 from thalweg.core import seed_for
 from thalweg.data import batch_size
+from thalweg.device import ran_out
 from thalweg.engine.losses import sum_and_weight
+from thalweg.engine.portions import Failure, go_through, in_update
+from thalweg.engine.recompute import Recomputation
+from thalweg.engine.release import Release, check_window
 from thalweg.engine.sharpness import Sharpness
 from thalweg.engine.state import State
+from thalweg.engine.undo import Undo
 from thalweg.optim.arena import update
 from thalweg.optim.history import excess
 from thalweg.optim.norm import global_norm
@@ -58,8 +63,11 @@ class Step:
         policy: Policy,
         options: StepOptions,
         streams: Streams | None = None,
+        release: Release | None = None,
+        recomputation: Recomputation | None = None,
     ) -> None:
         self.state, self.loss, self.policy, self.options, self.streams = state, loss, policy, options, streams
+        self.release, self.recomputation = release, recomputation
         self.generators = state.device.generators()
         self.sharpness: Sharpness | None = None
         if options.sharpness:
@@ -78,6 +86,7 @@ class Step:
             (row, (row[:2], *row[2:6].unbind(), row[6:7], *row[7:].unbind())) for row in self.ring
         ]
         self._seeds: dict[torch.dtype, Tensor] = {}
+        self.undo = Undo(state.model, state.arenas, self.sums, state.statistics)
 
     def run(self, window: Sequence[Any]) -> Tensor:
         """One step.
@@ -87,53 +96,149 @@ class Step:
 
         Returns:
             The row of ``FIELDS``, on the device; it is overwritten ``RING`` steps later.
+
+        Raises:
+            OutOfMemoryError: where smaller micro-batches do not help.
         """
+        self.state.check_whole()
+        try:
+            return self._run(window)
+        except Exception as err:
+            self.state.statistics.restore()
+            if not ran_out(err):
+                raise
+            failure = Failure.of(err, "a step, outside of its passes")
+        raise in_update(failure, moved=self.state.moved())
+
+    def _run(self, window: Sequence[Any]) -> Tensor:
         state = self.state
         self._begin()
-        self._accumulate(window)
-        if self.sharpness is not None:
-            self._look_around(window)
+        if self.release is not None:
+            norm, ok = self._in_backward(window, self.release)
+        else:
+            parts = self._accumulate(state.limit.cut(window))
+            if self.sharpness is not None:
+                self._look_around(parts)
+            with torch.no_grad():
+                norm = self._gradient_norm() / self._mass()
+                ok = torch.isfinite(norm + self.sum_of_losses)
+                state.updating = True
+                update(state.arenas, **self._numbers(norm, ok), due=state.step)
         with torch.no_grad():
-            scale = self.one if state.scale is None else state.scale.scale
-            mass = self.sum_of_weights * (scale * self.unit)  # what the gradients are a sum over
-            norm = self._gradient_norm() / mass
-            ok = torch.isfinite(norm + self.sum_of_losses)
-            skipped = (~ok).to(torch.float32)
-            divisor = mass * self._excess(norm, ok)
-            given = {"lr": self.lr, "t": state.t, "divisor": divisor, "skipped": skipped}
-            update(state.arenas, **given, share=self.share, moved=state.timetable.now, due=state.step)
+            skipped, scale = (~ok).to(torch.float32), self._scale()
             if state.statistics.layers:
                 state.statistics.end(ok)
                 state.average_statistics(self.share, ok)
             row = self._record(norm, skipped, scale)
             self._finish(ok, skipped)
+            state.updating = False
         return row
 
-    def _accumulate(self, window: Sequence[Any], *, counted: bool = True) -> None:
-        """The summed gradients of all micro-batches; ``counted``: their losses, weights and statistics too."""
-        first = 0
-        for index, batch in enumerate(window):
-            first += self._seed(index, first, batch)
-            with self.policy.context(self.state.device):
-                total, weight = sum_and_weight(self.loss(self.state.model, batch), batch)
-            if self.state.statistics.layers:
-                self.state.statistics.forward_done()
-            torch.autograd.backward(total, self._backward_seed(total))
-            if counted:
-                self._collect(total, weight, last=index == len(window) - 1)
+    def _accumulate(self, parts: Sequence[Any], *, counted: bool = True) -> Sequence[Any]:
+        """The summed gradients of all micro-batches; ``counted``: their losses, weights and statistics too.
 
-    def _look_around(self, window: Sequence[Any]) -> None:
+        Returns:
+            The micro-batches as they went through: smaller ones where memory ran out (``engine/portions.py``).
+        """
+        one = self._passes if counted else self._passes_again
+        with self.policy.around(self.state.device, passes=len(parts)):
+            return go_through(parts, one, self.state.limit, self.undo, counted=counted)
+
+    def _passes(self, index: int, first: int, batch: Any, last: bool) -> int:
+        """Forward and backward pass of a micro-batch; how many samples it has, where the streams ask."""
+        num, total, weight = self._gradients(index, first, batch)
+        self._collect(total, weight, last=last)
+        return num
+
+    def _passes_again(self, index: int, first: int, batch: Any, last: bool) -> int:
+        """The same over samples that have been counted."""
+        return self._gradients(index, first, batch)[0]
+
+    def _gradients(self, index: int, first: int, batch: Any) -> tuple[int, Tensor, Any]:
+        """(samples, sum of losses, weight) of a micro-batch, whose gradients join what is there."""
+        self.undo.touched = False
+        num = self._seed(index, first, batch)
+        total, weight = self._forward(batch)
+        start = self._backward_seed(total)
+        self.undo.touched = True
+        torch.autograd.backward(total, start)
+        return num, total, weight
+
+    def _forward(self, batch: Any) -> tuple[Tensor, Any]:
+        """(sum of losses, weight) of a micro-batch."""
+        with self.policy.forward(self.state.device):
+            total, weight = sum_and_weight(self.loss(self.state.model, batch), batch)
+        if self.state.statistics.layers:
+            self.state.statistics.forward_done()
+        return total, weight
+
+    def _mass(self) -> Tensor:
+        """What the gradients are a sum over: the weight of the window, times loss scale over loss divisor; 0-dim."""
+        return self.sum_of_weights * (self._scale() * self.unit)
+
+    def _scale(self) -> Tensor:
+        return self.one if self.state.scale is None else self.state.scale.scale
+
+    def _numbers(self, norm: Tensor | None, ok: Tensor) -> dict[str, Any]:
+        """What ``update`` is given; without a norm nothing is clipped."""
+        divisor = self._mass() * (self.one if norm is None else self._excess(norm, ok))
+        given = {"lr": self.lr, "t": self.state.t, "divisor": divisor, "skipped": (~ok).to(torch.float32)}
+        return {**given, "share": self.share, "moved": self.state.timetable.now}
+
+    def _in_backward(self, window: Sequence[Any], release: Release) -> tuple[Tensor, Tensor]:
+        """(norm, whether the step counts), the update being done in the backward pass (``engine/release.py``)."""
+        check_window(window)
+        found: list[tuple[Tensor, Tensor]] = []
+
+        def one(index: int, first: int, batch: Any, last: bool) -> int:
+            found.append(self._released(batch, release))
+            return 0
+
+        with self.policy.around(self.state.device):
+            go_through(window, one, self.state.limit, self.undo, moved=self.state.moved)
+        return found[0]
+
+    def _released(self, batch: Any, release: Release) -> tuple[Tensor, Tensor]:
+        """The same for its one micro-batch; from ``state.moved()`` on it cannot be tried again."""
+        state = self.state
+        if release.two_pass:
+            with release.measuring():
+                self._passes(0, 0, batch, True)
+            with torch.no_grad():
+                norm = release.norm() / self._mass()
+                ok = torch.isfinite(norm + self.sum_of_losses)
+                state.updating = state.history is not None  # which takes in the norm now
+                given = self._numbers(norm, ok)
+            if state.statistics.layers:
+                state.statistics.pause()
+            with release.updating(given, due=state.step):
+                self._passes_again(0, 0, batch, True)
+            state.updating = True
+            return norm, ok
+        self._seed(0, 0, batch)
+        total, weight = self._forward(batch)
+        self._count(total, weight)
+        with torch.no_grad():
+            ok = torch.isfinite(self.sum_of_losses / self._mass())
+            given = self._numbers(None, ok)
+        with release.updating(given, due=state.step):
+            torch.autograd.backward(total, self._backward_seed(total))
+        state.updating = True
+        if state.statistics.layers:
+            state.statistics.collect(last=True)
+        with torch.no_grad():
+            return release.norm() / self._mass(), ok
+
+    def _look_around(self, parts: Sequence[Any]) -> None:
         """The gradients of the same window, dropout and all, at a neighbour; what was counted stays counted once."""
         assert self.sharpness is not None
-        with torch.no_grad():
-            self.sharpness.climb(self._gradient_norm())
-            for arena in self.state.arenas:
-                arena.grads.zero_()
         if self.state.statistics.layers:
             self.state.statistics.pause()
-        self._accumulate(window, counted=False)
-        with torch.no_grad():
-            self.sharpness.come_back()
+        with torch.no_grad(), self.sharpness.nearby(self._gradient_norm()):
+            for arena in self.state.arenas:
+                arena.grads.zero_()
+            with torch.enable_grad():
+                self._accumulate(parts, counted=False)
 
     def _begin(self) -> None:
         self.sums.zero_()
@@ -162,9 +267,12 @@ class Step:
             self._seeds[total.dtype] = torch.full_like(total, self.unit)
         return self._seeds[total.dtype].reshape(total.shape)
 
-    def _collect(self, total: Tensor, weight: Any, *, last: bool) -> None:
+    def _count(self, total: Tensor, weight: Any) -> None:
         self.sum_of_losses.add_(total.detach().reshape(()))
         self.sum_of_weights.add_(weight)
+
+    def _collect(self, total: Tensor, weight: Any, *, last: bool) -> None:
+        self._count(total, weight)
         if self.state.statistics.layers:
             self.state.statistics.collect(last=last)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
@@ -14,16 +15,21 @@ from thalweg.core import Plan, Recipe, RecipeError
 from thalweg.data import batch_size, split, to_device
 from thalweg.device import choose, facts
 from thalweg.engine.build import build
-from thalweg.engine.memory import settle_memory
+from thalweg.engine.memory import Bench, fit, settle_memory
+from thalweg.engine.portions import spoken
+from thalweg.engine.precision import begin_precision, check_dtypes, settle_precision
 from thalweg.engine.preflight import ModelLoss, preflight
+from thalweg.engine.recompute import recomputed, tried
 from thalweg.engine.regularizers import check_values
+from thalweg.engine.release import check_release
 from thalweg.engine.resolve import (
     Decisions,
     changed_model,
+    few,
     loss_divisor,
     settle_optimizer,
-    settle_precision,
     task_loss,
+    tell_split,
 )
 from thalweg.engine.scheduled import average_lengths, scheduled, span_of
 from thalweg.engine.step import FIELDS, Step
@@ -140,20 +146,24 @@ class TrainStep:
             )
         if self.recipe.precision != "auto":
             policy_for(self.recipe.precision, self.device)
+        check_dtypes(self.recipe, self.model)
         self._step: Step | None = None
 
     def __call__(self, batch: Any) -> StepResult:
         """Train on one batch, cut into micro-batches of ``recipe.train.micro_batch`` samples.
 
         Args:
-            batch: a tree of tensors whose first dimension counts samples; any number of them.
+            batch: a tree of tensors whose first dimension counts samples; any number of them. From the first one a
+                micro-batch of "auto" is measured, and what ``memory_budget`` leaves open is chosen.
         """
-        given = self.recipe.train.micro_batch
-        micro_batch = given if isinstance(given, int) else batch_size(batch)
-        window = [to_device(part, self.device.torch_device) for part in split(batch, micro_batch)]
         if self._step is None:
-            self._step = self._build(window)
-        return StepResult(self._step.run(window).clone())
+            self._step = self._build(to_device(batch, self.device.torch_device))
+        window = [to_device(part, self.device.torch_device) for part in self._cut(batch)]
+        row = self._step.run(window).clone()
+        if self._step.state.limit.news:
+            for text, _ in spoken(self._step.state.limit, self.model, self.recipe):
+                warnings.warn(text, stacklevel=2)
+        return StepResult(row)
 
     def averaged(self) -> AbstractContextManager[None]:
         """Inside, the model holds the averaged weights."""
@@ -166,7 +176,7 @@ class TrainStep:
     def load(self, snapshot: Snapshot, batch: Any) -> None:
         """Go on from a snapshot of the same model and recipe; ``batch`` is any batch, used for the checks before step 0."""
         if self._step is None:
-            self._step = self._build(split(to_device(batch, self.device.torch_device), batch_size(batch)))
+            self._step = self._build(to_device(batch, self.device.torch_device))
         self._step.state.load(snapshot)
 
     def _built(self) -> Step:
@@ -174,27 +184,50 @@ class TrainStep:
             raise RecipeError("TrainStep has not taken a step.", "Its state is built from the first batch.", "Call it.")
         return self._step
 
-    def _build(self, window: list[Any]) -> Step:
-        seed, steps = self.recipe.seed, self.steps or 1
+    def _cut(self, batch: Any) -> list[Any]:
+        given = self.recipe.train.micro_batch
+        return split(batch, given if isinstance(given, int) else batch_size(batch))
+
+    def _build(self, batch: Any) -> Step:
+        seed, steps, given = self.recipe.seed, self.steps or 1, self.recipe.train.micro_batch
+        opened = given == "auto" or (given is None and self.recipe.memory_budget is not None)
+        window = split(batch, few(batch)) if opened else self._cut(batch)
+        self.recipe, early = begin_precision(self.recipe, self.model, self.device, self._decide.take)
         changes = changed_model(self.model, self.loss, window[0], self.device, self.recipe, self._decide)
         self.rows = parameter_table(self.model, optimizer=self.recipe.optimizer, schedule=self.recipe.schedule)
-        probe = preflight(self.model, self.loss, window[0], None, self.device, seed)
-        recipe = settle_precision(self.recipe, self.model, self.loss, window[0], self.device, self._decide)
+        with tried(self.model, self.recipe.recompute, self._decide.take):
+            probe = preflight(self.model, self.loss, window[0], None, self.device, seed)
+        with recomputed(self.model, self.recipe.recompute or "none"):
+            recipe, policy, self.prepared = settle_precision(
+                self.recipe, self.model, self.loss, window[0], self.device, self._decide.take, early
+            )
+        recipe = replace(recipe, train=replace(recipe.train, steps=steps))
+
+        def plan_of(recipe: Recipe) -> Plan:
+            return Plan(
+                task="step",
+                recipe=recipe,
+                decisions=(),
+                steps=steps,
+                samples=0,
+                loss_divisor=loss_divisor(probe, len(window)),
+                parameters=parameter_table(self.model, optimizer=recipe.optimizer, schedule=recipe.schedule),
+                unit="samples",
+                sizes={},
+                machine=facts(self.device),
+                why_not=_WHY_NOT,
+                changes=tuple(map(str, changes)),
+            )
+
+        ledger = None
+        if opened or self.recipe.memory_budget is not None:
+            num = batch_size(batch)
+            train = replace(recipe.train, batch=num, micro_batch="auto" if opened else recipe.train.micro_batch)
+            bench = Bench(plan_of, self.model, self.loss, batch, self.device, policy)
+            recipe, ledger = fit(replace(recipe, train=train), bench, self._decide.take)
         recipe = settle_memory(recipe)
-        self.recipe = replace(recipe, train=replace(recipe.train, steps=steps))
-        self.plan = Plan(
-            task="step",
-            recipe=self.recipe,
-            decisions=tuple(self._decide.made),
-            steps=steps,
-            samples=0,
-            loss_divisor=loss_divisor(probe, len(window)),
-            parameters=self.rows,
-            unit="samples",
-            sizes={},
-            machine=facts(self.device),
-            why_not=_WHY_NOT,
-            changes=tuple(map(str, changes)),
-        )
-        policy = policy_for(self.recipe.precision, self.device)
+        tell_split(self.model, recipe, self._decide)
+        check_release(recipe, self.device.kind, self.rows, self._decide.take)
+        self.recipe = recipe
+        self.plan = replace(plan_of(recipe), decisions=tuple(self._decide.made), ledger=ledger)
         return build(self.plan, self.model, self.loss, self.device, policy)

@@ -31,7 +31,7 @@ _LINE_SECONDS = 10.0
 _MOST_GROUPS = 8
 
 
-class _Steady(Console):
+class Steady(Console):
     """A console that falls silent when nobody reads any more; rich's own would end the process, and the run with it."""
 
     def on_broken_pipe(self) -> None:
@@ -50,7 +50,7 @@ def print_table(
         table.add_column(heading, overflow="fold", no_wrap=i == 0)
     for row in rows:
         table.add_row(*map(escape, row))
-    (console or _Steady(highlight=False)).print(table)
+    (console or Steady(highlight=False)).print(table)
 
 
 class _Figures(ProgressColumn):
@@ -71,7 +71,7 @@ class Terminal:
     """
 
     def __init__(self, console: Console | None = None, *, verbose: bool = True) -> None:
-        self.console = console or _Steady(highlight=False)
+        self.console = console or Steady(highlight=False)
         self.verbose = verbose
         self.best: tuple[str, float, int] | None = None
         self._progress: Progress | None = None

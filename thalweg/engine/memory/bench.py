@@ -1,0 +1,247 @@
+"""Variants of one run, predicted and tried on copies of its model: nothing of the run itself is touched."""
+
+from __future__ import annotations
+
+import copy
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
+
+from torch import nn
+
+from thalweg.core import Ledger, ModelError, Plan, Recipe, ThalwegError
+from thalweg.data import batch_size, split
+from thalweg.device import Device, memory, ran_out
+from thalweg.device.kept import same_generators
+from thalweg.engine.build import build
+from thalweg.engine.checks import whole_of
+from thalweg.engine.memory.predict import predict
+from thalweg.engine.memory.trace import Line, trace, trace_line
+from thalweg.engine.precision import ISLANDS, gradient_dtype
+from thalweg.engine.preflight import ModelLoss
+from thalweg.engine.recompute import recomputed
+from thalweg.engine.release import check_release
+from thalweg.engine.step import Step
+from thalweg.optim import named_trainable
+from thalweg.optim.sizes import StateSizes, state_sizes
+from thalweg.precision import Policy, Prepared, policy_for
+
+_LEAST, _MOST = 2, 12  # steps that are timed
+_TRACED = 4  # samples of the smaller of two traces
+
+
+@dataclass(frozen=True)
+class Cost:
+    """Seconds of one micro-batch's passes, and of what a step takes besides."""
+
+    passes: float
+    rest: float
+
+    def step(self, micro_batches: int) -> float:
+        """Seconds of a step."""
+        return micro_batches * self.passes + self.rest
+
+
+class Bench:
+    """Predicts what a variant of a recipe takes in memory, and measures what it takes in time.
+
+    Args:
+        plan_of: the plan of a complete recipe; its steps and loss divisor need only be near.
+        model: as the run will train it, not yet built upon; only copies of it are moved.
+        window: the samples of a whole window, on the device.
+        policy: of the run, for which the model has been prepared.
+        check: refuses a complete recipe that the model and its data do not allow.
+        data: bytes of training data on the device.
+    """
+
+    def __init__(
+        self,
+        plan_of: Callable[[Recipe], Plan],
+        model: nn.Module,
+        loss: ModelLoss,
+        window: Any,
+        device: Device,
+        policy: Policy,
+        *,
+        check: Callable[[Recipe], None] = lambda recipe: None,
+        data: int = 0,
+    ) -> None:
+        self.plan_of, self.model, self.loss, self.window = plan_of, model, loss, window
+        self.device, self.policy, self.check, self.data = device, policy, check, data
+        self.process = process_bytes(model, device)
+        self._lines: dict[str, Line] = {}
+        self._sizes: dict[tuple[Any, ...], StateSizes] = {}
+        self._costs: dict[str, Cost] = {}
+
+    def can(self, recipe: Recipe) -> bool:
+        """Whether a complete recipe is possible at all."""
+        try:
+            self.check(recipe)
+            check_release(recipe, self.device.kind, self.plan_of(recipe).parameters, lambda path, value, why: None)
+            self.ledger(recipe)
+        except ThalwegError:
+            return False
+        return True
+
+    def ledger(self, recipe: Recipe) -> Ledger:
+        """What a complete recipe takes, its micro-batch a number."""
+        micro = whole_of(recipe.train.micro_batch)
+        return predict(
+            self._line(recipe).at(min(micro, batch_size(self.window))),
+            self._size(recipe),
+            self.device,
+            micro_batches=-(-batch_size(self.window) // micro),
+            buffers=sum(buffer.nbytes for buffer in self.model.buffers()),
+            data=self.data,
+            recompute=recipe.recompute or "none",
+            process=self.process,
+        )
+
+    def _line(self, recipe: Recipe) -> Line:
+        how = recipe.recompute or "none"
+        if how not in self._lines:
+            few = split(self.window, _TRACED)[0]
+            with recomputed(self.model, how):
+                self._lines[how] = trace_line(
+                    self.model, self.loss, few, self.device, self.policy, seed=recipe.seed, fake=False
+                )
+            self.process = process_bytes(self.model, self.device)  # what traces need of torch is there now
+        return self._lines[how]
+
+    def _size(self, recipe: Recipe) -> StateSizes:
+        optimizer, several = recipe.optimizer, whole_of(recipe.train.micro_batch) < recipe.train.batch
+        key = (optimizer.slots, optimizer.release_gradients, optimizer.offload, several)
+        if key not in self._sizes:
+            self._sizes[key] = sizes_of(self.plan_of(recipe), self.model, self.device)
+        return self._sizes[key]
+
+    def at(self, precision: str) -> Bench:
+        """A bench of the same run in another precision, on a copy of the model.
+
+        Raises:
+            ThalwegError: if the device or the model cannot.
+        """
+        policy = policy_for(precision, self.device)
+        model = self._copy()
+        Prepared(model, policy, self.device, ISLANDS).keep()
+        other = Bench(
+            self.plan_of, model, self.loss, self.window, self.device, policy, check=self.check, data=self.data
+        )
+        other.process = self.process
+        return other
+
+    def _copy(self) -> nn.Module:
+        try:
+            return copy.deepcopy(self.model)
+        except Exception as err:
+            raise ModelError(
+                "The model cannot be copied, so nothing can be tried on a copy.",
+                f"{type(err).__name__}: {err}.",
+                "Give train.micro_batch as a number, and no memory_budget.",
+            ) from None
+
+    def step(self, recipe: Recipe) -> Step:
+        """The step of a recipe on a copy of the model.
+
+        Raises:
+            ModelError: if the model cannot be copied.
+        """
+        return build(self.plan_of(recipe), self._copy(), self.loss, self.device, self.policy)
+
+    def confirm(self, recipe: Recipe) -> None:
+        """One real forward and backward pass and one update on a copy; fails as the run would."""
+        micro = whole_of(recipe.train.micro_batch)
+        with same_generators(self.device):
+            self.step(recipe).run(split(self.window, micro)[:1])
+            self.device.synchronize()
+        self.process = process_bytes(self.model, self.device)  # and what steps need
+
+    def cost(self, recipe: Recipe, *, budget_s: float = 1.5) -> Cost:
+        """Measured on a copy: medians of steps of one and of two micro-batches in turn."""
+        key = repr(replace(recipe, memory_budget=None))
+        if key not in self._costs:
+            self._costs[key] = self._measure(recipe, budget_s)
+        return self._costs[key]
+
+    def _measure(self, recipe: Recipe, budget_s: float) -> Cost:
+        parts = split(self.window, whole_of(recipe.train.micro_batch))
+        with same_generators(self.device):
+            step = self.step(recipe)
+            one, two = parts[:1], (parts[:1] * 2)
+            single = recipe.optimizer.release_gradients not in (None, "off")  # a window is one micro-batch
+            times: dict[int, list[float]] = {1: [], 2: []}
+            start = self._timed(step, one)  # a warm-up
+            rounds = int(max(_LEAST, min(_MOST, budget_s / max(3 * start, 1e-6))))
+            for _ in range(rounds):
+                times[1].append(self._timed(step, one))
+                if not single:
+                    times[2].append(self._timed(step, two))
+        first = statistics.median(times[1])
+        if single:
+            return Cost(first, 0.0)
+        passes = min(first, max(statistics.median(times[2]) - first, 0.0))
+        return Cost(passes, first - passes)
+
+    def _timed(self, step: Step, window: list[Any]) -> float:
+        self.device.synchronize()
+        start = time.perf_counter()
+        step.run(window)
+        self.device.synchronize()
+        return time.perf_counter() - start
+
+
+def process_bytes(model: nn.Module, device: Device) -> int:
+    """What the process holds besides the model, where the device's memory is the process's."""
+    if device.kind != "cpu":
+        return 0
+    memory.release(device)
+    mine = sum(x.nbytes for x in (*model.parameters(), *model.buffers()))
+    return max(0, memory.in_use(device) - mine)
+
+
+def sizes_of(plan: Plan, model: nn.Module, device: Device) -> StateSizes:
+    """Bytes of the training state of a plan."""
+    wanted = plan.recipe.regularize
+    return state_sizes(
+        named_trainable(model),
+        plan.parameters,
+        plan.recipe.optimizer,
+        average=wanted.averages and wanted.average_form != "window",
+        device_kind=device.kind,
+        gradients=gradient_dtype(plan.recipe),
+    )
+
+
+def predicted(
+    plan: Plan,
+    model: nn.Module,
+    loss: ModelLoss,
+    batch: Any,
+    device: Device,
+    policy: Policy,
+    take: Callable[[str, Any, str], object],
+    *,
+    data: int = 0,
+) -> Ledger | None:
+    """The ledger of a run whose choices are made, from one pass of its first micro-batch; None where it cannot be followed."""
+    recipe = plan.recipe
+    try:
+        with recomputed(model, recipe.recompute or "none"):
+            traced = trace(model, loss, batch, device, policy, seed=recipe.seed)
+    except Exception as err:
+        if isinstance(err, ThalwegError) or ran_out(err):
+            raise
+        take("memory", "not predicted", f"the model's passes cannot be followed: {type(err).__name__}: {err}")
+        return None
+    return predict(
+        traced,
+        sizes_of(plan, model, device),
+        device,
+        micro_batches=-(-recipe.train.batch // batch_size(batch)),
+        buffers=sum(buffer.nbytes for buffer in model.buffers()),
+        data=data,
+        recompute=recipe.recompute or "none",
+        process=process_bytes(model, device),
+    )

@@ -1,0 +1,72 @@
+"""A trace, the bytes of the training state and the process: the Ledger of a run."""
+
+from __future__ import annotations
+
+from thalweg.core import Ledger
+from thalweg.device import Device, memory
+from thalweg.engine.memory.trace import Trace
+from thalweg.optim.sizes import StateSizes
+
+
+def predict(
+    traced: Trace,
+    sizes: StateSizes,
+    device: Device,
+    *,
+    micro_batches: int = 1,
+    buffers: int = 0,
+    data: int = 0,
+    recompute: str = "none",
+    process: int | None = None,
+    accelerator: bool = False,
+) -> Ledger:
+    """What training takes at most.
+
+    The peak of a step is that of its passes or of its update, whichever is larger, over the training state. On a CPU what the
+    C library's heap loses between blocks joins it (``thalweg.device.memory.lost_in_heap``) as temporary.
+
+    Args:
+        traced: the passes of one micro-batch.
+        sizes: of the training state.
+        micro_batches: of one window; all of them are on the device at once.
+        buffers, data: bytes of the model's buffers and of training data on the device.
+        recompute: as in the recipe, of the model that was traced.
+        process: bytes besides; None: ``process_bytes`` now, where model and data lie in this process.
+        accelerator: whether the plan is for one, whatever ``device`` it was traced on.
+    """
+    if process is None:
+        process = process_bytes(device, sizes.parameters + buffers + data)
+    state = sizes.parameters + sizes.gradients + sizes.slots + sizes.averages + buffers + data
+    passes, place = traced.peak, traced.peak_at
+    if sizes.update > passes:
+        passes, place = sizes.update, "update"
+    lost = 0 if accelerator else memory.lost_in_heap(device, traced.peak_of(memory.in_heap))
+    temporary = max(0, passes - traced.kept) + traced.inputs * micro_batches + lost
+    return Ledger(
+        parameters=sizes.parameters,
+        gradients=sizes.gradients,
+        slots=sizes.slots,
+        averages=sizes.averages,
+        buffers=buffers,
+        data=data,
+        activations=traced.kept,
+        modules=traced.modules,
+        temporary=temporary,
+        peak=state + traced.kept + temporary + process,
+        peak_at=place,
+        process=process,
+        micro_batch=traced.samples,
+        recompute=recompute,
+    )
+
+
+def process_bytes(device: Device, resident: int = 0) -> int:
+    """What this process takes on the device besides training: on the CPU the interpreter, its libraries, data in memory.
+
+    Args:
+        resident: bytes of tensors that lie there already and that the ledger counts elsewhere, such as the model.
+    """
+    if device.kind != "cpu":
+        return 0
+    memory.release(device)
+    return max(0, memory.in_use(device) - resident)

@@ -1,0 +1,73 @@
+"""What training takes in memory and time, before it begins: ``thalweg plan`` as functions.
+
+>>> import thalweg
+>>> from thalweg.recipes import find_task, recipe_for
+>>> ledger = thalweg.memory.estimate(find_task("digits"), on="h100-80gb")
+>>> ledger.peak == sum(size for _, size in ledger.rows())
+True
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from thalweg.core import Change, Forecast, Ledger, ModuleBytes, Recipe, RecipeError, Task, to_bytes
+from thalweg.device.chips import CHIPS, Chip
+
+__all__ = ["CHIPS", "Change", "Chip", "Forecast", "Ledger", "ModuleBytes", "estimate", "forecast"]
+
+
+def forecast(
+    task: Task,
+    recipe: Recipe | Mapping[str, Any] | None = None,
+    *,
+    on: str | None = None,
+    devices: int = 1,
+    sharded: bool = False,
+    device_memory: str | int | None = None,
+) -> Forecast:
+    """What a run will take, in bytes and seconds, and what would make it smaller.
+
+    Args:
+        task: model, loss and data; ``Task(model=..., loss=..., data=...)`` makes one.
+        recipe: a ``Recipe``, or what differs from the task's own, by dotted path.
+        on: a chip that need not be here, of ``CHIPS``: the model is not allocated. None: this machine, where steps are
+            timed on copies.
+        devices: how many such chips.
+        sharded: whether parameters, gradients and slots are spread over them.
+        device_memory: bytes to plan with, such as "16GiB"; None: what is there.
+
+    Raises:
+        ThalwegError: for what training would refuse, and for a chip that is not known.
+    """
+    from thalweg.engine.memory.planner import plan_here, plan_there
+
+    own = Recipe().override(task.recipe)
+    given = recipe if isinstance(recipe, Recipe) else own.override(recipe or {})
+    most = None if device_memory is None else to_bytes(device_memory, "device_memory")
+    if on is None:
+        if devices != 1 or sharded:
+            raise RecipeError(
+                "Several devices are planned for by the name of their chip.",
+                f"devices={devices}, sharded={sharded}, and on is not given.",
+                "Give on='h100-80gb', or another of thalweg.memory.CHIPS.",
+            )
+        return plan_here(task, given, most=most)
+    return plan_there(task, given, on, devices=devices, sharded=sharded, most=most)
+
+
+def estimate(
+    task: Task,
+    recipe: Recipe | Mapping[str, Any] | None = None,
+    *,
+    on: str | None = None,
+    devices: int = 1,
+    sharded: bool = False,
+) -> Ledger:
+    """The bytes of ``forecast`` alone: the ledger that ``thalweg plan`` prints.
+
+    Raises:
+        ThalwegError: as for ``forecast``.
+    """
+    return forecast(task, recipe, on=on, devices=devices, sharded=sharded).ledger
