@@ -16,7 +16,7 @@ from torch import nn
 import thalweg
 from thalweg.cli.main import main
 from thalweg.core import Recipe, RecipeError
-from thalweg.engine.resolve import Decisions, settle_optimizer
+from thalweg.engine.settle import Decisions, settle_optimizer
 from thalweg.optim import Program, card
 from thalweg.optim.face import class_name
 from thalweg.rules import RULES, STAGES, make_rule

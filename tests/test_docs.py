@@ -35,7 +35,7 @@ import torch
 from thalweg import Recipe, regularize, schedules
 from thalweg.cli.main import main
 from thalweg.core.recipe import Schedule as RecipeSchedule
-from thalweg.engine.resolve import Decisions, settle_optimizer
+from thalweg.engine.settle import Decisions, settle_optimizer
 from thalweg.optim import card, table
 from thalweg.rules import DECAYS, RULES, STAGES
 from thalweg.schedules import cards

@@ -14,6 +14,7 @@ from thalweg.engine.preflight import ModelLoss
 from thalweg.engine.recompute import recompute
 from thalweg.engine.regularizers import TaskLoss, make_streams
 from thalweg.engine.release import Release
+from thalweg.engine.released import ReleasedStep
 from thalweg.engine.scheduled import (
     Scheduled,
     average_lengths,
@@ -73,8 +74,11 @@ def build(plan: Plan, model: nn.Module, loss: ModelLoss, device: Device, policy:
         sharpness_scaled=regularize.sharpness_scaled,
     )
     streams = make_streams(model, recipe, device.torch_device, timetable.now)
-    release = Release(arenas, two_pass=optimizer.release_gradients == "two-pass") if releases else None
-    return Step(state, loss, policy, options, streams, release, recompute(model, recipe.recompute or "none"))
+    again = recompute(model, recipe.recompute or "none")
+    if releases:
+        release = Release(arenas, two_pass=optimizer.release_gradients == "two-pass")
+        return ReleasedStep(state, loss, policy, options, streams, again, release=release)
+    return Step(state, loss, policy, options, streams, again)
 
 
 def run_span(plan: Plan) -> Span:

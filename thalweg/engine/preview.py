@@ -11,8 +11,9 @@ from torch import nn
 from thalweg.core import Plan, Recipe, RecipeError, Task
 from thalweg.engine.build import run_span
 from thalweg.engine.regularizers import TaskLoss, check_values
-from thalweg.engine.resolve import Decisions, resolve, settle_optimizer
+from thalweg.engine.resolve import resolve
 from thalweg.engine.scheduled import Scheduled, batch_sizes, by_steps, scheduled, sequence_lengths, span_of
+from thalweg.engine.settle import Decisions, settle_optimizer
 from thalweg.schedules import Span, parse
 from thalweg.schedules.curve import Curve
 

@@ -2,36 +2,25 @@
 
 from __future__ import annotations
 
-import inspect
 import math
-from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
-import torch
 from torch import nn
 from torch.utils.data import DataLoader
 
 from thalweg.core import (
     DataError,
-    Decision,
     Feed,
-    ModelError,
     Plan,
     Recipe,
-    RecipeError,
-    Split,
     Task,
-    did_you_mean,
-    divisors,
-    seed_for,
 )
 from thalweg.data import (
     ChangedFeed,
     Items,
     Source,
-    Stream,
     Tensors,
     as_source,
     batch_size,
@@ -51,6 +40,7 @@ from thalweg.engine.checks import (
     try_shortest,
     whole_of,
 )
+from thalweg.engine.given import made_model, split_of, task_loss
 from thalweg.engine.memory import Bench, fit, predicted, settle_memory
 from thalweg.engine.precision import begin_precision, settle_precision, tell_gradients
 from thalweg.engine.preflight import (
@@ -62,7 +52,6 @@ from thalweg.engine.preflight import (
 )
 from thalweg.engine.recompute import recomputed, tried
 from thalweg.engine.regularizers import (
-    TaskLoss,
     WindowChange,
     augmentation,
     change_model,
@@ -74,15 +63,14 @@ from thalweg.engine.regularizers import (
 from thalweg.engine.release import check_release
 from thalweg.engine.scheduled import (
     batch_sizes,
-    epochs_of,
     scheduled,
     sequence_lengths,
     span_of,
 )
+from thalweg.engine.settle import Decisions, settle_evaluation, settle_length, settle_optimizer
 from thalweg.optim import parameter_table
 from thalweg.precision import Policy, Prepared, policy_for
 from thalweg.regularize import Change, watch_batch
-from thalweg.rules import RULES, STAGES
 
 
 @dataclass(frozen=True)
@@ -103,21 +91,6 @@ class Resolved:
     policy: Policy
     prepared: Prepared
     bench: Bench | None = None
-
-
-class Decisions:
-    """Collects what was decided and why."""
-
-    def __init__(self) -> None:
-        self.made: list[Decision] = []
-
-    def take(self, path: str, value: Any, reason: str) -> Any:
-        self.made.append(Decision(path, value, reason))
-        return value
-
-    def unless_given(self, path: str, given: Any, derive: Callable[[], tuple[Any, str]]) -> Any:
-        """``given``, or what ``derive`` says: (value, reason)."""
-        return given if given is not None else self.take(path, *derive())
 
 
 def resolve(
@@ -237,7 +210,7 @@ def resolve(
     check_release(recipe, device.kind, plan_of(recipe).parameters, decide.take)
     tell_gradients(recipe, decide.take)
     tell_split(model, recipe, decide)
-    recipe = _settle_evaluation(recipe, task, test is not None, steps, decide)
+    recipe = settle_evaluation(recipe, task, test is not None, steps, decide)
     check_heard(moved, recipe, test is not None)
     check_average(recipe, span)
     if test is not None:
@@ -248,189 +221,6 @@ def resolve(
     if saved is not None:
         plan = replace(plan, loss_divisor=saved.loss_divisor)
     return Resolved(plan, model, loss, feed, test, device, policy, prepared, bench)
-
-
-def settle_optimizer(recipe: Recipe, decide: Decisions) -> Recipe:
-    optimizer = recipe.optimizer
-    rule = RULES[optimizer.rule]
-    options = {name: value for name, value in rule.options(optimizer.options).items() if _can_be_written(value)}
-    for name in sorted(options.keys() - optimizer.options.keys()):
-        decide.take(f"optimizer.options.{name}", options[name], f"published default of {rule.name} ({rule.paper})")
-    lr = decide.unless_given(
-        "optimizer.lr", optimizer.lr, lambda: (rule.lr, f"published default of {rule.name} ({rule.paper})")
-    )
-    form = optimizer.decay_form
-    if optimizer.weight_decay:
-        form = decide.unless_given("optimizer.decay_form", form, lambda: (rule.decay_form, f"the form of {rule.name}"))
-    for name, given in optimizer.stages.items():
-        STAGES[name].options(given)
-    if "curvature" in rule.needs:
-        raise RecipeError(
-            f"optimizer.rule='{rule.name}' needs a second gradient, of labels drawn from the model.",
-            "A task's loss gives one.",
-            f"Use thalweg.optim.{rule.name.capitalize()} and its estimate_curvature in a loop of your own, or another rule.",
-        )
-    other = optimizer.otherwise_lr
-    if rule.least_ndim:
-        rest = RULES[optimizer.otherwise]
-        if rest.least_ndim:
-            raise RecipeError(
-                f"optimizer.otherwise='{rest.name}' cannot take the rest.",
-                f"It is for parameters of {rest.least_ndim} or more dimensions.",
-                "Use a rule for any parameter, such as adamw.",
-            )
-        why = f"published default of {rest.name}, for what {rule.name} does not take"
-        other = decide.unless_given("optimizer.otherwise_lr", other, lambda: (rest.lr, why))
-    settled = replace(optimizer, options=options, lr=lr, decay_form=form or rule.decay_form, otherwise_lr=other)
-    return replace(recipe, optimizer=settled)
-
-
-def _can_be_written(value: Any) -> bool:
-    """Whether a recipe can hold a value: None and infinity, as defaults, are left out."""
-    return value is not None and not (isinstance(value, float) and math.isinf(value))
-
-
-def settle_length(recipe: Recipe, source: Source, decide: Decisions) -> tuple[Recipe, int, int]:
-    train = recipe.train
-    samples = source.num if isinstance(source, Stream) else len(source)
-    micro = train.micro_batch or ("auto" if recipe.memory_budget else None)  # a budget decides what is left open
-    micro = decide.unless_given("train.micro_batch", micro, lambda: (train.batch, "the whole batch in one pass"))
-    if micro == "auto" and recipe.schedule.batch is not None:
-        raise RecipeError(
-            "train.micro_batch='auto' does not go with schedule.batch.",
-            "The sizes of windows are whole micro-batches, so another machine would train on others.",
-            f"Give train.micro_batch, one of {', '.join(map(str, divisors(train.batch)))}.",
-        )
-    if train.last == "drop" and 0 < samples < train.batch:
-        raise DataError(
-            "train.last='drop' drops the only window of an epoch.",
-            f"{samples} samples, train.batch={train.batch}.",
-            "Use train.last='keep' or a smaller batch.",
-        )
-    per_epoch = samples / train.batch
-    per_epoch = max(1, math.ceil(per_epoch) if train.last == "keep" else math.floor(per_epoch))
-    steps = train.steps
-    if steps is None:
-        if not samples:
-            raise RecipeError(
-                "The length of the run is not known.",
-                "The data is a stream that does not say how long it is.",
-                "Give train.steps.",
-            )
-        epochs = decide.unless_given(
-            "train.epochs", train.epochs, lambda: (10.0, "neither steps nor epochs were given")
-        )
-        steps = max(1, round(epochs * per_epoch))
-        told = f"{epochs:g} epochs of {per_epoch} steps ({samples} samples)"
-        if recipe.schedule.batch is not None:
-            steps = _steps_for(epochs, samples, replace(recipe, train=replace(train, micro_batch=micro)), steps)
-            told = f"{epochs:g} epochs of {samples} samples, in steps of changing size"
-        decide.take("train.steps", steps, told)
-    elif train.epochs is not None:
-        decide.take("train.epochs", train.epochs, f"not used: train.steps={steps} was given too")
-    return replace(recipe, train=replace(train, micro_batch=micro)), steps, samples
-
-
-def _steps_for(epochs: float, samples: int, recipe: Recipe, least: int) -> int:
-    """The fewest steps that cover so many epochs, where the batch size changes with the length of the run."""
-
-    def covers(steps: int) -> bool:
-        parts = epochs_of(samples, batch_sizes(recipe, steps), recipe.train.last) or [0.0]
-        return sum(parts) >= epochs - 1e-9
-
-    low, high = least, least
-    while not covers(high):
-        low, high = high, 2 * high
-        if high > _MOST_STEPS:
-            raise RecipeError(
-                f"train.epochs={epochs:g} takes too many steps with schedule.batch='{recipe.schedule.batch}'.",
-                f"More than {_MOST_STEPS}.",
-                "Give train.steps, or a schedule whose batches are larger.",
-            )
-    while high - low > 1:
-        middle = (low + high) // 2
-        low, high = (low, middle) if covers(middle) else (middle, high)
-    return high
-
-
-_MOST_STEPS = 10**8
-
-
-def _settle_evaluation(recipe: Recipe, task: Task, held_out: bool, steps: int, decide: Decisions) -> Recipe:
-    evaluate, checkpoint = recipe.evaluate, recipe.checkpoint
-    tenth = max(1, steps // 10)
-    if held_out:
-        every = decide.unless_given("evaluate.every", evaluate.every, lambda: (tenth, "ten times a run"))
-        batch = decide.unless_given(
-            "evaluate.batch", evaluate.batch, lambda: (whole_of(recipe.train.micro_batch), "the micro-batch")
-        )
-        smaller = evaluate.best.split("_")[-1] in ("loss", "error", "perplexity", "mae", "mse", "rmse")
-        goal = decide.unless_given(
-            "evaluate.goal", evaluate.goal, lambda: ("min" if smaller else "max", f"by the name '{evaluate.best}'")
-        )
-        evaluate = replace(evaluate, every=every, batch=batch, goal=goal)
-    else:
-        evaluate = replace(
-            evaluate, every=0, batch=evaluate.batch or whole_of(recipe.train.micro_batch), goal=evaluate.goal or "min"
-        )
-    saves = decide.unless_given("checkpoint.every", checkpoint.every, lambda: (tenth, "ten times a run"))
-    return replace(recipe, evaluate=evaluate, checkpoint=replace(checkpoint, every=saves))
-
-
-def split_of(task: Task, recipe: Recipe) -> Split:
-    data = task.data
-    is_function = callable(data) and not hasattr(data, "__iter__") and not hasattr(data, "__getitem__")
-    if is_function:
-        data = _with_options(data, recipe.data.options, "data.options", skip=0)()
-    elif recipe.data.options:
-        _no_options("data.options", recipe.data.options, "the data is an object, not a function")
-    return data if isinstance(data, Split) else Split(train=data)
-
-
-def made_model(task: Task, recipe: Recipe) -> nn.Module:
-    model = task.model
-    if isinstance(model, nn.Module):
-        if recipe.model:
-            _no_options("model", recipe.model, "the model is a module, not a function that makes one")
-    else:
-        torch.manual_seed(seed_for(recipe.seed, "init"))
-        model = _with_options(model, recipe.model, "model", skip=0)()
-    if not isinstance(model, nn.Module):
-        raise ModelError(
-            "The task's model is no nn.Module.", f"Got {type(model).__name__}.", "Return an nn.Module from it."
-        )
-    return model
-
-
-def _no_options(table: str, given: Mapping[str, Any], why: str) -> None:
-    raise RecipeError(f"[{table}] has no use here: {why}.", f"Given: {', '.join(given)}.", "Remove the table.")
-
-
-def task_loss(function: Callable[..., Any], recipe: Recipe) -> TaskLoss:
-    """The loss function with the recipe's arguments and penalties; their names are checked."""
-    _check_arguments(function, recipe.loss, "loss", skip=2)
-    return TaskLoss(function, recipe.loss, recipe.regularize.penalties)
-
-
-def _with_options(function: Callable[..., Any], given: Mapping[str, Any], table: str, *, skip: int) -> Any:
-    """``function`` with recipe options bound; their names are checked against its signature."""
-    _check_arguments(function, given, table, skip=skip)
-    if not given:
-        return function
-    options = dict(given)
-    return lambda *args: function(*args, **options)
-
-
-def _check_arguments(function: Callable[..., Any], given: Mapping[str, Any], table: str, *, skip: int) -> None:
-    parameters = list(inspect.signature(function).parameters.values())[skip:]
-    if not any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters):
-        known = [p.name for p in parameters if p.kind is not inspect.Parameter.VAR_POSITIONAL]
-        for key in given:
-            if key not in known:
-                name = getattr(function, "__name__", str(function))
-                raise RecipeError(
-                    f"{table}.{key} is no argument of {name}().", f"It takes {len(known)}.", did_you_mean(key, known)
-                )
 
 
 def _near(source: Source, device: Device, decide: Decisions | None) -> Source:

@@ -15,7 +15,6 @@ from thalweg.device import ran_out
 from thalweg.engine.losses import sum_and_weight
 from thalweg.engine.portions import Failure, go_through, in_update
 from thalweg.engine.recompute import Recomputation
-from thalweg.engine.release import Release, check_window
 from thalweg.engine.sharpness import Sharpness
 from thalweg.engine.state import State
 from thalweg.engine.undo import Undo
@@ -63,11 +62,10 @@ class Step:
         policy: Policy,
         options: StepOptions,
         streams: Streams | None = None,
-        release: Release | None = None,
         recomputation: Recomputation | None = None,
     ) -> None:
         self.state, self.loss, self.policy, self.options, self.streams = state, loss, policy, options, streams
-        self.release, self.recomputation = release, recomputation
+        self.recomputation = recomputation
         self.generators = state.device.generators()
         self.sharpness: Sharpness | None = None
         if options.sharpness:
@@ -113,17 +111,7 @@ class Step:
     def _run(self, window: Sequence[Any]) -> Tensor:
         state = self.state
         self._begin()
-        if self.release is not None:
-            norm, ok = self._in_backward(window, self.release)
-        else:
-            parts = self._accumulate(state.limit.cut(window))
-            if self.sharpness is not None:
-                self._look_around(parts)
-            with torch.no_grad():
-                norm = self._gradient_norm() / self._mass()
-                ok = torch.isfinite(norm + self.sum_of_losses)
-                state.updating = True
-                update(state.arenas, **self._numbers(norm, ok), due=state.step)
+        norm, ok = self._move(window)
         with torch.no_grad():
             skipped, scale = (~ok).to(torch.float32), self._scale()
             if state.statistics.layers:
@@ -133,6 +121,19 @@ class Step:
             self._finish(ok, skipped)
             state.updating = False
         return row
+
+    def _move(self, window: Sequence[Any]) -> tuple[Tensor, Tensor]:
+        """The update by the gradient of a window: (global norm of the mean gradient, whether it is finite)."""
+        state = self.state
+        parts = self._accumulate(state.limit.cut(window))
+        if self.sharpness is not None:
+            self._look_around(parts)
+        with torch.no_grad():
+            norm = self._gradient_norm() / self._mass()
+            ok = torch.isfinite(norm + self.sum_of_losses)
+            state.updating = True
+            update(state.arenas, **self._numbers(norm, ok), due=state.step)
+        return norm, ok
 
     def _accumulate(self, parts: Sequence[Any], *, counted: bool = True) -> Sequence[Any]:
         """The summed gradients of all micro-batches; ``counted``: their losses, weights and statistics too.
@@ -184,50 +185,6 @@ class Step:
         divisor = self._mass() * (self.one if norm is None else self._excess(norm, ok))
         given = {"lr": self.lr, "t": self.state.t, "divisor": divisor, "skipped": (~ok).to(torch.float32)}
         return {**given, "share": self.share, "moved": self.state.timetable.now}
-
-    def _in_backward(self, window: Sequence[Any], release: Release) -> tuple[Tensor, Tensor]:
-        """(norm, whether the step counts), the update being done in the backward pass (``engine/release.py``)."""
-        check_window(window)
-        found: list[tuple[Tensor, Tensor]] = []
-
-        def one(index: int, first: int, batch: Any, last: bool) -> int:
-            found.append(self._released(batch, release))
-            return 0
-
-        with self.policy.around(self.state.device):
-            go_through(window, one, self.state.limit, self.undo, moved=self.state.moved)
-        return found[0]
-
-    def _released(self, batch: Any, release: Release) -> tuple[Tensor, Tensor]:
-        """The same for its one micro-batch; from ``state.moved()`` on it cannot be tried again."""
-        state = self.state
-        if release.two_pass:
-            with release.measuring():
-                self._passes(0, 0, batch, True)
-            with torch.no_grad():
-                norm = release.norm() / self._mass()
-                ok = torch.isfinite(norm + self.sum_of_losses)
-                state.updating = state.history is not None  # which takes in the norm now
-                given = self._numbers(norm, ok)
-            if state.statistics.layers:
-                state.statistics.pause()
-            with release.updating(given, due=state.step):
-                self._passes_again(0, 0, batch, True)
-            state.updating = True
-            return norm, ok
-        self._seed(0, 0, batch)
-        total, weight = self._forward(batch)
-        self._count(total, weight)
-        with torch.no_grad():
-            ok = torch.isfinite(self.sum_of_losses / self._mass())
-            given = self._numbers(None, ok)
-        with release.updating(given, due=state.step):
-            torch.autograd.backward(total, self._backward_seed(total))
-        state.updating = True
-        if state.statistics.layers:
-            state.statistics.collect(last=True)
-        with torch.no_grad():
-            return release.norm() / self._mass(), ok
 
     def _look_around(self, parts: Sequence[Any]) -> None:
         """The gradients of the same window, dropout and all, at a neighbour; what was counted stays counted once."""

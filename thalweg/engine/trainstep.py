@@ -15,6 +15,7 @@ from thalweg.core import Plan, Recipe, RecipeError
 from thalweg.data import batch_size, split, to_device
 from thalweg.device import choose, facts
 from thalweg.engine.build import build
+from thalweg.engine.given import task_loss
 from thalweg.engine.memory import Bench, fit, settle_memory
 from thalweg.engine.portions import spoken
 from thalweg.engine.precision import begin_precision, check_dtypes, settle_precision
@@ -22,16 +23,9 @@ from thalweg.engine.preflight import ModelLoss, preflight
 from thalweg.engine.recompute import recomputed, tried
 from thalweg.engine.regularizers import check_values
 from thalweg.engine.release import check_release
-from thalweg.engine.resolve import (
-    Decisions,
-    changed_model,
-    few,
-    loss_divisor,
-    settle_optimizer,
-    task_loss,
-    tell_split,
-)
+from thalweg.engine.resolve import changed_model, few, loss_divisor, tell_split
 from thalweg.engine.scheduled import average_lengths, scheduled, span_of
+from thalweg.engine.settle import Decisions, settle_optimizer
 from thalweg.engine.step import FIELDS, Step
 from thalweg.optim import parameter_table
 from thalweg.precision import policy_for

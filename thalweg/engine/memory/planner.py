@@ -26,6 +26,7 @@ from thalweg.device import Device, choose, memory
 from thalweg.device.chips import Chip, chip_called
 from thalweg.engine.blocks import repeated_blocks
 from thalweg.engine.checks import whole_of
+from thalweg.engine.given import made_model, split_of, task_loss
 from thalweg.engine.memory.bench import Bench
 from thalweg.engine.memory.budget import MARGIN
 from thalweg.engine.memory.predict import predict
@@ -35,7 +36,8 @@ from thalweg.engine.memory.settle import settle_memory
 from thalweg.engine.memory.trace import Line, of_size, trace, trace_line
 from thalweg.engine.precision import ISLANDS, gradient_dtype
 from thalweg.engine.recompute import recomputed
-from thalweg.engine.resolve import Decisions, made_model, resolve, settle_length, settle_optimizer, split_of, task_loss
+from thalweg.engine.resolve import resolve
+from thalweg.engine.settle import Decisions, settle_length, settle_optimizer
 from thalweg.optim import named_trainable, parameter_table
 from thalweg.optim.sizes import state_sizes
 from thalweg.precision import Policy, Prepared, policy_for
