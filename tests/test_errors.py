@@ -81,6 +81,21 @@ def test_parameters_without_a_gradient_are_named() -> None:
     thalweg.train(model, mean_loss, points(), SHORT)
 
 
+def test_complex_parameters_are_refused_by_name() -> None:
+    class Turned(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.turn = nn.Parameter(torch.ones(6, 3, dtype=torch.complex64))
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return (x.to(torch.complex64) @ self.turn).abs()
+
+    with pytest.raises(ModelError) as err:
+        thalweg.train(Turned(), mean_loss, points(), {"train.steps": 1})
+    three_parts(err.value)
+    assert "'turn' of shape (6, 3) is torch.complex64." in err.value.numbers
+
+
 def test_data_that_is_none() -> None:
     empty = {"x": torch.zeros(0, 6), "y": torch.zeros(0, dtype=torch.int64)}
     refuse(DataError, "no sample", data=empty)

@@ -203,6 +203,14 @@ class _Run:
         snapshot, told = self._open(resume)
         saved = self.folder.saved_plan() if self.folder and resume is not False else None
         resolved = resolve(self.task, self.recipe, saved=saved)
+        try:
+            return self._train(resolved, saved, snapshot, told, resume)
+        finally:
+            resolved.prepared.undo()
+
+    def _train(
+        self, resolved: Resolved, saved: Plan | None, snapshot: Snapshot | None, told: list[str], resume: Resume
+    ) -> Result:
         step = build(resolved.plan, resolved.model, resolved.loss, resolved.device, resolved.policy)
         plan = replace(resolved.plan, sizes=step.state.nbytes())
         if saved is None:
@@ -246,8 +254,6 @@ class _Run:
             finally:
                 if step.recomputation is not None:
                     step.recomputation.release()
-                if reason is StopReason.FAILED:
-                    resolved.prepared.undo()
                 for sink in sinks:
                     sink.stop(reason)
         step.state.adopt_average()
@@ -259,7 +265,6 @@ class _Run:
             step.streams.release()
             set_factors(step.state.model, {"dropout": None, "stochastic_depth": None})
         sample = self._sample(step.state.model, reason)
-        resolved.prepared.undo()
         if self.folder:
             outcome = {"reason": reason.value, "advice": reason.advice, "sample": sample}
             write_file(self.folder.path / "outcome.json", json.dumps(outcome).encode())

@@ -98,6 +98,9 @@ def settle_precision(
 
     Raises:
         ThalwegError: for a device, islands, a model or a loss that the precision is not possible with; the model is as before.
+
+    Returns:
+        The recipe, the policy, and what was done to the model: ``keep`` it when nothing can be refused any more.
     """
     if early is not None:
         early.keep()
@@ -120,7 +123,6 @@ def settle_precision(
         except BaseException:
             prepared.undo()
             raise
-    prepared.keep()
     for what, num in prepared.told:
         take("precision", recipe.precision, f"{num} {what}")
     if policy.stored is not None and recipe.optimizer.rounding == "auto":

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -104,8 +105,19 @@ def resolve(
         planning: whether a bench is wanted, on which variants can be tried.
 
     Raises:
-        ThalwegError: for anything that would fail later.
+        ThalwegError: for anything that would fail later; the model has its own dtypes then, and no hooks of ours.
     """
+    undo = ExitStack()
+    try:
+        return _resolve(task, recipe, saved, most, planning, undo)
+    except BaseException:
+        undo.close()
+        raise
+
+
+def _resolve(
+    task: Task, recipe: Recipe, saved: Plan | None, most: int | None, planning: bool, undo: ExitStack
+) -> Resolved:
     decide = Decisions()
     if saved is not None:
         recipe = saved.recipe
@@ -173,6 +185,8 @@ def resolve(
     with recomputed(model, recipe.recompute or "none"):
         recipe, policy, prepared = settle_precision(recipe, model, loss, first, device, decide.take, early)
 
+    undo.callback(prepared.undo)
+
     def plan_of(recipe: Recipe) -> Plan:
         return Plan(
             task=task.name,
@@ -199,13 +213,15 @@ def resolve(
     if planning or not sized or (recipe.memory_budget is not None and saved is None):
         if sized:
             window = _first_window(_changed(feeding(micro_batch=recipe.train.batch), mix, lengths), steps)
-        bench = Bench(plan_of, model, loss, window[0], device, policy, check=check, data=data)
+        bench = Bench(plan_of, model, loss, window[0], device, policy, check=check, data=data, held=prepared.held)
         recipe, ledger = fit(recipe, bench, decide.take, most, planning=planning)
         feed = _changed(feeding(micro_batch=whole_of(recipe.train.micro_batch)), mix, lengths)
     else:
         recipe = settle_memory(recipe)
         if saved is None:
-            ledger = predicted(plan_of(recipe), model, loss, first, device, policy, decide.take, data=data)
+            ledger = predicted(
+                plan_of(recipe), model, loss, first, device, policy, decide.take, data=data, held=prepared.held
+            )
     check(recipe)
     check_release(recipe, device.kind, plan_of(recipe).parameters, decide.take)
     tell_gradients(recipe, decide.take)
@@ -220,6 +236,7 @@ def resolve(
     plan = replace(plan_of(recipe), decisions=saved.decisions if saved else tuple(decide.made), ledger=ledger)
     if saved is not None:
         plan = replace(plan, loss_divisor=saved.loss_divisor)
+    prepared.keep()
     return Resolved(plan, model, loss, feed, test, device, policy, prepared, bench)
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Mapping
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -29,6 +29,7 @@ from thalweg.engine.settle import Decisions, settle_optimizer
 from thalweg.engine.step import FIELDS, Step
 from thalweg.optim import parameter_table
 from thalweg.precision import policy_for
+from thalweg.regularize import set_factors
 
 _WHY_NOT = dict.fromkeys(("examples", "tokens", "epochs"), "TrainStep does not see the data ahead of it.")
 
@@ -142,6 +143,7 @@ class TrainStep:
             policy_for(self.recipe.precision, self.device)
         check_dtypes(self.recipe, self.model)
         self._step: Step | None = None
+        self._finished = False
 
     def __call__(self, batch: Any) -> StepResult:
         """Train on one batch, cut into micro-batches of ``recipe.train.micro_batch`` samples.
@@ -150,6 +152,8 @@ class TrainStep:
             batch: a tree of tensors whose first dimension counts samples; any number of them. From the first one a
                 micro-batch of "auto" is measured, and what ``memory_budget`` leaves open is chosen.
         """
+        if self._finished:
+            raise RecipeError("TrainStep is finished.", "finish() was called.", "Make a new one.")
         if self._step is None:
             self._step = self._build(to_device(batch, self.device.torch_device))
         window = [to_device(part, self.device.torch_device) for part in self._cut(batch)]
@@ -173,6 +177,21 @@ class TrainStep:
             self._step = self._build(to_device(batch, self.device.torch_device))
         self._step.state.load(snapshot)
 
+    def finish(self) -> nn.Module:
+        """The model, plain again: what precision, recomputation and named streams put around it is taken off.
+
+        Its weights are the live ones (see ``averaged``), in the dtypes that they were trained in.
+        """
+        step = self._built()
+        self._step, self._finished = None, True
+        if step.recomputation is not None:
+            step.recomputation.release()
+        if step.streams is not None:  # its layers draw from torch's generator again
+            step.streams.release()
+            set_factors(self.model, {"dropout": None, "stochastic_depth": None})
+        self.prepared.undo()
+        return self.model
+
     def _built(self) -> Step:
         if self._step is None:
             raise RecipeError("TrainStep has not taken a step.", "Its state is built from the first batch.", "Call it.")
@@ -183,9 +202,20 @@ class TrainStep:
         return split(batch, given if isinstance(given, int) else batch_size(batch))
 
     def _build(self, batch: Any) -> Step:
+        undo = ExitStack()
+        try:
+            return self._checked(batch, undo)
+        except BaseException:
+            undo.close()
+            raise
+
+    def _checked(self, batch: Any, undo: ExitStack) -> Step:
         seed, steps, given = self.recipe.seed, self.steps or 1, self.recipe.train.micro_batch
         opened = given == "auto" or (given is None and self.recipe.memory_budget is not None)
         window = split(batch, few(batch)) if opened else self._cut(batch)
+        size = batch_size(batch)
+        whole = -(-size // given) * given if isinstance(given, int) else size  # a short last micro-batch counts as one
+        self.recipe = replace(self.recipe, train=replace(self.recipe.train, batch=whole))
         self.recipe, early = begin_precision(self.recipe, self.model, self.device, self._decide.take)
         changes = changed_model(self.model, self.loss, window[0], self.device, self.recipe, self._decide)
         self.rows = parameter_table(self.model, optimizer=self.recipe.optimizer, schedule=self.recipe.schedule)
@@ -195,6 +225,7 @@ class TrainStep:
             recipe, policy, self.prepared = settle_precision(
                 self.recipe, self.model, self.loss, window[0], self.device, self._decide.take, early
             )
+        undo.callback(self.prepared.undo)
         recipe = replace(recipe, train=replace(recipe.train, steps=steps))
 
         def plan_of(recipe: Recipe) -> Plan:
@@ -215,13 +246,13 @@ class TrainStep:
 
         ledger = None
         if opened or self.recipe.memory_budget is not None:
-            num = batch_size(batch)
-            train = replace(recipe.train, batch=num, micro_batch="auto" if opened else recipe.train.micro_batch)
-            bench = Bench(plan_of, self.model, self.loss, batch, self.device, policy)
+            train = replace(recipe.train, micro_batch="auto" if opened else recipe.train.micro_batch)
+            bench = Bench(plan_of, self.model, self.loss, batch, self.device, policy, held=self.prepared.held)
             recipe, ledger = fit(replace(recipe, train=train), bench, self._decide.take)
         recipe = settle_memory(recipe)
         tell_split(self.model, recipe, self._decide)
         check_release(recipe, self.device.kind, self.rows, self._decide.take)
         self.recipe = recipe
         self.plan = replace(plan_of(recipe), decisions=tuple(self._decide.made), ledger=ledger)
+        self.prepared.keep()
         return build(self.plan, self.model, self.loss, self.device, policy)

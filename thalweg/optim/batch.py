@@ -76,6 +76,8 @@ def new_part(program: Program, part: Part, p: Tensor, fold: str, device: torch.d
     """The first value of a stored part of ``p``'s slots, on its device or another."""
     dtype, device = program.dtype_of(part), device or p.device
     if part.shape == "like":
+        if p.is_meta:  # what follows would import half of torch's compiler for it
+            return torch.empty_strided(p.size(), p.stride(), dtype=dtype, device=device)
         if part.start == "param":
             return p.detach().to(device, dtype, copy=True, memory_format=torch.preserve_format)
         return torch.full_like(p, float(part.start), dtype=dtype, device=device, memory_format=torch.preserve_format)

@@ -53,8 +53,8 @@ class Codec:
 
 
 def round_to_bf16(x: Tensor, bits: Tensor) -> Tensor:
-    """bfloat16 of float32 ``x``, up or down with the probability that makes the mean exact; ``bits`` has 16 an element."""
-    raw = x.view(torch.int32) + bits
+    """bfloat16 of ``x``, first rounded to float32, up or down with the probability that makes the mean exact; ``bits`` has 16 an element."""
+    raw = x.to(torch.float32).view(torch.int32) + bits
     return (raw & -65536).view(torch.float32).to(torch.bfloat16)
 
 
@@ -109,7 +109,7 @@ def _encode_int8(x: Tensor, bits: Tensor | None, signed: bool) -> tuple[Tensor, 
     if not signed:
         below, above = below * below, above * above
     chance = _given(bits).to(x.dtype) * 2.0**-16
-    code = low + torch.where(chance * (above - below) < part - below, 1.0, 0.0)
+    code = low + (chance * (above - below) < part - below).to(x.dtype)
     if signed:
         code = 128 + torch.where(x < 0, -code, code)
     else:  # what is not zero never becomes zero: it stands below a fraction

@@ -106,7 +106,7 @@ def expression(node: Node, made: Mapping[Value, Node]) -> str:
         "logical_or": lambda: f"{args[0]} || {args[1]}",
         "logical_not": lambda: f"!{args[0]}",
         "bitwise_not": lambda: f"!{args[0]}" if node.out.dtype == torch.bool else f"~{args[0]}",
-        "bitwise_and": lambda: f"{args[0]} & {args[1]}",
+        "bitwise_and": lambda: _shifted(node, made) or f"{args[0]} & {args[1]}",
         "bitwise_or": lambda: f"{args[0]} | {args[1]}",
         "bitwise_xor": lambda: f"{args[0]} ^ {args[1]}",
         "__rshift__": lambda: f"{args[0]} >> {args[1]}",
@@ -130,6 +130,18 @@ def expression(node: Node, made: Mapping[Value, Node]) -> str:
     if op not in table:
         raise Untraceable(f"no C for {op}")
     return table[op]()
+
+
+def _shifted(node: Node, made: Mapping[Value, Node]) -> str | None:
+    """A shift to the right whose copies of the sign are masked off is one shift of a number without sign, not two steps."""
+    source, mask = node.args
+    shift = made.get(source) if isinstance(source, Value) and source.dtype == torch.int32 else None
+    if shift is None or shift.op not in ("__rshift__", "bitwise_right_shift"):
+        return None
+    of, places = shift.args
+    if not isinstance(places, int) or not 0 < places < 32 or mask != (1 << (32 - places)) - 1:
+        return None
+    return f"(int32_t)((uint32_t){operand(of, 'int32_t')} >> {places})"
 
 
 def _has_no_low_bits(value: Value, made: Mapping[Value, Node]) -> bool:

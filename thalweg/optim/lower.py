@@ -22,6 +22,8 @@ from thalweg.optim.program import Program
 #: Below this many elements a kernel is not built unasked: eagerly they take under 2 ms a step, and a thousand steps of that
 #: are what building costs where nothing is cached (benchmarks/results/optim.json).
 WORTH_COMPILING = 1 << 18
+#: The same where slots are kept in blocks of few bits: eagerly an element takes six times as long.
+WORTH_COMPILING_BLOCKS = WORTH_COMPILING >> 3
 
 
 @dataclass(frozen=True)
@@ -75,7 +77,8 @@ def _choose(program: Program, *, device: str, elements: int, way: str | None, ke
             f"torch has no fused operator with this maths in {program.dtype} on {device}.",
             "Leave way out, or use way='compiled'.",
         )
-    large = elements >= WORTH_COMPILING
+    least = WORTH_COMPILING_BLOCKS if program.blocked and device == "cpu" else WORTH_COMPILING
+    large = elements >= least
     if operator is not None and (way == "fused" or not ((program.average or (keep and program.unscale)) and large)):
         return Update(
             operator, "fused", f"torch has a fused operator with the maths of {program.rule.name} on {device}"
@@ -88,7 +91,7 @@ def _choose(program: Program, *, device: str, elements: int, way: str | None, ke
         if way == "compiled":
             raise RecipeError(f"way='compiled' is not possible for {program.rule.name}.", why, "Leave way out.")
     else:
-        why = f"{elements} elements are too few to repay a kernel ({WORTH_COMPILING})"
+        why = f"{elements} elements are too few to repay a kernel ({least})"
     if operator is not None:
         return Update(operator, "fused", f"torch's fused operator; {why}")
     if matrices:

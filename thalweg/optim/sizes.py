@@ -53,7 +53,7 @@ def state_sizes(
     Raises:
         RecipeError: for slots that the rule cannot have.
     """
-    shapes = [(name, nn.Parameter(torch.empty_like(p, device="meta"))) for name, p in named]
+    shapes = [(name, nn.Parameter(_without_memory(p))) for name, p in named]
     how = How(
         slots=optimizer.slots or "full",
         rounding=optimizer.rounding,
@@ -72,6 +72,11 @@ def state_sizes(
         found["slots"] = found["average"] = 0
     update = max((_temporary(segment) for arena in arenas for segment in arena.segments), default=0)
     return StateSizes(found["parameters"], found["gradients"], found["slots"], found["average"], away, update)
+
+
+def _without_memory(p: Tensor) -> Tensor:
+    """Its shape, strides and dtype; ``empty_like`` would import half of torch's compiler for it."""
+    return torch.empty_strided(p.size(), p.stride(), dtype=p.dtype, device="meta")
 
 
 #: Tensors of a stack of matrices that are alive at once while rules work on it: the parameter and its gradient in float32,

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from thalweg.core import ModelError, ParameterRow, RecipeError, did_you_mean
 from thalweg.core.plan import RECIPES_RULE
@@ -74,7 +74,23 @@ def named_trainable(model: nn.Module) -> list[tuple[str, nn.Parameter]]:
             f"{total} parameters, 0 of them require a gradient.",
             "Give a model with parameters whose requires_grad is True.",
         )
+    refuse_complex(named)
     return named
+
+
+def refuse_complex(named: Iterable[tuple[str, Tensor]]) -> None:
+    """The rules are of real numbers: the square of a complex gradient is no second moment.
+
+    Raises:
+        ModelError: for a complex parameter.
+    """
+    for name, p in named:
+        if p.is_complex():
+            raise ModelError(
+                "Complex parameters are not trained.",
+                f"'{name}' of shape {tuple(p.shape)} is {p.dtype}.",
+                "Make torch.view_as_real(p) the parameter, and view it as complex in the forward pass.",
+            )
 
 
 def parameter_table(

@@ -81,6 +81,11 @@ class Prepared:
         num = sum(1 for p in self.model.parameters() if p.dtype == dtype)
         self.told.append((f"parameters in {str(dtype).removeprefix('torch.')}", num))
 
+    @property
+    def held(self) -> int:
+        """Bytes of what the tensors were before, until ``keep``."""
+        return sum(before.nbytes for _, before in self._casts)
+
     def keep(self) -> None:
         """The cast is for good: what the tensors were before is let go."""
         self._casts = []

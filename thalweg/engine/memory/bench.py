@@ -12,7 +12,7 @@ from typing import Any
 from torch import nn
 
 from thalweg.core import Ledger, ModelError, Plan, Recipe, ThalwegError
-from thalweg.data import batch_size, split
+from thalweg.data import batch_size, split, tensors
 from thalweg.device import Device, memory, ran_out
 from thalweg.device.kept import same_generators
 from thalweg.engine.build import build
@@ -53,7 +53,7 @@ class Bench:
         window: the samples of a whole window, on the device.
         policy: of the run, for which the model has been prepared.
         check: refuses a complete recipe that the model and its data do not allow.
-        data: bytes of training data on the device.
+        data: bytes of training data on the device; ``held``: of the model as it was, which will be let go.
     """
 
     def __init__(
@@ -67,23 +67,25 @@ class Bench:
         *,
         check: Callable[[Recipe], None] = lambda recipe: None,
         data: int = 0,
+        held: int = 0,
     ) -> None:
+        self.held = held + sum(x.nbytes for _, x in tensors(window))
         self.plan_of, self.model, self.loss, self.window = plan_of, model, loss, window
         self.device, self.policy, self.check, self.data = device, policy, check, data
-        self.process = process_bytes(model, device)
+        self.process = process_bytes(model, device, self.held)
         self._lines: dict[str, Line] = {}
         self._sizes: dict[tuple[Any, ...], StateSizes] = {}
         self._costs: dict[str, Cost] = {}
 
-    def can(self, recipe: Recipe) -> bool:
-        """Whether a complete recipe is possible at all."""
+    def refused(self, recipe: Recipe) -> ThalwegError | None:
+        """Why a complete recipe is not possible at all; None where it is."""
         try:
             self.check(recipe)
             check_release(recipe, self.device.kind, self.plan_of(recipe).parameters, lambda path, value, why: None)
             self.ledger(recipe)
-        except ThalwegError:
-            return False
-        return True
+        except ThalwegError as err:
+            return err
+        return None
 
     def ledger(self, recipe: Recipe) -> Ledger:
         """What a complete recipe takes, its micro-batch a number."""
@@ -107,7 +109,7 @@ class Bench:
                 self._lines[how] = trace_line(
                     self.model, self.loss, few, self.device, self.policy, seed=recipe.seed, fake=False
                 )
-            self.process = process_bytes(self.model, self.device)  # what traces need of torch is there now
+            self.process = process_bytes(self.model, self.device, self.held)  # what traces need of torch is there now
         return self._lines[how]
 
     def _size(self, recipe: Recipe) -> StateSizes:
@@ -156,7 +158,7 @@ class Bench:
         with same_generators(self.device):
             self.step(recipe).run(split(self.window, micro)[:1])
             self.device.synchronize()
-        self.process = process_bytes(self.model, self.device)  # and what steps need
+        self.process = process_bytes(self.model, self.device, self.held)  # and what steps need
 
     def cost(self, recipe: Recipe, *, budget_s: float = 1.5) -> Cost:
         """Measured on a copy: medians of steps of one and of two micro-batches in turn."""
@@ -192,13 +194,13 @@ class Bench:
         return time.perf_counter() - start
 
 
-def process_bytes(model: nn.Module, device: Device) -> int:
-    """What the process holds besides the model, where the device's memory is the process's."""
+def process_bytes(model: nn.Module, device: Device, held: int = 0) -> int:
+    """What the process holds besides the model, and ``held`` of it, where the device's memory is the process's."""
     if device.kind != "cpu":
         return 0
     memory.release(device)
     mine = sum(x.nbytes for x in (*model.parameters(), *model.buffers()))
-    return max(0, memory.in_use(device) - mine)
+    return max(0, memory.in_use(device) - mine - held)
 
 
 def sizes_of(plan: Plan, model: nn.Module, device: Device) -> StateSizes:
@@ -224,9 +226,18 @@ def predicted(
     take: Callable[[str, Any, str], object],
     *,
     data: int = 0,
+    held: int = 0,
 ) -> Ledger | None:
-    """The ledger of a run whose choices are made, from one pass of its first micro-batch; None where it cannot be followed."""
+    """The ledger of a run whose choices are made, from one pass of its first micro-batch; None where it cannot be followed.
+
+    On a CPU, where the system tells a process's peak, what the pass really took is what is predicted from: live tensors, the
+    holes that the C library's heap has between them, and working memory of operators. The batch lies in this process then, and
+    so does its window.
+    """
     recipe = plan.recipe
+    num = -(-recipe.train.batch // batch_size(batch))
+    memory.release(device)
+    marked = device.kind == "cpu" and memory.reset_peak(device)
     try:
         with recomputed(model, recipe.recompute or "none"):
             traced = trace(model, loss, batch, device, policy, seed=recipe.seed)
@@ -235,13 +246,16 @@ def predicted(
             raise
         take("memory", "not predicted", f"the model's passes cannot be followed: {type(err).__name__}: {err}")
         return None
+    most = memory.peak(device) if marked else None
+    memory.release(device)
     return predict(
         traced,
         sizes_of(plan, model, device),
         device,
-        micro_batches=-(-recipe.train.batch // batch_size(batch)),
+        micro_batches=num,
         buffers=sum(buffer.nbytes for buffer in model.buffers()),
         data=data,
         recompute=recipe.recompute or "none",
-        process=process_bytes(model, device),
+        seen=None if most is None else most - memory.in_use(device),  # what was loaded in the pass stays, and is the process's
+        process=process_bytes(model, device, held + num * traced.inputs),
     )

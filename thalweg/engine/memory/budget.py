@@ -54,7 +54,10 @@ def fit(
         RecipeError: if nothing fits; the message says what the least is.
     """
     limit, told = _limit(recipe, bench, most)
-    possible = list(ways(recipe, bench))
+    refused = [(one, bench.refused(one)) for one in ways(recipe)]
+    possible = [one for one, why in refused if why is None]
+    if not possible:
+        raise next(why for _, why in refused if why is not None)
     every = [Choice(one, bench.ledger(one)) for one in possible]
     fitting = [choice for choice in every if choice.ledger.peak <= limit]
     prices = Prices(bench)
@@ -63,7 +66,7 @@ def fit(
     else:
         fitting = _cheapest_first(fitting, prices)
     failed: list[int] = []
-    if planning and not fitting and every:
+    if planning and not fitting:
         fitting = [min(every, key=lambda choice: choice.ledger.peak)]
     for choice in fitting:
         try:
@@ -80,8 +83,8 @@ def fit(
     raise _nothing_fits(recipe, every, told, failed)
 
 
-def ways(recipe: Recipe, bench: Bench) -> Iterator[Recipe]:
-    """Every way to fill what is open. Without a budget that is the micro-batch alone."""
+def ways(recipe: Recipe) -> Iterator[Recipe]:
+    """Every way to fill what is open, possible or not. Without a budget that is the micro-batch alone."""
     budget, optimizer, micro = recipe.memory_budget is not None, recipe.optimizer, recipe.train.micro_batch
     clips = bool(recipe.train.clip or recipe.train.clip_history) or recipe.precision == "fp16"
 
@@ -96,9 +99,7 @@ def ways(recipe: Recipe, bench: Bench) -> Iterator[Recipe]:
         open_(optimizer.offload, False, True),
     ):
         changed = replace(optimizer, slots=slots, release_gradients=release, offload=away)
-        one = replace(recipe, recompute=how, optimizer=changed, train=replace(recipe.train, micro_batch=size))
-        if bench.can(one):
-            yield one
+        yield replace(recipe, recompute=how, optimizer=changed, train=replace(recipe.train, micro_batch=size))
 
 
 def _limit(recipe: Recipe, bench: Bench, most: int | None) -> tuple[int, str]:
@@ -171,9 +172,10 @@ def _nothing_fits(recipe: Recipe, every: list[Choice], told: str, failed: list[i
         )
     least = min(every, key=lambda choice: choice.ledger.peak)
     own = {path: value for path, value, was in least.recipe.diff(recipe)}
+    narrow = recipe.precision == "bf16-pure"
     numbers = ", ".join(f"{name} {human_bytes(size)}" for name, size in least.ledger.rows() if size)
     return RecipeError(
         f"Training does not fit {told}.",
         f"The least that was found takes {human_bytes(least.ledger.peak)} ({numbers}), with {own}.",
-        "Give more memory, a smaller model, or precision='bf16-pure'; see thalweg plan.",
+        "Give more memory or a smaller model" + ("" if narrow else ", or precision='bf16-pure'") + "; see thalweg plan.",
     )

@@ -22,7 +22,7 @@ from thalweg.core import (
     divisors,
 )
 from thalweg.data import as_source, make_feed, tree_map
-from thalweg.device import Device, choose, memory
+from thalweg.device import Device, choose, memory, ran_out
 from thalweg.device.chips import Chip, chip_called
 from thalweg.engine.blocks import repeated_blocks
 from thalweg.engine.checks import whole_of
@@ -125,9 +125,12 @@ def _changes_here(
         if one.precision != recipe.precision:
             try:
                 there = bench.at(one.precision)
-            except ThalwegError:
+                there.ledger(one)
+            except Exception as err:  # a model that does not run in it: no change to offer
+                if ran_out(err):
+                    raise
                 continue
-        if not there.can(one):
+        if there.refused(one) is not None:
             continue
         peak = there.ledger(one).peak
         if peak < bench.ledger(recipe).peak:
@@ -157,6 +160,7 @@ class _There:
     here: Device
     models: dict[Any, nn.Module] = field(default_factory=dict)
     lines: dict[Any, Line] = field(default_factory=dict)
+    times: dict[Any, float] = field(default_factory=dict)  # seconds of one micro-batch's passes
 
     def of(self, recipe: Recipe) -> nn.Module:
         """The model as a precision prepares it: a copy, which takes nothing."""
@@ -221,10 +225,13 @@ class _There:
     def seconds(self, recipe: Recipe, micro: int) -> float:
         """Seconds of a step."""
         model = self.of(recipe)
-        mode = Roofline(self.chip, recipe.precision)
-        batch = of_size(self.window, micro)
-        with recomputed(model, recipe.recompute or "none"):
-            trace(model, self.loss, batch, self.here, self.policy(recipe), fake=True, also=mode)
+        key = recipe.precision, recipe.islands, recipe.recompute, micro
+        if key not in self.times:
+            mode = Roofline(self.chip, recipe.precision)
+            batch = of_size(self.window, micro)
+            with recomputed(model, recipe.recompute or "none"):
+                trace(model, self.loss, batch, self.here, self.policy(recipe), fake=True, also=mode)
+            self.times[key] = mode.seconds
         passes = -(-self._share(recipe) // micro)
         weights = sum(p.nbytes for p in model.parameters())
         state = self.ledger(recipe, micro)
@@ -233,7 +240,7 @@ class _There:
         if recipe.optimizer.offload:
             update_s += 2 * state.slots / _HOST_LINK
         twice = 2 if recipe.optimizer.release_gradients == "two-pass" else 1
-        return twice * passes * mode.seconds + update_s + self._talk(weights)
+        return twice * passes * self.times[key] + update_s + self._talk(weights)
 
     def _talk(self, weights: int) -> float:
         """Seconds of talk between the devices in a step: gradients summed, or blocks gathered twice and scattered once."""

@@ -18,12 +18,15 @@ def predict(
     data: int = 0,
     recompute: str = "none",
     process: int | None = None,
+    seen: int | None = None,
     accelerator: bool = False,
 ) -> Ledger:
     """What training takes at most.
 
     The peak of a step is that of its passes or of its update, whichever is larger, over the training state. On a CPU what the
-    C library's heap loses between blocks joins it (``thalweg.device.memory.lost_in_heap``) as temporary.
+    C library's heap loses between blocks joins it as temporary: as it was ``seen``, or else as it is on average
+    (``thalweg.device.memory.lost_in_heap``). Elsewhere tensors alone count; an accelerator's allocator rounds each up to 512
+    bytes, and takes memory from the device in portions of 2 MiB and more.
 
     Args:
         traced: the passes of one micro-batch.
@@ -32,16 +35,17 @@ def predict(
         buffers, data: bytes of the model's buffers and of training data on the device.
         recompute: as in the recipe, of the model that was traced.
         process: bytes besides; None: ``process_bytes`` now, where model and data lie in this process.
+        seen: bytes that these very passes took on this machine at most; None: follows from the trace.
         accelerator: whether the plan is for one, whatever ``device`` it was traced on.
     """
     if process is None:
         process = process_bytes(device, sizes.parameters + buffers + data)
     state = sizes.parameters + sizes.gradients + sizes.slots + sizes.averages + buffers + data
-    passes, place = traced.peak, traced.peak_at
+    lost = 0 if accelerator else memory.lost_in_heap(device, traced.peak_of(memory.in_heap))
+    passes, place = traced.peak + lost if seen is None else max(traced.peak, seen), traced.peak_at
     if sizes.update > passes:
         passes, place = sizes.update, "update"
-    lost = 0 if accelerator else memory.lost_in_heap(device, traced.peak_of(memory.in_heap))
-    temporary = max(0, passes - traced.kept) + traced.inputs * micro_batches + lost
+    temporary = max(0, passes - traced.kept) + traced.inputs * micro_batches
     return Ledger(
         parameters=sizes.parameters,
         gradients=sizes.gradients,

@@ -57,6 +57,11 @@ class Prices:
         return plain * twice * max(again / high, 1.0) if high else 0.0
 
     def _rest(self, recipe: Recipe) -> float:
+        """Seconds of a step besides its passes. What saves memory is never taken to be faster than what does not: that is noise."""
+        plain = self.bench.cost(self._plain(recipe, self._small(recipe), "none")).rest
+        return max(self._own_rest(recipe), plain)
+
+    def _own_rest(self, recipe: Recipe) -> float:
         small = self._small(recipe)
         train = replace(recipe.train, micro_batch=small)
         own = replace(recipe, recompute="none", train=train)

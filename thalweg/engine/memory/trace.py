@@ -260,7 +260,7 @@ def _follow(
             with policy.context(device):
                 total, _ = sum_and_weight(loss(model, batch), batch)
             follow.forward_done(total)
-            torch.autograd.backward(total)
+            torch.autograd.backward(total, torch.ones_like(total))  # as a step does: torch imports more for a given gradient
             del total
     finally:
         for handle in removable:
@@ -310,6 +310,10 @@ class _Follow(TorchDispatchMode):
         self.events: list[int] = []
         self.backward = False
         self.used = ""  # module of the activation that a backward operation used last
+
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        return False  # else torch imports its compiler at the first operation, which takes seconds and 75 MB
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
