@@ -28,8 +28,16 @@ from thalweg.recipes import find_task
 MIB = 1 << 20
 PLAIN = {"train.batch": 32, "train.steps": 3, "precision": "fp32", "device": "cpu", "schedule.lr": "constant()"}
 
+#: All that a budget could choose but the micro-batch.
+PINNED = {
+    "recompute": "none",
+    "optimizer.slots": "int8",
+    "optimizer.release_gradients": "off",
+    "optimizer.offload": False,
+}
 
-def gpt_task(layers: int = 4, num: int = 64) -> Task:
+
+def gpt_task(layers: int = 2, num: int = 64) -> Task:
     def model() -> nn.Module:
         from thalweg.recipes.models.gpt import GPT
 
@@ -111,7 +119,7 @@ from thalweg.core import Recipe
 from thalweg.recipes.models.gpt import GPT
 from thalweg.core import Task
 from tests.models import ragged_text, text_loss
-make = lambda: GPT(vocab=17, context=12, width=16384, heads=128, layers=8, dropout=0.0)
+make = lambda: GPT(vocab=17, context=12, width=16384, heads=128, layers=2, dropout=0.0)
 task = Task(name="huge", model=make, loss=text_loss, data=lambda: ragged_text(64))
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 found = thalweg.memory.forecast(task, {"train.batch": 32, "train.steps": 10}, on="h200-141gb", devices=8, sharded=True)
@@ -127,15 +135,15 @@ def test_a_model_that_is_far_too_large_for_this_machine_is_planned_without_alloc
     )
     assert done.returncode == 0, done.stderr
     parameters, slots, grown, fits = done.stdout.split()
-    whole = 8 * 12 * 16384**2 * 4  # the matrices of its blocks, in bytes
+    whole = 2 * 12 * 16384**2 * 4  # the matrices of its blocks, in bytes
     assert int(parameters) == pytest.approx(whole / 8, rel=0.01)
     assert int(slots) == pytest.approx(2 * whole / 8, rel=0.01)
-    assert int(grown) < 1 << 20  # KiB: less than 1 GiB, of 103 GB
+    assert int(grown) < 1 << 20  # KiB: less than 1 GiB, of 26 GB of parameters alone
     assert fits == "True"
 
 
 def test_sharding_spreads_the_state_and_gathers_blocks() -> None:
-    task, recipe = gpt_task(layers=8), made(**{"optimizer.slots": "full"})
+    task, recipe = gpt_task(), made(**{"optimizer.slots": "full"})
     alone = plan_there(task, recipe, "a100-40gb", devices=8)
     spread = plan_there(task, recipe, "a100-40gb", devices=8, sharded=True)
     for name in ("parameters", "gradients", "slots"):
@@ -149,7 +157,7 @@ def test_sharding_spreads_the_state_and_gathers_blocks() -> None:
 
 
 def test_a_chip_that_is_slower_takes_longer_and_one_without_bf16_is_not_given_it() -> None:
-    task = gpt_task()
+    task = Task(name="mlp", model=mlp, loss=mean_loss, data=lambda: points(64))
     times = [plan_there(task, made(precision="fp32"), chip).seconds for chip in ("h100-80gb", "t4-16gb")]
     assert times[0] is not None and times[1] is not None and times[0] <= times[1]
     assert {d[0]: d[1] for d in plan_there(task, made(precision="auto"), "t4-16gb").decisions}["precision"] == "fp16"
@@ -415,7 +423,7 @@ def test_a_budget_is_refused_under_the_parameters_own_bytes() -> None:
     three_parts(err.value)
     assert err.value.asked == "memory_budget='1KiB' is under the parameters' own bytes."
     with pytest.raises(RecipeError) as err:
-        resolve(gpt_task(), made(memory_budget="2MiB"))  # of the process alone there is more
+        resolve(gpt_task(), made(memory_budget="2MiB", **PINNED))  # of the process alone there is more
     assert err.value.asked == "Training does not fit memory_budget='2MiB'."
 
 
@@ -455,10 +463,8 @@ def test_batch_normalization_is_never_given_one_sample(monkeypatch: pytest.Monke
     peaks(monkeypatch, 1)
     task = Task(name="bn", model=batchnorm_net, loss=mean_loss, data=lambda: points(64))
     with pytest.raises(RecipeError):
-        resolve(
-            task, made(memory_budget="7MiB", recompute="none")
-        )  # 4 of weights, 2 of slots: one sample alone would fit
-    assert resolve(task, made(memory_budget="8MiB", recompute="none")).plan.recipe.train.micro_batch == 2
+        resolve(task, made(memory_budget="7MiB", **PINNED))  # 4 of weights, 2 of slots: one sample alone would fit
+    assert resolve(task, made(memory_budget="8MiB", **PINNED)).plan.recipe.train.micro_batch == 2
 
 
 def test_a_model_that_cannot_be_copied_says_so() -> None:
@@ -506,3 +512,102 @@ def test_the_address_space_that_is_left_counts() -> None:
         assert device_memory.available(resolve(find_task("digits"), made()).device) < 64 << 30
     finally:
         resource.setrlimit(resource.RLIMIT_AS, (soft, hard))
+
+
+def test_a_budget_that_is_no_constraint_changes_nothing_whatever_the_clock_says(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    peaks(monkeypatch, 1)
+
+    def never(self: Bench, *args: Any, **kwargs: Any) -> Any:
+        raise AssertionError("nothing need be measured")
+
+    monkeypatch.setattr(Bench, "cost", never)
+    chosen = resolve(gpt_task(), made(memory_budget="1GiB")).plan.recipe
+    assert (chosen.recompute, chosen.optimizer.slots, chosen.train.micro_batch) == ("none", "full", 32)
+
+
+def test_what_saves_memory_is_never_taken_to_be_faster(monkeypatch: pytest.MonkeyPatch) -> None:
+    peaks(monkeypatch, 1)
+    priced(monkeypatch, int8=0.1)  # noise
+    chosen = resolve(gpt_task(), made(memory_budget="28MiB", recompute="none")).plan.recipe  # 16 samples either way
+    assert (chosen.optimizer.slots, chosen.train.micro_batch) == ("full", 16)
+
+
+def test_an_impossible_value_is_refused_with_its_own_reason() -> None:
+    with pytest.raises(RecipeError) as err:
+        resolve(gpt_task(), made(memory_budget="4GiB", **{"optimizer.release_gradients": "one-pass"}))
+    assert "one-pass' is not possible" in err.value.asked
+
+
+@pytest.mark.parametrize("what", ["schedule.sequence", "schedule.batch"])
+def test_the_ledger_is_of_the_longest_window(what: str) -> None:
+    changes = {what: "warmup(50%, start=0.25)"}
+    recipe = made(**{"train.steps": 8})
+    plain = resolve(gpt_task(), recipe).plan.ledger
+    moved = resolve(gpt_task(), recipe.override(changes)).plan.ledger
+    assert plain is not None and moved is not None
+    assert (moved.activations, moved.micro_batch) == (plain.activations, plain.micro_batch)
+
+
+@pytest.mark.parametrize(
+    ("changes", "copies"),
+    [
+        ({"regularize.average_form": "window", "regularize.average_window": 7}, 7),
+        ({"regularize.sharpness": 0.05}, 1),
+        ({"evaluate.patience": 2}, 1),
+    ],
+)
+def test_copies_of_the_weights_are_in_the_ledger(changes: dict[str, Any], copies: int) -> None:
+    data = Split(train=ragged_text(64), test=ragged_text(16, seed=1))
+    task = Task(name="gpt", model=small_gpt, loss=text_loss, data=lambda: data)
+    plain, more = (resolve(task, made().override(c)).plan.ledger for c in ({}, changes))
+    assert plain is not None and more is not None
+    assert more.averages - plain.averages == copies * plain.parameters
+
+
+def test_elsewhere_a_budget_chooses_and_what_training_refuses_is_refused() -> None:
+    task = gpt_task()
+    tight = plan_there(task, made(memory_budget="1MB", recompute="none"), "h100-80gb")
+    assert tight.ledger.peak <= 10**6 and tight.ledger.micro_batch < 32
+    assert any(path == "train.micro_batch" for path, _, _ in tight.decisions)
+    for changes in (
+        {"optimizer.release_gradients": "one-pass"},
+        {"optimizer.offload": True, "optimizer.rule": "prodigy"},
+    ):
+        with pytest.raises(RecipeError) as err:
+            plan_there(task, made(**changes), "h100-80gb")
+        three_parts(err.value)
+    once, twice = (plan_there(task, made(**{"regularize.sharpness": rho}), "h100-80gb").seconds for rho in (0.0, 0.05))
+    assert once is not None and twice is not None and twice > 1.7 * once
+
+
+def test_elsewhere_a_model_that_is_given_as_it_is_stays_where_it_is() -> None:
+    model = small_gpt()
+    before = [p.detach().clone() for p in model.parameters()]
+    task = Task(name="mine", model=model, loss=text_loss, data=ragged_text(64))
+    ledger = thalweg.memory.estimate(task, dict(PLAIN), on="a100-40gb")
+    check_sums(ledger)
+    assert all(torch.equal(a, b) and b.device.type == "cpu" for a, b in zip(before, model.parameters()))
+
+
+def test_an_estimate_times_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    def never(self: Bench, *args: Any, **kwargs: Any) -> Any:
+        raise AssertionError("bytes alone were asked for")
+
+    monkeypatch.setattr(Bench, "cost", never)
+    check_sums(thalweg.memory.estimate(gpt_task(), dict(PLAIN)))
+
+
+def test_a_model_that_does_not_run_in_bfloat16_is_planned_without_that_change() -> None:
+    class Own(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.last = nn.Linear(6, 6), nn.Linear(6, 3)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.last(self.first(x)) + self.last(self.first(torch.zeros(1, 6)))  # float32 made inside
+
+    task = Task(name="own", model=Own, loss=mean_loss, data=lambda: points(64))
+    changes = [change.what for change in plan_here(task, made()).changes]
+    assert "optimizer.slots=int8" in changes and "precision=bf16-pure" not in changes

@@ -41,6 +41,19 @@ def forecast(
     Raises:
         ThalwegError: for what training would refuse, and for a chip that is not known.
     """
+    return _planned(task, recipe, on, devices, sharded, device_memory, timed=True)
+
+
+def _planned(
+    task: Task,
+    recipe: Recipe | Mapping[str, Any] | None,
+    on: str | None,
+    devices: int,
+    sharded: bool,
+    device_memory: str | int | None,
+    *,
+    timed: bool,
+) -> Forecast:
     from thalweg.engine.memory.planner import plan_here, plan_there
 
     own = Recipe().override(task.recipe)
@@ -53,8 +66,8 @@ def forecast(
                 f"devices={devices}, sharded={sharded}, and on is not given.",
                 "Give on='h100-80gb', or another of thalweg.memory.CHIPS.",
             )
-        return plan_here(task, given, most=most)
-    return plan_there(task, given, on, devices=devices, sharded=sharded, most=most)
+        return plan_here(task, given, most=most, timed=timed)
+    return plan_there(task, given, on, devices=devices, sharded=sharded, most=most, timed=timed)
 
 
 def estimate(
@@ -70,4 +83,4 @@ def estimate(
     Raises:
         ThalwegError: as for ``forecast``.
     """
-    return forecast(task, recipe, on=on, devices=devices, sharded=sharded).ledger
+    return _planned(task, recipe, on, devices, sharded, None, timed=False).ledger

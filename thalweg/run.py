@@ -27,7 +27,7 @@ from thalweg.core import (
     Task,
 )
 from thalweg.engine import GIVE_UP_AFTER, Loop, Resolved, build, evaluate, evaluated_weights, resolve
-from thalweg.engine.memory import PeakWatch
+from thalweg.engine.memory import PeakWatch, begun
 from thalweg.regularize import PreciseStatistics, set_factors
 from thalweg.report import write_report
 from thalweg.watch import JsonLines, Memory
@@ -214,6 +214,8 @@ class _Run:
         step = build(resolved.plan, resolved.model, resolved.loss, resolved.device, resolved.policy)
         plan = replace(resolved.plan, sizes=step.state.nbytes())
         if saved is None:
+            if plan.ledger is not None:
+                plan = replace(plan, ledger=begun(plan.ledger, resolved.device))
             plan = replace(plan, decisions=(*plan.decisions, *step.state.ways()))
         if self.folder and resume is False:
             write_file(self.folder.plan_file, plan.to_json().encode())

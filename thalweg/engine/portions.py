@@ -122,7 +122,9 @@ class Limit:
             f"{TRIES} tries in a row in {failure.where}; {human_bytes(memory.available(self.device))} free on "
             f"{self.device.torch_device}; the data alone is {human_bytes(size)}. The allocator: {failure.words}",
             "Free what others hold, or let a pass take less: recompute='blocks', precision='bf16', shorter sequences, a "
-            "smaller model" + (", or a smaller train.batch." if num > 1 else "."),
+            "smaller model"
+            + (", optimizer.release_gradients='off', so that windows can be cut" if "release" in whole else "")
+            + (", or a smaller train.batch." if num > 1 else "."),
         )
 
 
@@ -301,7 +303,7 @@ def in_update(failure: Failure, *, moved: bool) -> OutOfMemoryError:
     """
     if moved:
         return OutOfMemoryError(
-            "Memory ran out in the update of the weights, and some of them may have moved.",
+            f"Memory ran out in {failure.where} while weights were being updated, and some of them may have moved.",
             f"This state is not saved. The allocator: {failure.words}",
             "Free memory and resume from the last checkpoint (--resume). optimizer.slots='int8' takes less.",
         )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -79,6 +80,14 @@ def begin_precision(recipe: Recipe, model: nn.Module, device: Device, take: Take
     if policy.stored is None:  # autocast joins the dtypes in the passes that come; the checks have none
         return recipe, None
     return recipe, Prepared(model, policy, device, ISLANDS if recipe.islands is None else recipe.islands)
+
+
+def joined(recipe: Recipe, model: nn.Module, device: Device) -> contextlib.AbstractContextManager[object]:
+    """Around passes before the precision is settled: a model that mixes half precision and float32 needs autocast to run at all."""
+    dtypes = {p.dtype for _, p in named_trainable(model)}
+    if recipe.precision == "auto" or len(dtypes) < 2 or not dtypes & {torch.bfloat16, torch.float16}:
+        return contextlib.nullcontext()
+    return policy_for(recipe.precision, device).forward(device)
 
 
 def settle_precision(

@@ -76,7 +76,7 @@ def recompute(model: nn.Module, how: str) -> Recomputation:
             raise ModelError(
                 f"recompute='{how}' was asked for, and the model recomputes already.",
                 f"'{name}' does.",
-                "Release what was changed first, or give a fresh model.",
+                "Call finish() of the TrainStep that has it, or give a fresh model.",
             )
     if how == "compiled":
         torch._dynamo.reset()  # what was traced before knows of no budget

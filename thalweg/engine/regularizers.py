@@ -163,6 +163,9 @@ def what_follows_the_split(
     size = recipe.train.micro_batch if micro_batch is None else micro_batch
     if not isinstance(size, int) or size >= recipe.train.batch:
         return
+    if recipe.precision == "bf16-pure" and recipe.train.micro_batch == recipe.train.batch:
+        why = "gradients are added up in bfloat16; give train.micro_batch, and they are float32"
+        yield "precision", recipe.precision, why
     layers = [layer for layer in model.modules() if layer.training]
     drops = [layer for layer in layers if isinstance(layer, (Drop, _DropoutNd)) and layer.p > 0]
     by_step = [x for x in drops if isinstance(x, DropConnect) or (isinstance(x, StochasticDepth) and x.mode == "batch")]

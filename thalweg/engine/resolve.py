@@ -43,7 +43,7 @@ from thalweg.engine.checks import (
 )
 from thalweg.engine.given import made_model, split_of, task_loss
 from thalweg.engine.memory import Bench, fit, predicted, settle_memory
-from thalweg.engine.precision import begin_precision, settle_precision, tell_gradients
+from thalweg.engine.precision import begin_precision, joined, settle_precision, tell_gradients
 from thalweg.engine.preflight import (
     ModelLoss,
     Probe,
@@ -150,6 +150,8 @@ def _resolve(
         )
     model = made_model(task, recipe).to(device.torch_device)
     recipe, early = begin_precision(recipe, model, device, decide.take)
+    if early is not None:
+        undo.callback(early.undo)
     mix = mixing(recipe, task, source)
     source, test = _near(source, device, decide), None if test is None else _near(test, device, None)
     feeding = partial(
@@ -165,20 +167,24 @@ def _resolve(
     )
     sized = recipe.train.micro_batch != "auto"
     feed = feeding(micro_batch=whole_of(recipe.train.micro_batch) if sized else recipe.train.batch)
-    raw = _part(_first_window(feed, steps)[0], sized)
+    window = _first_window(feed, steps)
+    raw = _part(window[0], sized)
     whole = sequence_length(raw)
     lengths = sequence_lengths(recipe, steps, whole)
     if lengths is not None:
         check_sequences(task, raw)
-    feed = _changed(feed, mix, lengths)
-    window = _first_window(feed, steps)
+    if mix is not None or lengths is not None:
+        feed = _changed(feed, mix, lengths)
+        window = _first_window(feed, steps)
     first = _part(window[0], sized)
     num_parts = len(window) if sized else -(-batch_size(window[0]) // batch_size(first))
-    changes = changed_model(model, loss, first, device, recipe, decide)
-    with tried(model, recipe.recompute, decide.take), watch_batch(model, batch_size(first)) as values:
-        probe = preflight(model, loss, first, source, device, recipe.seed, mixed=mix is not None)
-    if lengths is not None:
-        try_shortest(model, loss, raw, min(lengths), device, recipe.seed)
+    with joined(recipe, model, device):
+        changes = changed_model(model, loss, first, device, recipe, decide)
+        with tried(model, recipe.recompute, decide.take), watch_batch(model, batch_size(first)) as values:
+            probe = preflight(model, loss, first, source, device, recipe.seed, mixed=mix is not None)
+        if lengths is not None:
+            try_shortest(model, loss, raw, min(lengths), device, recipe.seed)
+    del raw  # a run holds one window at a time
     per_step, why_not = _units(task, recipe, samples, probe, batch_size(first), whole)
     span = span_of(recipe, steps, per_step, why_not, samples=samples, sequence=whole)
     check_values(moved, span)
@@ -211,14 +217,17 @@ def _resolve(
     ledger, bench = None if saved is None else saved.ledger, None
     data = _bytes_near(source, device)
     if planning or not sized or (recipe.memory_budget is not None and saved is None):
-        if sized:
-            window = _first_window(_changed(feeding(micro_batch=recipe.train.batch), mix, lengths), steps)
+        if sized or sizes is not None or lengths is not None:  # the whole, and the longest, there will be
+            window = _first_window(_changed(feeding(micro_batch=recipe.train.batch, sizes=None), mix, None), steps)
         bench = Bench(plan_of, model, loss, window[0], device, policy, check=check, data=data, held=prepared.held)
         recipe, ledger = fit(recipe, bench, decide.take, most, planning=planning)
         feed = _changed(feeding(micro_batch=whole_of(recipe.train.micro_batch)), mix, lengths)
     else:
         recipe = settle_memory(recipe)
         if saved is None:
+            if sizes is not None or lengths is not None:
+                largest = feeding(micro_batch=whole_of(recipe.train.micro_batch), sizes=None)
+                first = _first_window(_changed(largest, mix, None), steps)[0]
             ledger = predicted(
                 plan_of(recipe), model, loss, first, device, policy, decide.take, data=data, held=prepared.held
             )

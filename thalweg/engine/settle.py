@@ -74,9 +74,10 @@ def settle_length(recipe: Recipe, source: Source, decide: Decisions) -> tuple[Re
     samples = source.num if isinstance(source, Stream) else len(source)
     micro = train.micro_batch or ("auto" if recipe.memory_budget else None)  # a budget decides what is left open
     micro = decide.unless_given("train.micro_batch", micro, lambda: (train.batch, "the whole batch in one pass"))
+    asked = "train.micro_batch='auto'"
     if micro == "auto" and recipe.schedule.batch is not None:
         raise RecipeError(
-            "train.micro_batch='auto' does not go with schedule.batch.",
+            f"{'memory_budget' if train.micro_batch is None else asked} does not go with schedule.batch.",
             "The sizes of windows are whole micro-batches, so another machine would train on others.",
             f"Give train.micro_batch, one of {', '.join(map(str, divisors(train.batch)))}.",
         )

@@ -211,6 +211,8 @@ class State:
         for arena in self.arenas:
             for purpose, size in arena.nbytes().items():
                 sizes[purpose] = sizes.get(purpose, 0) + size
+        if self.window is not None:
+            sizes["average"] = sizes.get("average", 0) + sum(ring.nbytes for ring in self.window.rings)
         sizes["buffers"] = sum(buffer.nbytes for buffer in self.model.buffers())
         return sizes
 

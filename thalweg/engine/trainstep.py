@@ -18,7 +18,7 @@ from thalweg.engine.build import build
 from thalweg.engine.given import task_loss
 from thalweg.engine.memory import Bench, fit, settle_memory
 from thalweg.engine.portions import spoken
-from thalweg.engine.precision import begin_precision, check_dtypes, settle_precision
+from thalweg.engine.precision import begin_precision, check_dtypes, joined, settle_precision, tell_gradients
 from thalweg.engine.preflight import ModelLoss, preflight
 from thalweg.engine.recompute import recomputed, tried
 from thalweg.engine.regularizers import check_values
@@ -214,13 +214,18 @@ class TrainStep:
         opened = given == "auto" or (given is None and self.recipe.memory_budget is not None)
         window = split(batch, few(batch)) if opened else self._cut(batch)
         size = batch_size(batch)
-        whole = -(-size // given) * given if isinstance(given, int) else size  # a short last micro-batch counts as one
+        # A short last micro-batch counts as one; where the size is given, later batches may be cut even if this one is not.
+        least = 2 if self.recipe.optimizer.release_gradients in (None, "off") else 1
+        whole = max(least, -(-size // given)) * given if isinstance(given, int) else size
         self.recipe = replace(self.recipe, train=replace(self.recipe.train, batch=whole))
         self.recipe, early = begin_precision(self.recipe, self.model, self.device, self._decide.take)
-        changes = changed_model(self.model, self.loss, window[0], self.device, self.recipe, self._decide)
-        self.rows = parameter_table(self.model, optimizer=self.recipe.optimizer, schedule=self.recipe.schedule)
-        with tried(self.model, self.recipe.recompute, self._decide.take):
-            probe = preflight(self.model, self.loss, window[0], None, self.device, seed)
+        if early is not None:
+            undo.callback(early.undo)
+        with joined(self.recipe, self.model, self.device):
+            changes = changed_model(self.model, self.loss, window[0], self.device, self.recipe, self._decide)
+            self.rows = parameter_table(self.model, optimizer=self.recipe.optimizer, schedule=self.recipe.schedule)
+            with tried(self.model, self.recipe.recompute, self._decide.take):
+                probe = preflight(self.model, self.loss, window[0], None, self.device, seed)
         with recomputed(self.model, self.recipe.recompute or "none"):
             recipe, policy, self.prepared = settle_precision(
                 self.recipe, self.model, self.loss, window[0], self.device, self._decide.take, early
@@ -248,10 +253,12 @@ class TrainStep:
         if opened or self.recipe.memory_budget is not None:
             train = replace(recipe.train, micro_batch="auto" if opened else recipe.train.micro_batch)
             bench = Bench(plan_of, self.model, self.loss, batch, self.device, policy, held=self.prepared.held)
+            self._decide.take("memory", f"{size} samples", "of the first batch; what is chosen holds for all that come")
             recipe, ledger = fit(replace(recipe, train=train), bench, self._decide.take)
         recipe = settle_memory(recipe)
         tell_split(self.model, recipe, self._decide)
         check_release(recipe, self.device.kind, self.rows, self._decide.take)
+        tell_gradients(recipe, self._decide.take)
         self.recipe = recipe
         self.plan = replace(plan_of(recipe), decisions=tuple(self._decide.made), ledger=ledger)
         self.prepared.keep()

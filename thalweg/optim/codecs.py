@@ -53,7 +53,7 @@ class Codec:
 
 
 def round_to_bf16(x: Tensor, bits: Tensor) -> Tensor:
-    """bfloat16 of ``x``, first rounded to float32, up or down with the probability that makes the mean exact; ``bits`` has 16 an element."""
+    """bfloat16 of ``x``, as float32 has it, up or down with the probability that makes the mean exact; ``bits``: 16 an element."""
     raw = x.to(torch.float32).view(torch.int32) + bits
     return (raw & -65536).view(torch.float32).to(torch.bfloat16)
 

@@ -141,10 +141,6 @@ class _Recorder(TorchDispatchMode):
         self._known: dict[int, Value] = {}
         self._alive: list[Tensor] = []
 
-    @classmethod
-    def _should_skip_dynamo(cls) -> bool:
-        return False  # else torch imports its compiler at the first operation, which takes seconds and 50 MB
-
     def note(self, tensor: Tensor, kind: str) -> Value:
         value = Value(len(self._alive), kind, tensor.dtype)
         self._alive.append(tensor)

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.graph import _engine_run_backward
+from torch.autograd.graph import _engine_run_backward  # what torch.autograd.backward ends in; it would leave this mode
 from torch.overrides import TorchFunctionMode
 
 HALVES = (torch.bfloat16, torch.float16)

@@ -42,6 +42,7 @@ class Prepared:
         self._casts: list[tuple[torch.Tensor, torch.Tensor]] = []
         self._forwards: list[Float32Forward] = []
         self._float8: list[tuple[nn.Module, str, nn.Module]] = []
+        _check_plain(model)
         inside = island_modules(model, islands)
         narrow = policy.autocast or policy.stored
         if narrow is None:
@@ -79,7 +80,13 @@ class Prepared:
                 self._casts.append((x, x.data))
                 x.data = x.data.to(to)
         num = sum(1 for p in self.model.parameters() if p.dtype == dtype)
-        self.told.append((f"parameters in {str(dtype).removeprefix('torch.')}", num))
+        short = str(dtype).removeprefix("torch.")
+        self.told.append((f"parameters in {short}", num))
+        buffers = [name for name, x in self.model.named_buffers() if x.dtype == dtype]
+        if buffers:
+            self.told.append(
+                (f"buffers in {short}, such as '{buffers[0]}'; islands keep what must not be rounded", len(buffers))
+            )
 
     @property
     def held(self) -> int:
@@ -117,6 +124,18 @@ class Entrance:
 def exit_in_float32(module: nn.Module, args: Any, output: Any) -> Any:
     """A hook: half-precision outputs of the model in float32."""
     return widened(output)
+
+
+def _check_plain(model: nn.Module) -> None:
+    """Refuse a model that another run or step still has."""
+    hooks = [*model._forward_hooks.values(), *model._forward_pre_hooks.values()]
+    num = sum(hook is exit_in_float32 or isinstance(hook, Entrance) for hook in hooks)
+    if num:
+        raise ModelError(
+            "The model is still prepared for another precision.",
+            f"{num} hooks of a TrainStep are on it.",
+            "Call finish() of that TrainStep first, or give a fresh model.",
+        )
 
 
 def _check_shared(model: nn.Module, inside: dict[str, nn.Module], dtype: torch.dtype) -> None:

@@ -3,7 +3,7 @@
 from thalweg.engine.memory.bench import Bench, predicted
 from thalweg.engine.memory.budget import fit
 from thalweg.engine.memory.measured import STEPS, PeakWatch
-from thalweg.engine.memory.predict import predict
+from thalweg.engine.memory.predict import begun, predict
 from thalweg.engine.memory.settle import settle_memory
 from thalweg.engine.memory.trace import CannotFake, Line, Trace, trace_line
 
@@ -14,6 +14,7 @@ __all__ = [
     "Line",
     "PeakWatch",
     "Trace",
+    "begun",
     "fit",
     "predict",
     "predicted",

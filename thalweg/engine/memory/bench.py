@@ -5,20 +5,20 @@ from __future__ import annotations
 import copy
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import nn
 
-from thalweg.core import Ledger, ModelError, Plan, Recipe, ThalwegError
+from thalweg.core import Ledger, ModelError, ParameterRow, Plan, Recipe, ThalwegError
 from thalweg.data import batch_size, split, tensors
 from thalweg.device import Device, memory, ran_out
 from thalweg.device.kept import same_generators
 from thalweg.engine.build import build
 from thalweg.engine.checks import whole_of
-from thalweg.engine.memory.predict import predict
-from thalweg.engine.memory.trace import Line, trace, trace_line
+from thalweg.engine.memory.predict import predict, process_bytes
+from thalweg.engine.memory.trace import Line, load_backward, trace, trace_line
 from thalweg.engine.precision import ISLANDS, gradient_dtype
 from thalweg.engine.preflight import ModelLoss
 from thalweg.engine.recompute import recomputed
@@ -69,10 +69,12 @@ class Bench:
         data: int = 0,
         held: int = 0,
     ) -> None:
-        self.held = held + sum(x.nbytes for _, x in tensors(window))
+        self.held = held + sum(
+            x.nbytes for _, x in tensors(window)
+        )  # that of a run has a place of its own in the ledger
         self.plan_of, self.model, self.loss, self.window = plan_of, model, loss, window
         self.device, self.policy, self.check, self.data = device, policy, check, data
-        self.process = process_bytes(model, device, self.held)
+        self.process = _besides(model, device, self.held)
         self._lines: dict[str, Line] = {}
         self._sizes: dict[tuple[Any, ...], StateSizes] = {}
         self._costs: dict[str, Cost] = {}
@@ -109,14 +111,14 @@ class Bench:
                 self._lines[how] = trace_line(
                     self.model, self.loss, few, self.device, self.policy, seed=recipe.seed, fake=False
                 )
-            self.process = process_bytes(self.model, self.device, self.held)  # what traces need of torch is there now
+            self.process = _besides(self.model, self.device, self.held)  # what traces need of torch is there now
         return self._lines[how]
 
     def _size(self, recipe: Recipe) -> StateSizes:
         optimizer, several = recipe.optimizer, whole_of(recipe.train.micro_batch) < recipe.train.batch
         key = (optimizer.slots, optimizer.release_gradients, optimizer.offload, several)
         if key not in self._sizes:
-            self._sizes[key] = sizes_of(self.plan_of(recipe), self.model, self.device)
+            self._sizes[key] = sizes_of(recipe, self.plan_of(recipe).parameters, self.model, self.device.kind)
         return self._sizes[key]
 
     def at(self, precision: str) -> Bench:
@@ -158,7 +160,7 @@ class Bench:
         with same_generators(self.device):
             self.step(recipe).run(split(self.window, micro)[:1])
             self.device.synchronize()
-        self.process = process_bytes(self.model, self.device, self.held)  # and what steps need
+        self.process = _besides(self.model, self.device, self.held)  # and what steps need
 
     def cost(self, recipe: Recipe, *, budget_s: float = 1.5) -> Cost:
         """Measured on a copy: medians of steps of one and of two micro-batches in turn."""
@@ -194,26 +196,31 @@ class Bench:
         return time.perf_counter() - start
 
 
-def process_bytes(model: nn.Module, device: Device, held: int = 0) -> int:
-    """What the process holds besides the model, and ``held`` of it, where the device's memory is the process's."""
-    if device.kind != "cpu":
-        return 0
-    memory.release(device)
-    mine = sum(x.nbytes for x in (*model.parameters(), *model.buffers()))
-    return max(0, memory.in_use(device) - mine - held)
+def _besides(model: nn.Module, device: Device, held: int = 0) -> int:
+    """What the process holds besides what trains and buffers, and ``held`` of it, where the device's memory is the process's."""
+    mine = [
+        *(p for _, p in named_trainable(model)),
+        *model.buffers(),
+    ]  # frozen weights have no place of their own in a ledger
+    return process_bytes(device, held + sum(x.nbytes for x in mine))
 
 
-def sizes_of(plan: Plan, model: nn.Module, device: Device) -> StateSizes:
-    """Bytes of the training state of a plan."""
-    wanted = plan.recipe.regularize
-    return state_sizes(
+def sizes_of(recipe: Recipe, rows: Sequence[ParameterRow], model: nn.Module, kind: str) -> StateSizes:
+    """Bytes of the training state of a complete recipe on a device of this kind, windows of weights and all."""
+    wanted = recipe.regularize
+    window = wanted.average_form == "window"
+    sizes = state_sizes(
         named_trainable(model),
-        plan.parameters,
-        plan.recipe.optimizer,
-        average=wanted.averages and wanted.average_form != "window",
-        device_kind=device.kind,
-        gradients=gradient_dtype(plan.recipe),
+        rows,
+        recipe.optimizer,
+        average=wanted.averages and not window,
+        device_kind=kind,
+        gradients=gradient_dtype(recipe),
     )
+    kept = wanted.average_window * sizes.parameters if window else 0
+    kept += sizes.parameters * (bool(wanted.sharpness) + bool(recipe.evaluate.patience))  # to come back to
+    aside = sizes.parameters if wanted.averages else 0  # while averaged weights are evaluated
+    return replace(sizes, averages=sizes.averages + kept, update=max(sizes.update, aside))
 
 
 def predicted(
@@ -236,6 +243,7 @@ def predicted(
     """
     recipe = plan.recipe
     num = -(-recipe.train.batch // batch_size(batch))
+    load_backward()
     memory.release(device)
     marked = device.kind == "cpu" and memory.reset_peak(device)
     try:
@@ -250,12 +258,14 @@ def predicted(
     memory.release(device)
     return predict(
         traced,
-        sizes_of(plan, model, device),
+        sizes_of(recipe, plan.parameters, model, device.kind),
         device,
         micro_batches=num,
         buffers=sum(buffer.nbytes for buffer in model.buffers()),
         data=data,
         recompute=recipe.recompute or "none",
-        seen=None if most is None else most - memory.in_use(device),  # what was loaded in the pass stays, and is the process's
-        process=process_bytes(model, device, held + num * traced.inputs),
+        seen=None
+        if most is None
+        else most - memory.in_use(device),  # what was loaded in the pass stays, and is the process's
+        process=_besides(model, device, held + num * traced.inputs),
     )

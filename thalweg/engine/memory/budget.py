@@ -26,6 +26,11 @@ class Choice:
     ledger: Ledger
 
     @property
+    def plain(self) -> bool:
+        """Whether it is what the run would be without a budget: nothing changed, the whole batch in one pass."""
+        return self.given_up == (0, 0, -self.recipe.train.batch)
+
+    @property
     def given_up(self) -> tuple[int, int, int]:
         """What it changes of the plain run, for an order: the maths first, then how it is computed."""
         optimizer = self.recipe.optimizer
@@ -63,8 +68,10 @@ def fit(
     prices = Prices(bench)
     if recipe.memory_budget is None:
         fitting.sort(key=lambda choice: -whole_of(choice.recipe.train.micro_batch))
+    elif not any(choice.plain for choice in fitting):  # where nothing need be given up, nothing is measured
+        fitting = cheapest_first(fitting, prices.step)
     else:
-        fitting = _cheapest_first(fitting, prices)
+        fitting.sort(key=lambda choice: choice.given_up)
     failed: list[int] = []
     if planning and not fitting:
         fitting = [min(every, key=lambda choice: choice.ledger.peak)]
@@ -120,9 +127,9 @@ def _limit(recipe: Recipe, bench: Bench, most: int | None) -> tuple[int, str]:
     return limit, f"memory_budget='{recipe.memory_budget}'"
 
 
-def _cheapest_first(fitting: list[Choice], prices: Prices) -> list[Choice]:
-    """By measured time; of those alike, what changes least first."""
-    left = sorted(((prices.step(choice.recipe), choice) for choice in fitting), key=lambda pair: pair[0])
+def cheapest_first(fitting: list[Choice], seconds: Callable[[Recipe], float]) -> list[Choice]:
+    """By the time of a step; of those alike, what changes least first."""
+    left = sorted(((seconds(choice.recipe), choice) for choice in fitting), key=lambda pair: pair[0])
     ordered: list[Choice] = []
     while left:
         alike = [pair for pair in left if pair[0] <= left[0][0] * _ALIKE]
@@ -177,5 +184,8 @@ def _nothing_fits(recipe: Recipe, every: list[Choice], told: str, failed: list[i
     return RecipeError(
         f"Training does not fit {told}.",
         f"The least that was found takes {human_bytes(least.ledger.peak)} ({numbers}), with {own}.",
-        "Give more memory or a smaller model" + ("" if narrow else ", or precision='bf16-pure'") + "; see thalweg plan.",
+        (f"The process takes {human_bytes(least.ledger.process)} by itself. " if least.ledger.process else "")
+        + "Give more memory or a smaller model"
+        + ("" if narrow else ", or precision='bf16-pure'")
+        + "; see thalweg plan.",
     )

@@ -15,11 +15,13 @@ from thalweg.core import (
     Change,
     Forecast,
     Ledger,
+    ParameterRow,
     Recipe,
     RecipeError,
     Task,
     ThalwegError,
     divisors,
+    to_bytes,
 )
 from thalweg.data import as_source, make_feed, tree_map
 from thalweg.device import Device, choose, memory, ran_out
@@ -27,19 +29,19 @@ from thalweg.device.chips import Chip, chip_called
 from thalweg.engine.blocks import repeated_blocks
 from thalweg.engine.checks import whole_of
 from thalweg.engine.given import made_model, split_of, task_loss
-from thalweg.engine.memory.bench import Bench
-from thalweg.engine.memory.budget import MARGIN
+from thalweg.engine.memory.bench import Bench, sizes_of
+from thalweg.engine.memory.budget import MARGIN, Choice, cheapest_first, ways
 from thalweg.engine.memory.predict import predict
 from thalweg.engine.memory.prices import Prices
 from thalweg.engine.memory.roofline import ARITHMETIC, Roofline
-from thalweg.engine.memory.settle import settle_memory
-from thalweg.engine.memory.trace import Line, of_size, trace, trace_line
-from thalweg.engine.precision import ISLANDS, gradient_dtype
+from thalweg.engine.memory.trace import CannotFake, Line, of_size, trace, trace_line
+from thalweg.engine.precision import ISLANDS
 from thalweg.engine.recompute import recomputed
+from thalweg.engine.release import check_release
 from thalweg.engine.resolve import resolve
 from thalweg.engine.settle import Decisions, settle_length, settle_optimizer
-from thalweg.optim import named_trainable, parameter_table
-from thalweg.optim.sizes import state_sizes
+from thalweg.optim import parameter_table
+from thalweg.optim.sizes import StateSizes
 from thalweg.precision import Policy, Prepared, policy_for
 
 _HOST_LINK = 20e9  # bytes a second between a chip and its host (PCIe 4.0 x16, about two thirds of what it states)
@@ -48,11 +50,12 @@ _HOST_LINK = 20e9  # bytes a second between a chip and its host (PCIe 4.0 x16, a
 # ---------------------------------------------------------------------------------------------- on this machine
 
 
-def plan_here(task: Task, recipe: Recipe, *, most: int | None = None) -> Forecast:
+def plan_here(task: Task, recipe: Recipe, *, most: int | None = None, timed: bool = True) -> Forecast:
     """The plan of a run on this machine; steps are timed on copies of the model, and nothing is trained.
 
     Args:
         most: bytes to plan with, in place of what is there.
+        timed: whether time is of interest, and what would make it smaller.
 
     Raises:
         ThalwegError: for what training itself would refuse.
@@ -63,10 +66,9 @@ def plan_here(task: Task, recipe: Recipe, *, most: int | None = None) -> Forecas
     there = memory.in_use(resolved.device) + memory.available(resolved.device)
     limit = there if most is None else most
     prices = Prices(bench)
-    seconds: float | None = None
-    timed = "not timed: it does not fit"
-    if plan.ledger.peak <= min(limit, there):
-        seconds, timed = prices.step(plan.recipe), "measured here, on a copy"
+    seconds, how = None, "not timed: it does not fit" if timed else "not timed"
+    if timed and plan.ledger.peak <= min(limit, there):
+        seconds, how = prices.step(plan.recipe), "measured here, on a copy"
     micro = whole_of(plan.recipe.train.micro_batch)
     return Forecast(
         task=plan.task,
@@ -79,9 +81,9 @@ def plan_here(task: Task, recipe: Recipe, *, most: int | None = None) -> Forecas
         steps=plan.steps,
         largest=_largest(plan.recipe.train.batch, lambda m: _at(bench, plan.recipe, m), limit),
         seconds=seconds,
-        timed=timed,
+        timed=how,
         decisions=tuple((d.path, d.value, d.reason) for d in plan.decisions),
-        changes=tuple(_changes_here(plan.recipe, bench, prices, seconds, micro, limit)),
+        changes=tuple(_changes_here(plan.recipe, bench, prices, seconds, micro, limit)) if timed else (),
     )
 
 
@@ -152,8 +154,7 @@ class _There:
 
     model: nn.Module
     loss: Any
-    window: Any  # samples of one device's window, small: as many as were read
-    recipe: Recipe
+    window: Any  # a few samples
     chip: Chip
     devices: int
     sharded: bool
@@ -186,33 +187,37 @@ class _There:
                 )
         return self.lines[key]
 
+    def rows(self, recipe: Recipe) -> tuple[ParameterRow, ...]:
+        return tuple(parameter_table(self.of(recipe), optimizer=recipe.optimizer, schedule=recipe.schedule))
+
+    def sizes(self, recipe: Recipe) -> StateSizes:
+        return sizes_of(recipe, self.rows(recipe), self.of(recipe), self.chip.kind)
+
+    def refused(self, recipe: Recipe) -> ThalwegError | None:
+        """Why a complete recipe is not possible at all; None where it is."""
+        try:
+            self.chip.rate(recipe.precision)
+            check_release(recipe, self.chip.kind, self.rows(recipe), lambda path, value, why: None)
+            self.ledger(recipe, whole_of(recipe.train.micro_batch))
+        except CannotFake:
+            raise
+        except ThalwegError as err:
+            return err
+        return None
+
     def ledger(self, recipe: Recipe, micro: int) -> Ledger:
-        optimizer, model = recipe.optimizer, self.of(recipe)
-        rows = parameter_table(model, optimizer=optimizer, schedule=recipe.schedule)
-        wanted = recipe.regularize
-        sizes = state_sizes(
-            named_trainable(model),
-            rows,
-            optimizer,
-            average=wanted.averages and wanted.average_form != "window",
-            device_kind=self.chip.kind,
-            gradients=gradient_dtype(recipe),
-        )
+        model, sizes = self.of(recipe), self.sizes(recipe)
         ledger = predict(
             self.line(recipe).at(micro),
             sizes,
             self.here,
-            micro_batches=-(-self._share(recipe) // micro),
+            micro_batches=-(-recipe.train.batch // micro),
             buffers=sum(b.nbytes for b in model.buffers()),
             recompute=recipe.recompute or "none",
             process=0,
             accelerator=self.chip.kind != "cpu",
         )
         return self._spread(ledger) if self.sharded else ledger
-
-    def _share(self, recipe: Recipe) -> int:
-        """Samples of a step on one device."""
-        return recipe.train.batch // self.devices
 
     def _spread(self, whole: Ledger) -> Ledger:
         """Every device holds its part of the state; a block's parameters are gathered while it runs, the next one's ahead."""
@@ -232,15 +237,18 @@ class _There:
             with recomputed(model, recipe.recompute or "none"):
                 trace(model, self.loss, batch, self.here, self.policy(recipe), fake=True, also=mode)
             self.times[key] = mode.seconds
-        passes = -(-self._share(recipe) // micro)
         weights = sum(p.nbytes for p in model.parameters())
-        state = self.ledger(recipe, micro)
-        update = 2 * (state.parameters + state.slots + state.averages) + state.gradients
-        update_s = update / self.chip.bandwidth
-        if recipe.optimizer.offload:
-            update_s += 2 * state.slots / _HOST_LINK
-        twice = 2 if recipe.optimizer.release_gradients == "two-pass" else 1
-        return twice * passes * self.times[key] + update_s + self._talk(weights)
+        sizes, parts = self.sizes(recipe), self.devices if self.sharded else 1
+        moved = 2 * (sizes.parameters + sizes.slots + sizes.averages + sizes.offloaded) + sizes.gradients
+        update = moved / parts / self.chip.bandwidth + 2 * sizes.offloaded / parts / _HOST_LINK
+        passes = -(-recipe.train.batch // micro)
+        passes *= 2 if recipe.optimizer.release_gradients == "two-pass" else 1
+        passes *= 2 if recipe.regularize.sharpness else 1
+        return passes * self.times[key] + update + self._talk(weights)
+
+    def step(self, recipe: Recipe) -> float:
+        """Seconds of a step of a complete recipe."""
+        return self.seconds(recipe, whole_of(recipe.train.micro_batch))
 
     def _talk(self, weights: int) -> float:
         """Seconds of talk between the devices in a step: gradients summed, or blocks gathered twice and scattered once."""
@@ -262,7 +270,14 @@ def _largest_block(model: nn.Module) -> int:
 
 
 def plan_there(
-    task: Task, recipe: Recipe, chip_name: str, *, devices: int = 1, sharded: bool = False, most: int | None = None
+    task: Task,
+    recipe: Recipe,
+    chip_name: str,
+    *,
+    devices: int = 1,
+    sharded: bool = False,
+    most: int | None = None,
+    timed: bool = True,
 ) -> Forecast:
     """The plan of a run on chips that are not here. The model is made on the meta device, and its passes run on shapes alone.
 
@@ -271,6 +286,7 @@ def plan_there(
         devices: how many; each takes an equal share of every step's samples.
         sharded: spread parameters, gradients and slots over them.
         most: bytes to plan with on each, in place of the chip's memory.
+        timed: as for ``plan_here``.
 
     Raises:
         ThalwegError: for a chip that is not known, a recipe that is not possible, a model that cannot be made without values.
@@ -291,26 +307,26 @@ def plan_there(
     split = split_of(task, recipe)
     source = as_source(split.train)
     recipe, steps, _ = settle_length(recipe, source, decide)
+    recipe = _on_each(recipe, devices, decide)
     here, _ = choose("cpu")
-    few = min(8, recipe.train.batch // devices)
+    few = min(8, recipe.train.batch)
     feed = make_feed(source, batch=few, micro_batch=few, seed=recipe.seed, keep_last=True, device=here.torch_device)
     window = tree_map(lambda x: x.to("meta"), next(iter(feed.windows(0, 1)))[0])
     with torch.device("meta"):
-        model = made_model(task, recipe)
+        model = _without_memory(made_model(task, recipe))
     limit = int(chip.memory * MARGIN) if most is None else most
-    there = _There(model, task_loss(task.loss, recipe), window, recipe, chip, devices, sharded, here)
-    recipe, micro = _micro_there(there, recipe, limit, decide)
-    seconds = there.seconds(recipe, micro)
+    there = _There(model, task_loss(task.loss, recipe), window, chip, devices, sharded, here)
+    recipe = _chosen(there, recipe, limit, decide)
+    check_release(recipe, chip.kind, there.rows(recipe), decide.take)
+    micro = whole_of(recipe.train.micro_batch)
+    seconds = there.step(recipe) if timed else None
     ledger = there.ledger(recipe, micro)
     changes = []
-    for what, one, note in _variants(recipe, micro, chip.kind):
-        try:
-            size = whole_of(one.train.micro_batch)
-            peak, price = there.ledger(one, size).peak, there.seconds(one, size) / seconds
-        except ThalwegError:
-            continue
-        if peak < ledger.peak:
-            changes.append(Change(what, peak, price, peak <= limit, note))
+    for what, one, note in _variants(recipe, micro, chip.kind) if seconds else ():
+        if there.refused(one) is None:
+            peak = there.ledger(one, whole_of(one.train.micro_batch)).peak
+            if peak < ledger.peak:
+                changes.append(Change(what, peak, there.step(one) / (seconds or 1), peak <= limit, note))
     return Forecast(
         task=task.name,
         machine=chip.name,
@@ -318,9 +334,9 @@ def plan_there(
         sharded=sharded,
         ledger=ledger,
         memory=limit,
-        batch=recipe.train.batch,
+        batch=recipe.train.batch * devices,
         steps=steps,
-        largest=_largest(recipe.train.batch // devices, lambda m: there.ledger(recipe, m).peak, limit),
+        largest=_largest(recipe.train.batch, lambda m: there.ledger(recipe, m).peak, limit),
         seconds=seconds,
         timed=f"computed: {ARITHMETIC:.0%} of what the {chip.source} states",
         decisions=tuple((d.path, d.value, d.reason) for d in decide.made),
@@ -328,16 +344,46 @@ def plan_there(
     )
 
 
-def _micro_there(there: _There, recipe: Recipe, limit: int, decide: Decisions) -> tuple[Recipe, int]:
-    """The micro-batch on each device: as given, or the largest that fits."""
-    share = recipe.train.batch // there.devices
-    complete = settle_memory(recipe)
-    if recipe.train.micro_batch != "auto":
-        given = whole_of(recipe.train.micro_batch)
-        micro = max(d for d in divisors(share) if d <= given)
-        if micro != given:
-            decide.take("train.micro_batch", micro, f"{given} of {share} samples on each device")
-    else:
-        micro = _largest(share, lambda m: there.ledger(complete, m).peak, limit) or 1
-        decide.take("train.micro_batch", micro, "the largest that is predicted to fit")
-    return replace(complete, train=replace(complete.train, micro_batch=micro)), micro
+def _without_memory(model: nn.Module) -> nn.Module:
+    """The model on the meta device; one that lies in memory, given as it is, stays there untouched."""
+    memo: dict[int, Any] = {}
+    for x in (*model.parameters(), *model.buffers()):
+        if x.device.type != "meta":
+            empty = torch.empty_strided(x.size(), x.stride(), dtype=x.dtype, device="meta")
+            memo[id(x)] = nn.Parameter(empty, x.requires_grad) if isinstance(x, nn.Parameter) else empty
+    return copy.deepcopy(model, memo) if memo else model
+
+
+def _on_each(recipe: Recipe, devices: int, decide: Decisions) -> Recipe:
+    """The recipe as each of the devices sees it: its share of every step's samples, its micro-batch a part of that."""
+    share, micro = recipe.train.batch // devices, recipe.train.micro_batch
+    if isinstance(micro, int) and share % micro:
+        fitting = max(d for d in divisors(share) if d <= micro)
+        micro = decide.take("train.micro_batch", fitting, f"of {micro}: each device has {share} samples of a step")
+    return replace(recipe, train=replace(recipe.train, batch=share, micro_batch=micro))
+
+
+def _chosen(there: _There, recipe: Recipe, limit: int, decide: Decisions) -> Recipe:
+    """What is left open is filled: the largest micro-batch that fits, or, with a budget, what is fastest within it."""
+    budget = recipe.memory_budget
+    limit = limit if budget is None else min(limit, to_bytes(budget, "memory_budget"))
+    refused = [(one, there.refused(one)) for one in ways(recipe)]
+    every = [Choice(one, there.ledger(one, whole_of(one.train.micro_batch))) for one, why in refused if why is None]
+    if not every:
+        raise next(why for _, why in refused if why is not None)
+    fitting = [choice for choice in every if choice.ledger.peak <= limit]
+    if budget is not None:
+        fitting = cheapest_first(fitting, there.step)
+    chosen = fitting[0].recipe if fitting else min(every, key=lambda choice: choice.ledger.peak).recipe
+    told = "predicted to fit" if fitting else "the least; it does not fit"
+    before = recipe.flat()
+    for path in (
+        "train.micro_batch",
+        "recompute",
+        "optimizer.slots",
+        "optimizer.release_gradients",
+        "optimizer.offload",
+    ):
+        if before.get(path) in (None, "auto") and (budget is not None or path == "train.micro_batch"):
+            decide.take(path, chosen.flat()[path], told)
+    return chosen

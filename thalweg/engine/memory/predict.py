@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from thalweg.core import Ledger
 from thalweg.device import Device, memory
 from thalweg.engine.memory.trace import Trace
@@ -74,3 +76,11 @@ def process_bytes(device: Device, resident: int = 0) -> int:
         return 0
     memory.release(device)
     return max(0, memory.in_use(device) - resident)
+
+
+def begun(ledger: Ledger, device: Device) -> Ledger:
+    """The ledger when the training state is there and no step was taken: what building it loaded is the process's."""
+    if device.kind != "cpu":
+        return ledger
+    process = process_bytes(device, ledger.state)
+    return replace(ledger, process=process, peak=ledger.peak - ledger.process + process)

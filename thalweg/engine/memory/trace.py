@@ -18,7 +18,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules import module as hooks
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from thalweg.core import ModelError, ModuleBytes
@@ -260,7 +259,9 @@ def _follow(
             with policy.context(device):
                 total, _ = sum_and_weight(loss(model, batch), batch)
             follow.forward_done(total)
-            torch.autograd.backward(total, torch.ones_like(total))  # as a step does: torch imports more for a given gradient
+            torch.autograd.backward(
+                total, torch.ones_like(total)
+            )  # as a step does: torch imports more for a given gradient
             del total
     finally:
         for handle in removable:
@@ -270,6 +271,12 @@ def _follow(
     return Trace(batch_size(batch), sum(x.nbytes for x in inputs), *follow.result())
 
 
+def load_backward() -> None:
+    """Torch loads 35 MB more for the first backward pass that is given a gradient, as a step's is; here they are loaded."""
+    x = torch.ones((), requires_grad=True)
+    torch.autograd.backward(x * 1, torch.ones(()))
+
+
 def _forget(p: Tensor) -> None:
     p.grad = None
 
@@ -277,20 +284,18 @@ def _forget(p: Tensor) -> None:
 @contextmanager
 def _names(models: Sequence[nn.Module], follow: _Follow) -> Iterator[None]:
     """Inside, ``follow`` knows in which module's forward pass it is."""
-    names = {id(module): name for one in models for name, module in one.named_modules()}
-
-    def enter(module: nn.Module, args: Any) -> None:
-        if id(module) in names:
-            follow.inside.append(names[id(module)])
-
-    def leave(module: nn.Module, args: Any, result: Any) -> None:
-        if id(module) in names:
-            follow.inside.pop()
-
     with ExitStack() as stack:
-        stack.callback(hooks.register_module_forward_pre_hook(enter).remove)
-        stack.callback(hooks.register_module_forward_hook(leave, always_call=True).remove)
+        for one in models:
+            for name, module in one.named_modules():  # hooks of their own: torch warns of global ones on compiled models
+                enter = module.register_forward_pre_hook(lambda *_, name=name: follow.inside.append(name))
+                leave = module.register_forward_hook(lambda *_: _leave(follow), always_call=True)
+                stack.callback(enter.remove)
+                stack.callback(leave.remove)
         yield
+
+
+def _leave(follow: _Follow) -> None:
+    follow.inside.pop()
 
 
 class _Follow(TorchDispatchMode):
