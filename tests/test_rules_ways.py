@@ -25,11 +25,11 @@ from thalweg.optim.eager import Kernel, eager
 from thalweg.optim.face import face_of
 from thalweg.optim.inductor import inductor
 from thalweg.optim.kernels import fused
-from thalweg.optim.lower import WORTH_COMPILING, lower
+from thalweg.optim.lower import WORTH_COMPILING, WORTH_COMPILING_BLOCKS, lower
 from thalweg.optim.optimizer import RuleOptimizer
 from thalweg.optim.program import Program, due_now
 from thalweg.optim.shared import first_values, measure, settle
-from thalweg.optim.trace import Untraceable
+from thalweg.optim.trace import Inputs, Untraceable, record
 from thalweg.rules import DECAYS, RULES, STAGES, Rule
 
 F32, F64, BF16 = torch.float32, torch.float64, torch.bfloat16
@@ -235,6 +235,35 @@ def test_compiled_codecs_and_rounding_draw_the_same_bits(name: str, codec: str) 
                 exact = a.dtype in (BF16, torch.uint8) and not part.endswith("error")  # errors hold the last bits
                 same = (a == b) if exact else torch.isclose(a, b, rtol=2.0**-7, atol=1e-6)
                 assert float(same.float().mean()) >= 0.995, part
+
+
+@needs_compiler
+def test_shifted_bits_are_those_of_torch_where_the_sign_is_set() -> None:
+    """A shift and a mask become one shift where the mask takes away no more than the copies of the sign."""
+    cuts = ((16, 0xFFFF), (15, 0x1FFFF), (31, 1), (4, 0xFFFF), (16, 0xFF), (0, 0xFFFF), (4, -1))
+    names = ["x", *(f"out{k}" for k in range(len(cuts)))]
+    inputs: Inputs = dict.fromkeys(names, ("full", torch.int32))
+    cut = lambda x, **_: [(x >> places) & mask for places, mask in cuts]
+    trace, ports = record(cut, inputs), native.ports_of(inputs)
+    caller = native.Caller(trace, ports, native.write_source(trace, ports, names[1:], width=native.TILE))
+    x = torch.tensor([0, 1, -1, 2**31 - 1, -(2**31), -65536, 0x12345678, -0x12345678], dtype=torch.int32)
+    out = [torch.zeros_like(x) for _ in cuts]
+    caller([[x], *([tensor] for tensor in out)], {})
+    for mine, theirs, told in zip(out, cut(x), cuts):
+        assert torch.equal(mine, theirs), told
+
+
+@needs_compiler
+def test_slots_in_blocks_are_compiled_for_fewer_elements() -> None:
+    at = lambda codec, device, elements: lower(
+        program_of("adamw", {}, codec=CODECS[codec], decay_form="decoupled"), device=device, elements=elements
+    )
+    assert WORTH_COMPILING_BLOCKS < WORTH_COMPILING
+    assert at("int8", "cpu", WORTH_COMPILING_BLOCKS).how == "compiled"
+    few = at("int8", "cpu", WORTH_COMPILING_BLOCKS - 1)
+    assert few.how == "eager" and str(WORTH_COMPILING_BLOCKS) in few.why
+    for codec, device in (("bf16", "cpu"), ("int8", "cuda")):
+        assert "too few" in at(codec, device, WORTH_COMPILING - 1).why
 
 
 # --- torch's fused operator
