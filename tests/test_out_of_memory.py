@@ -43,7 +43,7 @@ from thalweg.watch import Memory
 def no_collection(monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> list[int]:
     """Collecting garbage takes a quarter of a second: counted in place of done, where nothing is really short."""
     calls: list[int] = []
-    monkeypatch.setattr(memory, "release", lambda device: calls.append(1))
+    monkeypatch.setattr(memory, "release", lambda device, **_: calls.append(1))
     return calls
 
 

@@ -88,7 +88,7 @@ def test_every_run_predicts_its_memory_and_says_after_20_steps_how_well() -> Non
 
 def test_the_comparison_is_of_the_peak_since_the_run_began(monkeypatch: pytest.MonkeyPatch) -> None:
     known = {"peak": 0}
-    monkeypatch.setattr(device_memory, "release", lambda device: None)
+    monkeypatch.setattr(device_memory, "release", lambda device, **_: None)
     monkeypatch.setattr(device_memory, "reset_peak", lambda device: known.update(peak=100 * MIB) is None)
     monkeypatch.setattr(device_memory, "peak", lambda device: known["peak"])
     ledger = replace(plan_there(find_task("digits"), made(), "a100-40gb").ledger, peak=110 * MIB)

@@ -52,9 +52,14 @@ def reset_peak(device: Device) -> bool:
     return True
 
 
-def release(device: Device) -> None:
-    """Give back to the system what was freed and is only kept in case it is needed again."""
-    gc.collect()
+def release(device: Device, *, cycles: bool = False) -> None:
+    """Give back to the system what was freed and is only kept in case it is needed again.
+
+    Args:
+        cycles: first let Python look for objects that hold each other, a few tenths of a second.
+    """
+    if cycles:
+        gc.collect()
     if device.kind == "cpu":
         trim = getattr(_libc(), "malloc_trim", None) if sys.platform == "linux" else None  # glibc has it
         if trim is not None:

@@ -260,7 +260,7 @@ def _recovered(
     trouble: Failure | None = failure
     strange: OutOfMemoryError | None = None
     while trouble is not None:
-        memory.release(limit.device)
+        memory.release(limit.device, cycles=True)
         first = sum(map(batch_size, done))
         reached = max(reached, first)
         if moved is not None and moved():
@@ -338,7 +338,7 @@ def each(batch: Any, run: Callable[[Any], Any], limit: Limit) -> Iterator[Any]:
                 raise
             failure = Failure.of(err, "an evaluation")
         if failure is not None:
-            memory.release(limit.device)
+            memory.release(limit.device, cycles=True)
             limit.failed(todo[0], failure)
             todo = list(limit.cut(todo))
             continue

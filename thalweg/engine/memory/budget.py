@@ -86,7 +86,7 @@ def fit(
         else:
             _tell(recipe, choice, every, prices, told, failed, take, planning=planning)
             return choice.recipe, bench.ledger(choice.recipe)
-        memory.release(bench.device)
+        memory.release(bench.device, cycles=True)
     raise _nothing_fits(recipe, every, told, failed)
 
 

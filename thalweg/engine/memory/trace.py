@@ -259,15 +259,15 @@ def _follow(
             with policy.context(device):
                 total, _ = sum_and_weight(loss(model, batch), batch)
             follow.forward_done(total)
-            torch.autograd.backward(
-                total, torch.ones_like(total)
-            )  # as a step does: torch imports more for a given gradient
+            torch.autograd.backward(total, torch.ones_like(total))  # as in a step: torch imports more for a given gradient
             del total
     finally:
         for handle in removable:
             handle.remove()
         for p, grad in held:
             p.grad = grad
+        follow.alive.clear()  # its callbacks hold it: nothing would go before Python looks for cycles
+        follow.old.clear()
     return Trace(batch_size(batch), sum(x.nbytes for x in inputs), *follow.result())
 
 
