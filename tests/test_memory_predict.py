@@ -271,9 +271,10 @@ def test_a_convolution_counts_the_kernel_it_reorders() -> None:
 def test_what_passes_were_seen_to_take_is_predicted_instead_of_the_heap() -> None:
     traced = Trace(4, 3 * MIB, (Block(100 * MIB, "a", False, True), Block(10 * MIB, "a", True, False)), (0, 1, ~1, ~0))
     sizes = StateSizes(MIB, MIB, MIB, MIB, update=50 * MIB)
-    assert predict(traced, sizes, CPU, process=0, seen=150 * MIB).temporary == 50 * MIB + 3 * MIB
+    later = 8 * MIB + 12 * MIB  # and what holes grow by while steps repeat
+    assert predict(traced, sizes, CPU, process=0, seen=150 * MIB).temporary == 50 * MIB + 3 * MIB + later
     # memory that lay there already was used again: no less than live tensors
-    assert predict(traced, sizes, CPU, process=0, seen=0).temporary == 10 * MIB + 3 * MIB
+    assert predict(traced, sizes, CPU, process=0, seen=0).temporary == 10 * MIB + 3 * MIB + 8 * MIB
     assert (
         predict(traced, dataclasses.replace(sizes, update=500 * MIB), CPU, process=0, seen=150 * MIB).peak_at
         == "update"
@@ -303,7 +304,7 @@ def _predicted(model: nn.Module, batch: Any, **changes: Any) -> Ledger:
 
 @pytest.mark.skipif(sys.platform != "linux", reason="the mark of a process's peak is set anew on Linux alone")
 def test_a_pass_is_measured_with_all_that_it_takes() -> None:
-    assert 60 * MIB < _predicted(Hidden(), batch_of(8)).temporary < 80 * MIB
+    assert 68 * MIB < _predicted(Hidden(), batch_of(8)).temporary < 96 * MIB
 
 
 def test_what_building_loads_is_the_processs() -> None:

@@ -44,7 +44,9 @@ def predict(
         process = process_bytes(device, sizes.parameters + buffers + data)
     state = sizes.parameters + sizes.gradients + sizes.slots + sizes.averages + buffers + data
     lost = 0 if accelerator else memory.lost_in_heap(device, traced.peak_of(memory.in_heap))
-    passes, place = traced.peak + lost if seen is None else max(traced.peak, seen), traced.peak_at
+    passes, place = traced.peak + lost, traced.peak_at
+    if seen is not None:
+        passes = max(traced.peak, seen) + memory.widened_by_steps(device, seen)
     if sizes.update > passes:
         passes, place = sizes.update, "update"
     temporary = max(0, passes - traced.kept) + traced.inputs * micro_batches
