@@ -303,7 +303,7 @@ def in_update(failure: Failure, *, moved: bool) -> OutOfMemoryError:
     """
     if moved:
         return OutOfMemoryError(
-            f"Memory ran out in {failure.where} while weights were being updated, and some of them may have moved.",
+            f"Memory ran out in {failure.where}, in the update of the weights, and some of them may have moved.",
             f"This state is not saved. The allocator: {failure.words}",
             "Free memory and resume from the last checkpoint (--resume). optimizer.slots='int8' takes less.",
         )
