@@ -259,7 +259,9 @@ def _follow(
             with policy.context(device):
                 total, _ = sum_and_weight(loss(model, batch), batch)
             follow.forward_done(total)
-            torch.autograd.backward(total, torch.ones_like(total))  # as in a step: torch imports more for a given gradient
+            torch.autograd.backward(
+                total, torch.ones_like(total)
+            )  # as in a step: torch imports more for a given gradient
             del total
     finally:
         for handle in removable:
@@ -286,7 +288,10 @@ def _names(models: Sequence[nn.Module], follow: _Follow) -> Iterator[None]:
     """Inside, ``follow`` knows in which module's forward pass it is."""
     with ExitStack() as stack:
         for one in models:
-            for name, module in one.named_modules():  # hooks of their own: torch warns of global ones on compiled models
+            for (
+                name,
+                module,
+            ) in one.named_modules():  # hooks of their own: torch warns of global ones on compiled models
                 enter = module.register_forward_pre_hook(lambda *_, name=name: follow.inside.append(name))
                 leave = module.register_forward_hook(lambda *_: _leave(follow), always_call=True)
                 stack.callback(enter.remove)
