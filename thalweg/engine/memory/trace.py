@@ -259,9 +259,7 @@ def _follow(
             with policy.context(device):
                 total, _ = sum_and_weight(loss(model, batch), batch)
             follow.forward_done(total)
-            torch.autograd.backward(
-                total, torch.ones_like(total)
-            )  # as in a step: torch imports more for a given gradient
+            torch.autograd.backward(total, torch.ones_like(total))  # given, as a step's is
             del total
     finally:
         for handle in removable:
