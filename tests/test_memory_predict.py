@@ -378,6 +378,7 @@ def test_a_process_is_seen_to_grow() -> None:
     del x
     most = memory.peak(CPU)
     assert most is not None and most - before > 60 * MIB
+    memory.release(CPU)  # the heap may have had room for it, and keeps it
     assert memory.in_use(CPU) - before < 20 * MIB
 
 
