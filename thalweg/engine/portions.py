@@ -81,6 +81,11 @@ class Limit:
             return window
         return [part for batch in window for part in evenly(batch, self.most, self.grain)]
 
+    @property
+    def fresh(self) -> bool:
+        """Whether it is news that a pass went through: the first, or one after a failure."""
+        return not self.proven or self._failures > 0
+
     def passed(self, num: int) -> None:
         """A pass over ``num`` samples went through."""
         self._failures = 0
@@ -233,7 +238,8 @@ def go_through(
             raise
         failure = Failure.of(err, _where(undo))
     else:
-        limit.passed(batch_size(parts[0]) if parts else 0)
+        if limit.fresh and parts:
+            limit.passed(batch_size(parts[0]))
         return parts
     return _recovered(list(parts[:index]), list(parts[index:]), failure, one, limit, undo, counted=counted, moved=moved)
 

@@ -24,10 +24,10 @@ class ReleasedStep(Step):
         super().__init__(*args)
         self.release = release
 
-    def _move(self, window: Sequence[Any]) -> tuple[Tensor, Tensor]:
+    def _move(self, window: Sequence[Any]) -> tuple[Tensor, Tensor, Tensor]:
         """As for ``Step``, the update being done in the backward pass."""
         check_window(window)
-        found: list[tuple[Tensor, Tensor]] = []
+        found: list[tuple[Tensor, Tensor, Tensor]] = []
 
         def one(index: int, first: int, batch: Any, last: bool) -> int:
             found.append(self._released(batch))
@@ -37,33 +37,35 @@ class ReleasedStep(Step):
             go_through(window, one, self.state.limit, self.undo, moved=self.state.moved)
         return found[0]
 
-    def _released(self, batch: Any) -> tuple[Tensor, Tensor]:
+    def _released(self, batch: Any) -> tuple[Tensor, Tensor, Tensor]:
         """The same for its one micro-batch; from ``state.moved()`` on it cannot be tried again."""
         state, release = self.state, self.release
         if release.two_pass:
             with release.measuring():
                 self._passes(0, 0, batch, True)
             with torch.no_grad():
-                norm = release.norm() / self._mass()
+                mass = self._mass()
+                norm = release.norm() / mass
                 ok = torch.isfinite(norm + self.sum_of_losses)
                 state.updating = state.history is not None  # which takes in the norm now
-                given = self._numbers(norm, ok)
+                given = self._numbers(mass, norm, ok)
             if state.statistics.layers:
                 state.statistics.pause()
             with release.updating(given, due=state.step):
                 self._passes_again(0, 0, batch, True)
             state.updating = True
-            return norm, ok
+            return norm, ok, given["skipped"]
         self._seed(0, 0, batch)
         total, weight = self._forward(batch)
         self._count(total, weight)
         with torch.no_grad():
-            ok = torch.isfinite(self.sum_of_losses / self._mass())
-            given = self._numbers(None, ok)
+            mass = self._mass()
+            ok = torch.isfinite(self.sum_of_losses / mass)
+            given = self._numbers(mass, None, ok)
         with release.updating(given, due=state.step):
             torch.autograd.backward(total, self._backward_seed(total))
         state.updating = True
         if state.statistics.layers:
             state.statistics.collect(last=True)
         with torch.no_grad():
-            return release.norm() / self._mass(), ok
+            return release.norm() / mass, ok, given["skipped"]

@@ -111,9 +111,9 @@ class Step:
     def _run(self, window: Sequence[Any]) -> Tensor:
         state = self.state
         self._begin()
-        norm, ok = self._move(window)
+        norm, ok, skipped = self._move(window)
         with torch.no_grad():
-            skipped, scale = (~ok).to(torch.float32), self._scale()
+            scale = self._scale()
             if state.statistics.layers:
                 state.statistics.end(ok)
                 state.average_statistics(self.share, ok)
@@ -122,18 +122,20 @@ class Step:
             state.updating = False
         return row
 
-    def _move(self, window: Sequence[Any]) -> tuple[Tensor, Tensor]:
-        """The update by the gradient of a window: (global norm of the mean gradient, whether it is finite)."""
+    def _move(self, window: Sequence[Any]) -> tuple[Tensor, Tensor, Tensor]:
+        """The update by the gradient of a window: (global norm of the mean gradient, whether it is finite, 1.0 where not)."""
         state = self.state
         parts = self._accumulate(state.limit.cut(window))
         if self.sharpness is not None:
             self._look_around(parts)
         with torch.no_grad():
-            norm = self._gradient_norm() / self._mass()
+            mass = self._mass()
+            norm = self._gradient_norm() / mass
             ok = torch.isfinite(norm + self.sum_of_losses)
             state.updating = True
-            update(state.arenas, **self._numbers(norm, ok), due=state.step)
-        return norm, ok
+            numbers = self._numbers(mass, norm, ok)
+            update(state.arenas, **numbers, due=state.step)
+        return norm, ok, numbers["skipped"]
 
     def _accumulate(self, parts: Sequence[Any], *, counted: bool = True) -> Sequence[Any]:
         """The summed gradients of all micro-batches; ``counted``: their losses, weights and statistics too.
@@ -180,9 +182,9 @@ class Step:
     def _scale(self) -> Tensor:
         return self.one if self.state.scale is None else self.state.scale.scale
 
-    def _numbers(self, norm: Tensor | None, ok: Tensor) -> dict[str, Any]:
+    def _numbers(self, mass: Tensor, norm: Tensor | None, ok: Tensor) -> dict[str, Any]:
         """What ``update`` is given; without a norm nothing is clipped."""
-        divisor = self._mass() * (self.one if norm is None else self._excess(norm, ok))
+        divisor = mass * (self.one if norm is None else self._excess(norm, ok))
         given = {"lr": self.lr, "t": self.state.t, "divisor": divisor, "skipped": (~ok).to(torch.float32)}
         return {**given, "share": self.share, "moved": self.state.timetable.now}
 
