@@ -2,6 +2,8 @@
 
 from thalweg.checkpoint.files import write_file
 from thalweg.checkpoint.lock import FolderLock
+from thalweg.checkpoint.place import LocalPlace, Place, open_place
+from thalweg.checkpoint.saver import Job, Saver
 from thalweg.checkpoint.store import Snapshot, Store
 
-__all__ = ["FolderLock", "Snapshot", "Store", "write_file"]
+__all__ = ["FolderLock", "Job", "LocalPlace", "Place", "Saver", "Snapshot", "Store", "open_place", "write_file"]

@@ -1,4 +1,7 @@
-"""Files that are there whole or not at all, and stay there when the power goes."""
+"""Files that are there whole or not at all, and stay there when the power goes.
+
+All that is written here goes through the functions of ``os``, one call an operation, so that a test can stand in between.
+"""
 
 from __future__ import annotations
 
@@ -12,19 +15,15 @@ from contextlib import contextmanager
 from pathlib import Path
 
 _CHUNK = 4 << 20
+_NEW = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW
+
+#: Writes bytes to an open file, all of them.
+Write = Callable[[bytes | memoryview], None]
 
 
 def sync_folder(path: Path) -> None:
     """Make renames and new names in a folder durable."""
     handle = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
-
-
-def sync_file(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
     finally:
@@ -45,17 +44,41 @@ def _beside(path: Path) -> Path:
     return path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.tmp")
 
 
+def write_all(handle: int, data: bytes | memoryview) -> None:
+    """A write may take less than it is given."""
+    rest = memoryview(data)
+    while rest:
+        rest = rest[os.write(handle, rest) :]
+
+
+@contextmanager
+def new_file(path: Path) -> Iterator[Write]:
+    """A file under a name that nobody has; on the disk in full when this ends. Its name is the folder's matter."""
+    handle = os.open(path, _NEW, 0o666)
+    try:
+        yield lambda data: write_all(handle, data)
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
 def write_file(path: Path, data: bytes) -> None:
     """Replace a file whole: written beside it, fsynced, renamed, the folder fsynced."""
+    with replaced_file(path) as write:
+        write(data)
+
+
+@contextmanager
+def replaced_file(path: Path) -> Iterator[Write]:
+    """The same for a file that is written in pieces; if writing fails, ``path`` is as it was."""
     aside = _beside(path)
     try:
-        with open(aside, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
+        with new_file(aside) as write:
+            yield write
         os.replace(aside, path)
-    finally:
+    except BaseException:
         aside.unlink(missing_ok=True)
+        raise
     sync_folder(path.parent)
 
 
@@ -63,16 +86,14 @@ def write_file(path: Path, data: bytes) -> None:
 def new_folder(path: Path) -> Iterator[Path]:
     """A folder that appears under its name with all its files durable, or not at all.
 
-    What is written into the yielded folder is fsynced, then the folder is renamed to ``path``. If writing fails, what was
-    written is removed and ``path`` is as it was. A folder that stands under the name already is exchanged for the new one in
-    one system call, so that at every instant one of them is there.
+    What is written into the yielded folder must be durable already (``new_file``); then its names are made so, and the
+    folder is renamed to ``path``. If writing fails, what was written is removed and ``path`` is as it was. A folder that
+    stands under the name already is exchanged for the new one in one system call, so that at every instant one is there.
     """
     aside = _beside(path)
-    aside.mkdir()
+    os.mkdir(aside)
     try:
         yield aside
-        for file in aside.iterdir():
-            sync_file(file)
         sync_folder(aside)
         if not (path.exists() and exchange(aside, path)):
             if path.exists():  # no exchange on this file system: for an instant, neither stands under the name
@@ -102,6 +123,7 @@ def remove_folder(path: Path) -> None:
     """Remove a folder so that it never stands half-removed under its own name."""
     aside = _beside(path)
     os.rename(path, aside)
+    sync_folder(path.parent)  # or, after a power cut, it could be back under its name with some of its files
     shutil.rmtree(aside)
 
 

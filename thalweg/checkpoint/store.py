@@ -5,7 +5,7 @@
         average.safetensors   the same for the weight average, where there is one
         state.safetensors     optimizer slots by parameter name, counters, loss scale
         state.json            data position, schedule position, length of the records, metrics
-        manifest.json         sizes and sha256 of all of the above
+        manifest.json         sizes and sha256 of all of the above, and of each tensor
 
 Nothing in a checkpoint can execute: safetensors and JSON hold data alone.
 """
@@ -16,29 +16,21 @@ import errno
 import hashlib
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from thalweg.checkpoint.files import digest, new_folder, remove_folder, sweep
+from thalweg.checkpoint.manifest import NAME, check_sha256, manifest_bytes, read_all, read_manifest
+from thalweg.checkpoint.place import LocalPlace, Place, open_place
+from thalweg.checkpoint.tensors import Damage, check_tensors, read_tensors, write_tensors
 from thalweg.core import CheckpointError, human_bytes
 
-FORMAT = 1
 _NAME = re.compile(r"step-([0-9]{8}|[1-9][0-9]{8,})")
-
-
-def _manifest(step: int, files: Mapping[str, Any]) -> bytes:
-    """The one way to write a manifest; it carries its own digest, so that a flipped bit in it is found too."""
-    body = json.dumps({"format": FORMAT, "step": step, "files": files}, sort_keys=True)
-    own = hashlib.sha256(body.encode()).hexdigest()
-    return json.dumps(
-        {"format": FORMAT, "step": step, "files": files, "sha256": own}, indent=1, sort_keys=True
-    ).encode()
+_STATE = "state.json"
+_T = TypeVar("_T")
 
 
 @dataclass(frozen=True)
@@ -53,61 +45,80 @@ class Snapshot:
     groups: Mapping[str, Mapping[str, Tensor]]
     facts: Mapping[str, Any]
 
+    def nbytes(self) -> int:
+        return sum(t.nbytes for tensors in self.groups.values() for t in tensors.values())
+
+    def on_host(self) -> Snapshot:
+        """A copy in the CPU's memory, which goes on living when the run goes on."""
+        return Snapshot(
+            {
+                stem: {name: t.detach().to("cpu", copy=True).contiguous() for name, t in tensors.items()}
+                for stem, tensors in self.groups.items()
+            },
+            dict(self.facts),
+        )
+
 
 class Store:
-    """The checkpoints of one run folder."""
+    """The checkpoints of one run.
 
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-            sweep(folder, lambda name: name.startswith(".step-"))
-        except OSError as err:
-            raise CheckpointError(
-                f"The checkpoint folder {folder} cannot be used.", f"{err}.", "See to its path and its permissions."
-            ) from None
+    Args:
+        where: a folder, an address such as ``s3://bucket/runs/digits``, or a ``Place``.
+    """
+
+    def __init__(self, where: Path | str | Place) -> None:
+        self.place: Place = open_place(where) if isinstance(where, (str, Path)) else where
+        self._asking(self.place.sweep)
+
+    @property
+    def folder(self) -> Path:
+        """The folder on this machine; only for a store that is one."""
+        assert isinstance(self.place, LocalPlace)
+        return self.place.root
 
     def path(self, step: int) -> Path:
-        return self.folder / f"step-{step:08d}"
+        return self.folder / self.name(step)
+
+    @staticmethod
+    def name(step: int) -> str:
+        return f"step-{step:08d}"
 
     def steps(self) -> list[int]:
         """Steps that have a checkpoint, damaged or not, oldest first. The name decides, never the clock."""
-        try:
-            found = [(_NAME.fullmatch(path.name), path) for path in self.folder.iterdir()]
-        except OSError as err:
-            raise CheckpointError(
-                f"The checkpoint folder {self.folder} cannot be read.",
-                f"{err}.",
-                "See to its path and its permissions.",
-            ) from None
-        steps = [int(match.group(1)) for match, path in found if match and path.is_dir()]
-        return sorted(step for step in steps if self.path(step).is_dir())
+        found = map(_NAME.fullmatch, self._asking(self.place.folders))
+        return sorted(int(match.group(1)) for match in found if match)
 
-    def save(self, step: int, snapshot: Snapshot) -> Path:
-        """Write a checkpoint; when this returns, it survives a power cut.
+    def save(self, step: int, snapshot: Snapshot) -> str:
+        """Write a checkpoint; when this returns, it survives a power cut. Returns its name.
+
+        Args:
+            snapshot: its tensors may lie on any device; those of the CPU are written as they are.
 
         Raises:
             CheckpointError: if it cannot be written; all earlier checkpoints are as they were.
         """
-        target = self.path(step)
+        name = self.name(step)
         try:
-            with new_folder(target) as aside:
+            with self.place.new(name) as folder:
+                files: dict[str, Any] = {}
                 for stem, tensors in snapshot.groups.items():
-                    plain = {name: t.detach().contiguous().cpu().clone() for name, t in tensors.items()}
-                    save_file(plain, aside / f"{stem}.safetensors")
-                (aside / "state.json").write_text(json.dumps(dict(snapshot.facts), indent=1, sort_keys=True))
-                files = {p.name: {"bytes": p.stat().st_size, "sha256": digest(p)} for p in sorted(aside.iterdir())}
-                (aside / "manifest.json").write_bytes(_manifest(step, files))
-        except (OSError, SafetensorError) as err:
-            full = getattr(err, "errno", None) == errno.ENOSPC or "No space" in str(err)
+                    plain = {key: t.detach().contiguous().cpu() for key, t in tensors.items()}
+                    with folder.file(f"{stem}.safetensors") as write:
+                        files[f"{stem}.safetensors"] = write_tensors(write, plain)
+                facts = json.dumps(dict(snapshot.facts), indent=1, sort_keys=True).encode()
+                with folder.file(_STATE) as write:
+                    write(facts)
+                files[_STATE] = {"bytes": len(facts), "sha256": hashlib.sha256(facts).hexdigest()}
+                with folder.file(NAME) as write:  # last: in a store without renames, it is what makes the rest a checkpoint
+                    write(manifest_bytes(step, files))
+        except (OSError, ValueError, TypeError) as err:
+            full = getattr(err, "errno", None) in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
             raise CheckpointError(
-                f"The checkpoint of step {step} could not be written to {self.folder}.",
+                f"The checkpoint of step {step} could not be written to {self.place}.",
                 f"{err}. Newest kept: {self._newest_name()}.",
-                f"Free {human_bytes(self._size(snapshot))}, then resume."
-                if full
-                else "See to the folder, then resume.",
+                f"Free {human_bytes(snapshot.nbytes())}, then resume." if full else "See to the folder, then resume.",
             ) from None
-        return target
+        return name
 
     def check(self, step: int) -> None:
         """Refuse a step that no checkpoint is of.
@@ -125,57 +136,19 @@ class Store:
         Raises:
             CheckpointError: if a file is missing or differs from the manifest; the file is named.
         """
-        fault = self.fault(step)
-        if fault:
+        try:
+            return self._read(step)
+        except Damage as fault:
             good = [s for s in self.steps() if s != step and not self.fault(s)]
             remedy = f"The newest good one is step {good[-1]}: --resume {good[-1]}." if good else "No other is left."
-            raise CheckpointError(f"The checkpoint of step {step} is damaged.", fault, remedy)
-        folder = self.path(step)
-        try:
-            groups = {file.stem: load_file(file) for file in sorted(folder.glob("*.safetensors"))}
-            facts = json.loads((folder / "state.json").read_text(encoding="utf-8"))
-            if not isinstance(facts, dict):
-                raise ValueError("state.json holds no table")
-        except (OSError, ValueError, TypeError, KeyError, RecursionError, RuntimeError, SafetensorError) as err:
-            raise CheckpointError(
-                f"The checkpoint of step {step} cannot be read.",
-                f"{folder}: {type(err).__name__}: {str(err)[:200]}. Its digests fit: it was written so.",
-                "Resume from another step, or start a new run.",
-            ) from None
-        return Snapshot(groups, facts)
+            raise CheckpointError(f"The checkpoint of step {step} is damaged.", str(fault), remedy) from None
 
     def fault(self, step: int) -> str:
-        """What is wrong with a checkpoint, or an empty text."""
-        folder = self.path(step)
+        """What is wrong with a checkpoint, or an empty text; every byte of it is read."""
         try:
-            return self._fault(folder, step)
-        except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as err:
-            return f"{folder / 'manifest.json'} or a file that it names cannot be read: {str(err)[:200]}."
-
-    @staticmethod
-    def _fault(folder: Path, step: int) -> str:
-        path = folder / "manifest.json"
-        if path.is_symlink() or folder.is_symlink():
-            return f"{path} is a link."
-        written = path.read_bytes()
-        manifest = json.loads(written.decode("utf-8"))
-        if manifest["format"] != FORMAT:
-            return f"{path} is of format {manifest['format']!r}, this thalweg reads {FORMAT}."
-        files = dict(manifest["files"])
-        if written != _manifest(step, files):
-            return f"{path} is not what was written for step {step}."
-        if set(files) != {p.name for p in folder.iterdir()} - {"manifest.json"}:
-            return f"{folder} does not hold the files that its manifest names."
-        if not {"state.json", "weights.safetensors", "state.safetensors"} & set(files):
-            return f"{path} names no state."
-        for name, wanted in files.items():
-            path = folder / name
-            if path.is_symlink() or not path.is_file():
-                return f"{path} is no plain file."
-            if path.stat().st_size != wanted["bytes"]:
-                return f"{path} has {path.stat().st_size} bytes, not {wanted['bytes']}."
-            if digest(path) != wanted["sha256"]:
-                return f"{path} does not have the sha256 of its manifest."
+            self._walk(step, check_tensors, lambda file, row: check_sha256(file, row))
+        except Damage as fault:
+            return str(fault)
         return ""
 
     def newest_good(self) -> tuple[int | None, list[str]]:
@@ -188,6 +161,66 @@ class Store:
             faults.append(fault)
         return None, faults
 
+    def load_newest(self) -> tuple[Snapshot | None, dict[int, str]]:
+        """The newest checkpoint that verifies, read once, and the faults of newer ones, by step."""
+        faults: dict[int, str] = {}
+        for step in reversed(self.steps()):
+            try:
+                return self._read(step), faults
+            except Damage as fault:
+                faults[step] = str(fault)
+        return None, faults
+
+    def _read(self, step: int) -> Snapshot:
+        """
+        Raises:
+            Damage: for anything but what was written.
+        """
+        plain: dict[str, bytes] = {}
+
+        def keep(file: Any, row: Mapping[str, Any]) -> None:
+            data = read_all(file, row["bytes"])
+            if hashlib.sha256(data).hexdigest() != row["sha256"]:
+                raise Damage("it does not have the sha256 of its manifest")
+            plain[_STATE] = data
+
+        read = self._walk(step, read_tensors, keep)
+        where = f"{self.place}/{self.name(step)}"
+        if _STATE not in plain or not {"weights.safetensors", "state.safetensors"} & set(read):
+            raise Damage(f"{where} names no state.")
+        try:
+            facts = json.loads(plain[_STATE].decode("utf-8"))
+        except (ValueError, RecursionError) as err:
+            raise Damage(f"{where}/{_STATE} cannot be read: {str(err)[:200]}. It was written so.") from None
+        if not isinstance(facts, dict):
+            raise Damage(f"{where}/{_STATE} holds no table. It was written so.")
+        return Snapshot({name.removesuffix(".safetensors"): tensors for name, tensors in read.items()}, facts)
+
+    def _walk(
+        self, step: int, tensors: Callable[[Any, Any], Any], other: Callable[[Any, Any], Any]
+    ) -> dict[str, Any]:
+        """Go through all files of a checkpoint; what ``tensors`` gives, by name.
+
+        Raises:
+            Damage: naming the file.
+        """
+        folder = self.name(step)
+        at = NAME
+        try:
+            found = {}
+            for name, row in sorted(read_manifest(self.place, folder, step).items()):
+                at = name
+                with self.place.open(folder, name) as file:
+                    if name.endswith(".safetensors"):
+                        found[name] = tensors(file, row)
+                    else:
+                        other(file, row)
+            return found
+        except (Damage, OSError, RuntimeError, ValueError, OverflowError, MemoryError) as err:
+            text = str(err)[:300].rstrip(".")
+            told = text if at == NAME else f"{at}: {text}"
+            raise Damage(f"{self.place}/{folder}: {told}.") from None
+
     def retain(self, *, last: int, every: int, best: list[int]) -> list[int]:
         """Remove what need not be kept: all but the ``last`` newest, multiples of ``every``, and the steps in ``best``.
 
@@ -199,22 +232,43 @@ class Store:
         if doomed and self.fault(steps[-1]):
             return []
         for step in doomed:
-            remove_folder(self.path(step))
+            self.place.remove(self.name(step))
         return doomed
+
+    def set_aside(self, step: int) -> str:
+        """Take a damaged checkpoint out of the row, and keep it for a person to look at; its new name."""
+        taken = set(self.place.folders())
+        name = next(n for n in _aside_names(self.name(step)) if n not in taken)
+        self.place.rename(self.name(step), name)
+        return name
 
     def remove_after(self, step: int) -> None:
         """Remove checkpoints newer than ``step``: the run goes on from there."""
         for later in self.steps():
             if later > step:
-                remove_folder(self.path(later))
+                self.place.remove(self.name(later))
+
+    def _asking(self, question: Callable[[], _T]) -> _T:
+        try:
+            return question()
+        except OSError as err:
+            raise CheckpointError(
+                f"The checkpoint folder {self.place} cannot be read.",
+                f"{err}.",
+                "See to its path and its permissions.",
+            ) from None
 
     def _newest_name(self) -> str:
         try:
             steps = self.steps()
         except CheckpointError:
             return "not known"
-        return self.path(steps[-1]).name if steps else "none"
+        return self.name(steps[-1]) if steps else "none"
 
-    @staticmethod
-    def _size(snapshot: Snapshot) -> int:
-        return sum(t.nbytes for tensors in snapshot.groups.values() for t in tensors.values())
+
+def _aside_names(name: str) -> Any:
+    yield f"{name}.damaged"
+    number = 2
+    while True:
+        yield f"{name}.damaged-{number}"
+        number += 1

@@ -6,35 +6,55 @@ import json
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import IO
 
-from thalweg.core import Evaluation, Event, Plan, Record, StopReason
+from thalweg.core import Evaluation, Event, Plan, Record, RunFolderError, StopReason, human_bytes
+
+#: Lines that could not be written wait in memory, up to so many bytes.
+MOST_WAITING = 64 << 20
 
 
 class JsonLines:
-    """Writes the values of a run to a file.
+    """Writes the values of a run to a file. What the disk does not take waits in memory, and is tried again with what comes next.
 
     Args:
         path: the file; created if it is not there.
         keep_bytes: what stands beyond is cut off when the run starts: steps after the checkpoint that is resumed from,
             and a line that a kill tore.
+
+    Attributes:
+        trouble: why the last lines could not be written; empty while all is well.
     """
 
     def __init__(self, path: Path, *, keep_bytes: int = 0) -> None:
         self.path, self.keep_bytes = path, keep_bytes
-        self._file: IO[bytes] | None = None
+        self.trouble = ""
+        self._file: int | None = None
+        self._written = 0  # bytes of whole lines and of what may have been written of the next
+        self._waiting = bytearray()
 
     def start(self, plan: Plan, step: int) -> None:
-        self.path.touch()
-        os.truncate(self.path, self.keep_bytes)
-        self._file = open(self.path, "ab")  # noqa: SIM115 - open as long as the run
+        self._file = os.open(self.path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o666)
+        os.ftruncate(self._file, self.keep_bytes)
+        self._written = self.keep_bytes
 
-    def durable_bytes(self) -> int:
-        """Length of the file, once all of it is on the disk."""
-        assert self._file is not None
-        self._file.flush()
-        os.fsync(self._file.fileno())
-        return self._file.tell()
+    @property
+    def length(self) -> int:
+        """Bytes of the file once all lines so far are in it."""
+        return self._written + len(self._waiting)
+
+    def make_durable(self, length: int) -> None:
+        """Have the first ``length`` bytes on the disk; may be called from another thread.
+
+        Raises:
+            OSError: where some of them wait in memory, or the disk fails.
+        """
+        if self._written < length:
+            raise OSError(f"{self.path.name} cannot be written: {self.trouble}")
+        handle = os.open(self.path, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
 
     def steps(self, records: list[Record]) -> None:
         self._write(records)
@@ -47,13 +67,32 @@ class JsonLines:
 
     def stop(self, reason: StopReason) -> None:
         if self._file is not None:
-            self._file.close()
+            self._try()
+            os.close(self._file)
             self._file = None
 
     def _write(self, lines: Sequence[Record | Evaluation | Event]) -> None:
-        if self._file is not None:
-            self._file.write(b"".join(json.dumps(line.to_dict()).encode() + b"\n" for line in lines))
-            self._file.flush()
+        if self._file is None:
+            return
+        self._waiting += b"".join(json.dumps(line.to_dict()).encode() + b"\n" for line in lines)
+        self._try()
+        if len(self._waiting) > MOST_WAITING:
+            raise RunFolderError(
+                f"{self.path} cannot be written, and too many records wait in memory.",
+                f"{self.trouble}: {human_bytes(len(self._waiting))} wait, at most {human_bytes(MOST_WAITING)} may.",
+                "Make room, then --resume.",
+            )
+
+    def _try(self) -> None:
+        assert self._file is not None
+        try:
+            while self._waiting:
+                num = os.write(self._file, self._waiting)
+                self._written += num
+                del self._waiting[:num]
+            self.trouble = ""
+        except OSError as err:
+            self.trouble = err.strerror or str(err)
 
 
 class Memory:

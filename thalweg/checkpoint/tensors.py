@@ -1,0 +1,224 @@
+"""Tensors as a safetensors file, with a digest of each: written and verified in one pass over their bytes.
+
+The format is safetensors' (https://github.com/huggingface/safetensors#format): eight bytes with the length of a header, the
+header as JSON, then the tensors' bytes without gaps. Any of its readers can open what is written here. The package's own
+writer and reader are not used, because they cannot tell a digest of what passes through them, and reading twice costs the time of
+a second reading.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from thalweg.checkpoint.files import Write
+from thalweg.checkpoint.place import Reading
+
+CHUNK = 4 << 20
+_MOST_HEADER = 100 << 20  # as in the package
+_THREADS = 2  # one waits for the disk while the other computes digests
+
+NAMES = {
+    torch.bool: "BOOL",
+    torch.uint8: "U8",
+    torch.int8: "I8",
+    torch.float8_e4m3fn: "F8_E4M3",
+    torch.float8_e5m2: "F8_E5M2",
+    torch.float8_e8m0fnu: "F8_E8M0",
+    torch.uint16: "U16",
+    torch.int16: "I16",
+    torch.float16: "F16",
+    torch.bfloat16: "BF16",
+    torch.uint32: "U32",
+    torch.int32: "I32",
+    torch.float32: "F32",
+    torch.uint64: "U64",
+    torch.int64: "I64",
+    torch.float64: "F64",
+    torch.complex64: "C64",
+}
+DTYPES = {name: dtype for dtype, name in NAMES.items()}
+
+
+class Damage(Exception):
+    """A file is not what was written, or is nothing that was ever written by us."""
+
+
+def raw(tensor: Tensor) -> memoryview:
+    """The bytes of a tensor of the CPU that lies in one piece."""
+    return memoryview(tensor.detach().reshape(-1).view(torch.uint8).numpy())
+
+
+def header_of(tensors: Mapping[str, Tensor]) -> tuple[bytes, list[str]]:
+    """(the file up to the first tensor's bytes, names in the order of their bytes).
+
+    Raises:
+        ValueError: for a dtype that the format has no name for.
+    """
+    for name, tensor in tensors.items():
+        if tensor.dtype not in NAMES:
+            raise ValueError(f"'{name}' is {tensor.dtype}, which safetensors has no name for")
+    order = sorted(tensors, key=lambda name: (-tensors[name].element_size(), name))  # so that each is aligned
+    table, at = {}, 0
+    for name in order:
+        tensor = tensors[name]
+        table[name] = {
+            "dtype": NAMES[tensor.dtype],
+            "shape": list(tensor.shape),
+            "data_offsets": [at, at + tensor.nbytes],
+        }
+        at += tensor.nbytes
+    text = json.dumps(table, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    return len(text).to_bytes(8, "little") + text, order
+
+
+def write_tensors(write: Write, tensors: Mapping[str, Tensor]) -> dict[str, Any]:
+    """Write a file; its row of the manifest: bytes and sha256 of the whole, of the header, and of each tensor.
+
+    Args:
+        tensors: on the CPU, each in one piece.
+    """
+    header, order = header_of(tensors)
+    whole, size = hashlib.sha256(header), len(header)
+    write(header)
+    digests = {}
+    for name in order:
+        own = hashlib.sha256()
+        for chunk in _chunks(raw(tensors[name])):
+            write(chunk)
+            own.update(chunk)
+            whole.update(chunk)
+            size += len(chunk)
+        digests[name] = own.hexdigest()
+    head = hashlib.sha256(header).hexdigest()
+    return {"bytes": size, "sha256": whole.hexdigest(), "header": head, "tensors": digests}
+
+
+def _chunks(view: memoryview) -> Iterator[memoryview]:
+    for at in range(0, len(view), CHUNK):
+        yield view[at : at + CHUNK]
+
+
+@dataclass(frozen=True)
+class Entry:
+    """Where a tensor lies in a file."""
+
+    name: str
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    start: int
+    stop: int
+
+
+def read_header(file: Reading) -> tuple[bytes, list[Entry]]:
+    """(the file up to the first tensor's bytes, the tensors in the order of their bytes).
+
+    Raises:
+        Damage: for anything but a header whose tensors fill the file without gaps; nothing large has been allocated then.
+    """
+    size = file.size
+    if size < 8:
+        raise Damage(f"it has {size} bytes, and no header")
+    first = bytearray(8)
+    file.read_into(0, memoryview(first))
+    length = int.from_bytes(first, "little")
+    if length > min(size - 8, _MOST_HEADER):
+        raise Damage(f"its header claims {length} bytes of {size}")
+    text = bytearray(length)
+    file.read_into(8, memoryview(text))
+    try:
+        table = json.loads(text.decode("utf-8"))
+        rows = {name: row for name, row in table.items() if name != "__metadata__"}
+        entries = sorted((_entry(name, row, 8 + length) for name, row in rows.items()), key=lambda e: (e.start, e.stop))
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError, OverflowError) as err:
+        raise Damage(f"its header is none: {str(err)[:200]}") from None
+    at = 8 + length
+    for entry in entries:
+        if entry.start != at:
+            raise Damage(f"'{entry.name}' begins at byte {entry.start}, not {at}")
+        at = entry.stop
+    if at != size:
+        raise Damage(f"it has {size} bytes, and its header tells of {at}")
+    return bytes(first) + bytes(text), entries
+
+
+def _entry(name: str, row: Mapping[str, Any], base: int) -> Entry:
+    dtype, shape, (start, stop) = DTYPES[row["dtype"]], row["shape"], row["data_offsets"]
+    if not all(type(n) is int and 0 <= n < 2**62 for n in (*shape, start, stop)):
+        raise ValueError(f"'{name}' has no whole numbers for its shape and place")
+    if stop - start != math.prod(shape) * dtype.itemsize:
+        raise ValueError(f"'{name}' of {dtype} {shape} has {stop - start} bytes")
+    return Entry(name, dtype, tuple(shape), base + start, base + stop)
+
+
+def read_tensors(file: Reading, row: Mapping[str, Any]) -> dict[str, Tensor]:
+    """The tensors of a file, each byte of it compared with its row of the manifest.
+
+    Raises:
+        Damage: naming the tensor.
+        OSError: if it cannot be read.
+    """
+    entries = _checked_header(file, row)
+
+    def read(entry: Entry) -> tuple[str, Tensor]:
+        flat = torch.empty(entry.stop - entry.start, dtype=torch.uint8)
+        view, sha = memoryview(flat.numpy()), hashlib.sha256()
+        for at in range(0, len(view), CHUNK):
+            part = view[at : at + CHUNK]
+            file.read_into(entry.start + at, part)
+            sha.update(part)
+        _compare(entry.name, sha.hexdigest(), row)
+        return entry.name, flat.view(entry.dtype).reshape(entry.shape)
+
+    with _pool() as pool:
+        return dict(pool.map(read, entries))
+
+
+def check_tensors(file: Reading, row: Mapping[str, Any]) -> None:
+    """The same without keeping anything."""
+    entries = _checked_header(file, row)
+
+    def check(entry: Entry) -> None:
+        buffer, sha = memoryview(bytearray(min(CHUNK, entry.stop - entry.start))), hashlib.sha256()
+        for at in range(entry.start, entry.stop, CHUNK):
+            part = buffer[: min(CHUNK, entry.stop - at)]
+            file.read_into(at, part)
+            sha.update(part)
+        _compare(entry.name, sha.hexdigest(), row)
+
+    with _pool() as pool:
+        list(pool.map(check, entries))
+
+
+@contextmanager
+def _pool() -> Iterator[ThreadPoolExecutor]:
+    """Threads for one file; after a fault, what has not begun does not begin."""
+    pool = ThreadPoolExecutor(_THREADS)
+    try:
+        yield pool
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def _checked_header(file: Reading, row: Mapping[str, Any]) -> list[Entry]:
+    head, entries = read_header(file)
+    if hashlib.sha256(head).hexdigest() != row["header"]:
+        raise Damage("its header does not have the sha256 of its manifest")
+    if {entry.name for entry in entries} != set(row["tensors"]):
+        raise Damage("it does not hold the tensors that its manifest names")
+    return entries
+
+
+def _compare(name: str, sha: str, row: Mapping[str, Any]) -> None:
+    if row["tensors"][name] != sha:
+        raise Damage(f"'{name}' does not have the sha256 of its manifest")
