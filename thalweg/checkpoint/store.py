@@ -16,7 +16,7 @@ import errno
 import hashlib
 import json
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -109,7 +109,9 @@ class Store:
                 with folder.file(_STATE) as write:
                     write(facts)
                 files[_STATE] = {"bytes": len(facts), "sha256": hashlib.sha256(facts).hexdigest()}
-                with folder.file(NAME) as write:  # last: in a store without renames, it is what makes the rest a checkpoint
+                with folder.file(
+                    NAME
+                ) as write:  # last: in a store without renames, it is what makes the rest a checkpoint
                     write(manifest_bytes(step, files))
         except (OSError, ValueError, TypeError) as err:
             full = getattr(err, "errno", None) in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
@@ -196,9 +198,7 @@ class Store:
             raise Damage(f"{where}/{_STATE} holds no table. It was written so.")
         return Snapshot({name.removesuffix(".safetensors"): tensors for name, tensors in read.items()}, facts)
 
-    def _walk(
-        self, step: int, tensors: Callable[[Any, Any], Any], other: Callable[[Any, Any], Any]
-    ) -> dict[str, Any]:
+    def _walk(self, step: int, tensors: Callable[[Any, Any], Any], other: Callable[[Any, Any], Any]) -> dict[str, Any]:
         """Go through all files of a checkpoint; what ``tensors`` gives, by name.
 
         Raises:
@@ -266,7 +266,7 @@ class Store:
         return self.name(steps[-1]) if steps else "none"
 
 
-def _aside_names(name: str) -> Any:
+def _aside_names(name: str) -> Iterator[str]:
     yield f"{name}.damaged"
     number = 2
     while True:

@@ -55,7 +55,7 @@ class Damage(Exception):
 
 def raw(tensor: Tensor) -> memoryview:
     """The bytes of a tensor of the CPU that lies in one piece."""
-    return memoryview(tensor.detach().reshape(-1).view(torch.uint8).numpy())
+    return tensor.detach().reshape(-1).view(torch.uint8).numpy().data
 
 
 def header_of(tensors: Mapping[str, Tensor]) -> tuple[bytes, list[str]]:
@@ -172,7 +172,7 @@ def read_tensors(file: Reading, row: Mapping[str, Any]) -> dict[str, Tensor]:
 
     def read(entry: Entry) -> tuple[str, Tensor]:
         flat = torch.empty(entry.stop - entry.start, dtype=torch.uint8)
-        view, sha = memoryview(flat.numpy()), hashlib.sha256()
+        view, sha = flat.numpy().data, hashlib.sha256()
         for at in range(0, len(view), CHUNK):
             part = view[at : at + CHUNK]
             file.read_into(entry.start + at, part)

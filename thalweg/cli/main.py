@@ -18,7 +18,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command.
 
     Returns:
-        The exit code: 0 done, 2 a mistake in what was asked, 3 the run diverged, 130 interrupted and saved.
+        The exit code: 0 done, 2 a mistake in what was asked, 3 the run diverged, 4 it could not be saved; 128 and the
+        number of the signal that ended it, saved.
     """
     asked = _parser().parse_args(_joined(sys.argv[1:] if arguments is None else list(arguments)))
     try:
@@ -59,7 +60,15 @@ def _parser() -> argparse.ArgumentParser:
         nargs="?",
         const="newest",
         metavar="STEP",
-        help="go on with the newest run of this task (or --name), from its newest good checkpoint or from STEP",
+        help="go on with the newest run of this task (or --name), from its newest good checkpoint or from STEP; 'auto': "
+        "begin where there is none",
+    )
+    train.add_argument(
+        "--accept",
+        metavar="PATHS",
+        action="append",
+        default=[],
+        help="with --resume: what may differ from the run's recipe, such as lr,steps",
     )
     train.add_argument("--quiet", action="store_true", help="do not print the plan")
     train.add_argument(
@@ -149,14 +158,23 @@ def _train(asked: argparse.Namespace) -> int:
     from thalweg.run import RunFolder, choose_folder, train_task
     from thalweg.watch import Terminal
 
-    resume: bool | int = False
-    if asked.resume is not None:
-        resume = True if asked.resume == "newest" else _whole(asked.resume)
+    resume = _resume(asked.resume)
+    accept = [word.strip() for words in asked.accept for word in words.split(",") if word.strip()]
+    if accept and resume is False:
+        raise RecipeError("--accept goes with --resume.", "A new run has no earlier recipe.", "Add --resume.")
     folder = choose_folder(Path(asked.runs), asked.name, short_name(asked.task), resume=resume is not False)
-    if resume is not False and not asked.recipe and not changes:
+    begins = resume == "auto" and not (folder / "recipe.toml").exists()
+    if resume is not False and not begins and not asked.recipe and not changes:
         recipe = RunFolder.recipe_in(folder)
-    result = train_task(task, recipe, folder=folder, resume=resume, sinks=[Terminal(verbose=not asked.quiet)])
+    sinks = [Terminal(verbose=not asked.quiet)]
+    result = train_task(task, recipe, folder=folder, resume=resume, accept=accept, sinks=sinks)
     return _ended(asked, result, folder)
+
+
+def _resume(text: str | None) -> bool | int | str:
+    if text is None:
+        return False
+    return True if text == "newest" else text if text == "auto" else _whole(text)
 
 
 def _plan(asked: argparse.Namespace) -> int:
@@ -236,12 +254,12 @@ def _ended(asked: argparse.Namespace, result: Any, folder: Path) -> int:
     if result.sample:
         print(f"\n{result.sample}\n")
     print(f"report: {folder / 'report.html'}")
-    if result.reason.exit_code == 130:
+    if result.exit_code >= 128:
         again = ["thalweg", "train", asked.task, "--resume"]
         again += ["--name", asked.name] if asked.name else []
         again += ["--runs", asked.runs] if asked.runs != "runs" else []
         print(f"to go on: {' '.join(again)}")
-    return int(result.reason.exit_code)
+    return int(result.exit_code)
 
 
 def _pair(text: str) -> tuple[str, str]:

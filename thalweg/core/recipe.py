@@ -478,20 +478,27 @@ class Checkpoint:
         keep_last: newest checkpoints kept; at least 1.
         keep_best: checkpoints kept for the best values of ``evaluate.best``.
         keep_every: checkpoints at multiples of this step are kept for good; 0: none.
+        store: where they go: "" for the run folder, a path, or an address such as "s3://bucket/runs/digits".
+        failures: saves in a row that may fail; until then the run goes on in memory.
+        grace: seconds that a run which was asked to end by a signal has for the step under way, and that its end waits for
+            a save that fails, before it gives up.
     """
 
     every: int | None = None
     keep_last: int = 2
     keep_best: int = 1
     keep_every: int = 0
+    store: str = ""
+    failures: int = 10
+    grace: float = 25.0
 
     def __post_init__(self) -> None:
-        for name in ("every", "keep_best", "keep_every"):
+        for name in ("every", "keep_best", "keep_every", "failures", "grace"):
             value = getattr(self, name)
             _check(
                 value is None or value >= 0,
                 f"checkpoint.{name}={value} is negative.",
-                "It is a count.",
+                "It is a number of seconds." if name == "grace" else "It is a count.",
                 "Give 0 or more.",
             )
         _check(

@@ -18,6 +18,7 @@ class StopReason(enum.Enum):
     STOPPED_EARLY = "stopped early"
     INTERRUPTED = "interrupted"
     DIVERGED = "diverged"
+    UNSAVED = "not saved"
     FAILED = "failed"
 
     @property
@@ -28,12 +29,16 @@ class StopReason(enum.Enum):
             StopReason.INTERRUPTED: "Stopped between two steps. With a run folder, the state is saved and --resume goes on.",
             StopReason.DIVERGED: "Gradients were not finite for many steps in a row, and none of those steps was applied. "
             "Lower optimizer.lr, lengthen the warm-up, or look for NaN or infinity in the data.",
+            StopReason.UNSAVED: "The state could not be saved, and is in memory alone. Mend what the message above names; "
+            "--resume goes on from the newest checkpoint.",
             StopReason.FAILED: "The run broke off. With a run folder, --resume goes on from its newest checkpoint.",
         }[self]
 
     @property
     def exit_code(self) -> int:
-        return {"finished": 0, "stopped early": 0, "interrupted": 130, "diverged": 3, "failed": 1}[self.value]
+        """For a command line; a run that a signal ended says which: 128 and its number (``Result.exit_code``)."""
+        codes = {"finished": 0, "stopped early": 0, "interrupted": 130, "diverged": 3, "not saved": 4, "failed": 1}
+        return codes[self.value]
 
 
 @dataclass(frozen=True)

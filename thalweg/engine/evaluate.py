@@ -19,6 +19,10 @@ from thalweg.precision import Policy
 from thalweg.regularize import PreciseStatistics
 
 
+class Interrupted(Exception):
+    """Somebody asked the run to end while it was evaluating."""
+
+
 @contextmanager
 def evaluated_weights(state: State, precise: PreciseStatistics | None) -> Iterator[None]:
     """The model holds what is evaluated and shipped: averaged weights, with statistics of their own where they are measured."""
@@ -35,6 +39,7 @@ def evaluate(
     *,
     batch: int,
     precise: PreciseStatistics | None = None,
+    stop: Callable[[], bool] = lambda: False,
 ) -> dict[str, float]:
     """Exactly weighted means over all of ``source``, read from the device once, at the end.
 
@@ -42,6 +47,10 @@ def evaluate(
         precise: measures the statistics of batch normalization for the averaged weights.
         metrics: gives further (sum, weight) pairs by name.
         batch: samples a batch; the result does not depend on it but for rounding.
+        stop: asked before each batch: whether to break off.
+
+    Raises:
+        Interrupted: where it is; the model is as it was.
     """
     model = state.model
 
@@ -60,6 +69,8 @@ def evaluate(
     sums: dict[str, list[Tensor]] = {}
     with evaluated_weights(state, precise), in_evaluation_mode(model), torch.no_grad():
         for samples in held_out(source, batch, state.device.torch_device):
+            if stop():
+                raise Interrupted
             for found in each(samples, pairs, state.evaluation_limit):
                 for name, pair in found.items():
                     before = sums.get(name)

@@ -10,6 +10,7 @@ import torch
 
 from thalweg.core import Evaluation, Event, Feed, Plan, Record, Sink, StopReason, ThalwegError
 from thalweg.device import ran_out
+from thalweg.engine.evaluate import Interrupted
 from thalweg.engine.memory.measured import STEPS
 from thalweg.engine.portions import Failure, in_update, spoken
 from thalweg.engine.step import FIELDS, RING, Step
@@ -24,8 +25,9 @@ class Loop:
 
     Args:
         evaluate: gives metrics, or None where there is no held-out data.
-        save: writes a checkpoint of this moment, told the facts to keep.
+        save: hands over a checkpoint of this moment; told whether it must be kept.
         stop: asked between steps: whether someone wants the run to end.
+        watch: asked between steps, for what goes on beside the run; a reason ends it.
         best: told after an evaluation better than all before.
     """
 
@@ -37,12 +39,13 @@ class Loop:
         sinks: Sequence[Sink],
         *,
         evaluate: Callable[[], dict[str, float]] | None = None,
-        save: Callable[[], None] = lambda: None,
+        save: Callable[[bool], None] = lambda must: None,
         stop: Callable[[], bool] = lambda: False,
         best: Callable[[], None] = lambda: None,
+        watch: Callable[[], StopReason | None] = lambda: None,
     ) -> None:
         self.plan, self.step, self.feed, self.sinks = plan, step, feed, sinks
-        self.evaluate, self.save, self.stop, self.best = evaluate, save, stop, best
+        self.evaluate, self.save, self.stop, self.best, self.watch = evaluate, save, stop, best, watch
         wanted = plan.recipe.evaluate
         self.early = EarlyStop(wanted.patience, wanted.goal or "min", wanted.min_delta)
         self.ranking: list[tuple[float, int]] = []  # (value of the chosen metric, step), best first
@@ -51,15 +54,13 @@ class Loop:
         self._flushed_at = self._began
         self._pending: list[float] = []  # seconds of the steps whose rows are still on the device
         self._saved = -1
+        self.owed = False  # an evaluation of this step that a signal broke off
         self.measured: Callable[[], str] = lambda: ""  # the peak of memory beside what was predicted
 
     def run(self, until: int | None = None) -> StopReason:
         """Train up to step ``until`` (the plan's end if None)."""
-        state, recipe = self.step.state, self.plan.recipe
+        state = self.step.state
         last = self.plan.steps if until is None else min(until, self.plan.steps)
-
-        def due(every: int | None) -> bool:
-            return state.step == self.plan.steps or bool(every and state.step % every == 0)
 
         settled = state.step + STEPS
         if self.early.is_over():  # a run that stopped early is at its end
@@ -68,6 +69,8 @@ class Loop:
             if limit.most:
                 self.tell("out of memory", f"Memory ran out earlier: a {limit.what} has at most {limit.most} samples.")
         try:
+            if self.owed and (reason := self._after_step()):
+                return self._end(reason)
             for window in self.feed.windows(state.step, last):
                 self.step.run(window)
                 self._note()
@@ -75,18 +78,12 @@ class Loop:
                     self._tell_of_memory()
                 if state.step == settled and (text := self.measured()):
                     self.tell("memory", text)
-                if self.evaluate and due(recipe.evaluate.every):
-                    self._evaluate()
-                if due(recipe.checkpoint.every) or self._is_best_now():
-                    self._save()
-                if self.early.is_over() and state.step < self.plan.steps:
-                    self._save()
-                    return self._end(StopReason.STOPPED_EARLY)
-                if self.streak >= GIVE_UP_AFTER:
-                    return self._end(StopReason.DIVERGED)
-                if self.stop() and state.step < self.plan.steps:
-                    self._save()
-                    return self._end(StopReason.INTERRUPTED)
+                self.owed = self.evaluate is not None and self._is_due(self.plan.recipe.evaluate.every)
+                if reason := self._after_step():
+                    return self._end(reason)
+            if self.stop() and state.step < last:  # the feed ended early, because it was asked to
+                self._save(must=True)
+                return self._end(StopReason.INTERRUPTED)
         except Exception as err:
             self._rescue()
             if not ran_out(err):
@@ -95,6 +92,31 @@ class Loop:
         else:
             return self._end(StopReason.FINISHED)
         raise in_update(failure, moved=False)
+
+    def _is_due(self, every: int | None) -> bool:
+        return self.step.state.step == self.plan.steps or bool(every and self.step.state.step % every == 0)
+
+    def _after_step(self) -> StopReason | None:
+        """What is due between this step and the next; a reason where there is to be no next."""
+        going_on = self.step.state.step < self.plan.steps
+        if self.owed:
+            try:
+                self._evaluate()
+            except Interrupted:
+                self._save(must=True)  # it stands in the checkpoint that this evaluation is still owed
+                return StopReason.INTERRUPTED
+            self.owed = False
+        if self._is_due(self.plan.recipe.checkpoint.every) or self._is_best_now():
+            self._save(must=not going_on or self._is_best_now())
+        if self.early.is_over() and going_on:
+            self._save(must=True)
+            return StopReason.STOPPED_EARLY
+        if self.streak >= GIVE_UP_AFTER:
+            return StopReason.DIVERGED
+        if self.stop() and going_on:
+            self._save(must=True)
+            return StopReason.INTERRUPTED
+        return self.watch()
 
     def flush(self) -> None:
         """Read the rows of all steps since the last flush, in one copy, and pass them on."""
@@ -184,10 +206,10 @@ class Loop:
     def _is_best_now(self) -> bool:
         return self.step.state.step in self.best_steps()[: self.plan.recipe.checkpoint.keep_best]
 
-    def _save(self) -> None:
+    def _save(self, *, must: bool) -> None:
         if self._saved != self.step.state.step:
             self.flush()
-            self.save()
+            self.save(must)
             self._saved = self.step.state.step
 
     def _rescue(self) -> None:
@@ -196,7 +218,7 @@ class Loop:
         self._tell_of_memory()
         if self.step.state.step:
             try:
-                self._save()
+                self._save(must=True)
             except Exception as err:  # what broke the step is the error that counts
                 if not (isinstance(err, ThalwegError) or ran_out(err)):
                     raise

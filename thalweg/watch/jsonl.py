@@ -34,8 +34,8 @@ class JsonLines:
 
     def start(self, plan: Plan, step: int) -> None:
         self._file = os.open(self.path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o666)
-        os.ftruncate(self._file, self.keep_bytes)
-        self._written = self.keep_bytes
+        self._written = min(self.keep_bytes, os.fstat(self._file).st_size)
+        os.ftruncate(self._file, self._written)
 
     @property
     def length(self) -> int:

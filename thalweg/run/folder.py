@@ -1,0 +1,129 @@
+"""The files of a run: recipe, plan, records, checkpoints, report; and which folder is meant."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import cached_property
+from pathlib import Path
+
+from thalweg.checkpoint import LocalPlace, Store, write_file
+from thalweg.core import Plan, Recipe, RunFolderError, ThalwegError
+from thalweg.core.changes import changed_plan, differences, refuse_changes
+
+
+class RunFolder:
+    """The files of a run.
+
+    Args:
+        recipe: of the run that is to be in it; None: the one that is there.
+    """
+
+    def __init__(self, path: Path, recipe: Recipe | None = None) -> None:
+        self.path = path
+        self.recipe_file, self.plan_file = path / "recipe.toml", path / "plan.json"
+        self.records_file = path / "records.jsonl"
+        self._recipe = recipe
+
+    @cached_property
+    def store(self) -> Store:
+        """Its checkpoints, wherever they lie."""
+        recipe = self._recipe
+        if recipe is None and self.recipe_file.exists():
+            recipe = Recipe.from_file(self.recipe_file)
+        return Store((recipe.checkpoint.store if recipe else "") or self.path / "checkpoints")
+
+    def holds_run(self) -> bool:
+        """Whether a run has begun here; one whose folder is lost, and whose checkpoints lie elsewhere, is fetched first."""
+        if not self.recipe_file.exists() and not isinstance(self.store.place, LocalPlace):
+            self._fetch()
+        return self.recipe_file.exists()
+
+    def begin(self, recipe: Recipe) -> None:
+        """Claim the folder for a new run.
+
+        Raises:
+            RunFolderError: if it already holds one.
+        """
+        if self.holds_run():
+            refuse_changes(self.path, differences(recipe, Recipe.from_file(self.recipe_file)), ())
+            raise RunFolderError(
+                f"{self.path} already holds this run.",
+                f"Newest checkpoint: {self.store.steps()[-1] if self.store.steps() else 'none'}.",
+                "Go on with --resume, or start another with --name.",
+            )
+
+    def write(self, plan: Plan, recipe: Recipe) -> None:
+        """Say what the run is. The recipe comes last: with it, the folder holds a run."""
+        files = {"plan.json": plan.to_json().encode(), "recipe.toml": recipe.to_toml().encode()}
+        if not isinstance(self.store.place, LocalPlace):
+            with self.store.place.new("run") as folder:
+                for name, data in files.items():
+                    with folder.file(name) as write:
+                        write(data)
+        for name, data in files.items():
+            write_file(self.path / name, data)
+
+    def _fetch(self) -> None:
+        """Recipe and plan from where the checkpoints lie."""
+        place = self.store.place
+        if "run" not in place.folders():
+            return
+        for name in ("plan.json", "recipe.toml"):
+            with place.open("run", name) as file:
+                data = bytearray(file.size)
+                file.read_into(0, memoryview(data))
+            write_file(self.path / name, bytes(data))
+
+    def plan_for(self, recipe: Recipe, accept: Sequence[str]) -> tuple[Plan, list[str]]:
+        """The plan to go on by, and what differs from the one in the folder.
+
+        Raises:
+            RunFolderError: for a change that was not accepted, or that cannot be.
+        """
+        changes = differences(recipe, Recipe.from_file(self.recipe_file))
+        refuse_changes(self.path, changes, accept)
+        return changed_plan(self.saved_plan(), recipe, changes)
+
+    @staticmethod
+    def recipe_in(path: Path) -> Recipe:
+        """The recipe that the run in ``path`` began with."""
+        file = path / "recipe.toml"
+        if not file.exists():
+            raise nothing_to_resume(path)
+        return Recipe.from_file(file)
+
+    def saved_plan(self) -> Plan:
+        try:
+            return Plan.from_json(self.plan_file.read_text(encoding="utf-8"))
+        except ThalwegError:
+            raise
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as err:
+            raise RunFolderError(
+                f"{self.path} holds no run to resume.", f"plan.json: {err}.", "Start one without --resume."
+            ) from None
+
+
+def nothing_to_resume(path: Path) -> RunFolderError:
+    return RunFolderError(
+        f"There is no run in {path} to resume.",
+        "It has no recipe.toml.",
+        "Start one without --resume, or with --resume auto, which begins where there is none.",
+    )
+
+
+def choose_folder(runs: Path, name: str | None, task: str, *, resume: bool) -> Path:
+    """The run folder: ``name``; else a free one called after the task, or, to resume, the newest such.
+
+    A folder that holds no recipe yet, as after an error before step 1, counts as free.
+    """
+    if name is not None:
+        return runs / name
+    number = 1
+    path = runs / task
+    while True:
+        following = runs / f"{task}-{number + 1}"
+        if resume and not (following / "recipe.toml").exists():
+            return path
+        if not resume and not (path / "recipe.toml").exists():
+            return path
+        path, number = following, number + 1

@@ -1,0 +1,91 @@
+"""A run's checkpoints: handed over between two steps, written beside them, and what a person must be told of it."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from thalweg.checkpoint import Job, Saver, Store
+from thalweg.core import StopReason
+from thalweg.engine import Loop
+from thalweg.engine.signals import Asked
+from thalweg.run.best import BestWeights
+from thalweg.watch import JsonLines
+
+
+class Saving:
+    """Between a loop and the thread that saves.
+
+    Args:
+        lines: the records; a checkpoint knows how many of them belong to it, and they are made durable before it.
+        keeper: the best weights, where a run ends with them.
+        asked: whether a signal asks the run to end; then it waits no longer than its grace for a store that fails.
+    """
+
+    def __init__(self, store: Store, loop: Loop, lines: JsonLines, keeper: BestWeights | None, asked: Asked) -> None:
+        self.loop, self.lines, self.keeper, self.asked = loop, lines, keeper, asked
+        self.wanted = loop.plan.recipe.checkpoint
+        self.saver = Saver(store, before=self._before, retain=self._retain)
+        self._failing = False
+        self._records_fail = ""
+
+    def save(self, must: bool) -> None:
+        """Hand over a checkpoint of this moment; the run waits for the copy alone."""
+        self.asked.heard()
+        loop = self.loop
+        facts = {
+            "ranking": loop.ranking,
+            "early": loop.early.facts(),
+            "streak": loop.streak,
+            "owed": loop.owed,
+            "records_bytes": self.lines.length,
+        }
+        snapshot = loop.step.state.snapshot(facts)
+        if self.keeper is not None and self.keeper.values:
+            snapshot = replace(snapshot, groups={**snapshot.groups, "best": self.keeper.values})
+        best = loop.best_steps()[: self.wanted.keep_best]
+        every = self.wanted.keep_every
+        must = must or bool(every and loop.step.state.step % every == 0)
+        self.saver.put(Job(loop.step.state.step, snapshot.on_host(), must=must, best=best))
+
+    def watch(self) -> StopReason | None:
+        """What the thread has to say; a reason where too many saves in a row have failed."""
+        if self.lines.trouble != self._records_fail:
+            self._records_fail = self.lines.trouble
+            if self._records_fail:
+                self.loop.tell("not saved", f"Records cannot be written, and wait in memory: {self._records_fail}.")
+        if self.saver.is_slow():
+            self.loop.tell("slow store", "A checkpoint has been under way for 30 seconds; the run goes on beside it.")
+        if not self.saver.news:
+            return None
+        self._tell()
+        return StopReason.UNSAVED if self.saver.failures > self.wanted.failures else None
+
+    def finish(self, reason: StopReason) -> StopReason:
+        """Wait until the newest checkpoint is written; what the run ended with, where it is."""
+        self.asked.heard()
+        saved = self.saver.finish(self.wanted.grace)
+        self._tell()
+        return reason if saved or reason in (StopReason.DIVERGED, StopReason.FAILED) else StopReason.UNSAVED
+
+    def _tell(self) -> None:
+        while self.saver.news:
+            news = self.saver.news.popleft()
+            if news.text:
+                self.loop.tell("checkpoint", f"The checkpoint of step {news.step}: {news.text}.")
+            elif news.failed:
+                self._failing = True
+                self.loop.tell(
+                    "not saved",
+                    f"{news.failed} The run goes on in memory; {self.saver.failures} of {self.wanted.failures} saves in a "
+                    "row may fail (checkpoint.failures).",
+                    {"failed": news.step},
+                )
+            elif self._failing:
+                self._failing = False
+                self.loop.tell("saved again", f"Checkpoints are saved again: step {news.step}.")
+
+    def _before(self, job: Job) -> None:
+        self.lines.make_durable(int(job.snapshot.facts["records_bytes"]))
+
+    def _retain(self, job: Job) -> None:
+        self.saver.store.retain(last=self.wanted.keep_last, every=self.wanted.keep_every, best=job.best)

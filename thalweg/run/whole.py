@@ -1,0 +1,341 @@
+"""A whole run: a task and a recipe in; a trained model, and a run folder if one is wanted, out."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from thalweg.checkpoint import FolderLock, Snapshot, write_file
+from thalweg.core import (
+    CheckpointError,
+    Evaluation,
+    Plan,
+    Recipe,
+    Record,
+    RunFolderError,
+    Sink,
+    StopReason,
+    Task,
+)
+from thalweg.engine import GIVE_UP_AFTER, Loop, Resolved, build, evaluate, resolve
+from thalweg.engine.memory import PeakWatch, begun
+from thalweg.engine.signals import Asked, asked_to_end, exit_code
+from thalweg.regularize import PreciseStatistics, set_factors
+from thalweg.report import write_report
+from thalweg.run.best import BestWeights
+from thalweg.run.folder import RunFolder, nothing_to_resume
+from thalweg.run.saving import Saving
+from thalweg.watch import JsonLines, Memory
+
+#: False: a new run; True: go on; a step: go on from there; "auto": go on where there is a run, and begin where there is none.
+Resume = bool | int | str
+
+
+@dataclass(frozen=True)
+class Result:
+    """What a run left.
+
+    Attributes:
+        reason: why it ended.
+        model: the trained module; where there is a weight average, it holds the averaged weights, those that were evaluated.
+        plan: what was decided.
+        records, evaluations: of this process; a resumed run's earlier ones stand in the run folder.
+        folder: the run folder, or None.
+        sample: what the task's sample function gave, at the end of a finished run.
+        signal: the number of the signal that ended the run; 0: none did.
+    """
+
+    reason: StopReason
+    model: nn.Module
+    plan: Plan
+    records: list[Record]
+    evaluations: list[Evaluation]
+    folder: Path | None
+    sample: str = ""
+    signal: int = 0
+
+    @property
+    def exit_code(self) -> int:
+        """For a command line: 0 done, 3 diverged, 4 not saved, 128 and its number for a signal."""
+        return (
+            exit_code(self.signal) if self.reason is StopReason.INTERRUPTED and self.signal else self.reason.exit_code
+        )
+
+    @property
+    def metrics(self) -> dict[str, float]:
+        """The last evaluation's metrics; empty where nothing was evaluated."""
+        return self.evaluations[-1].metrics if self.evaluations else {}
+
+
+def train(
+    model: Any,
+    loss: Callable[..., Any],
+    data: Any,
+    recipe: Recipe | Mapping[str, Any] | None = None,
+    *,
+    metrics: Callable[[Any, Any], Mapping[str, Any]] | None = None,
+    folder: str | Path | None = None,
+    resume: Resume = False,
+    accept: Sequence[str] = (),
+    sinks: Sequence[Sink] = (),
+) -> Result:
+    """Train a model.
+
+    Args:
+        model: an ``nn.Module``, or a function that makes one from ``recipe.model``.
+        loss: ``loss(model, batch)`` gives ``Loss(total, weight)`` or a scalar mean.
+        data: training data, or ``Split(train=..., test=...)``; a dict of tensors, a ``Dataset``, an iterable.
+        recipe: a ``Recipe``, or what differs from the default one, by dotted path.
+        metrics: ``metrics(model, batch)`` gives further (sum, weight) pairs for evaluation.
+        folder: where records, checkpoints and the report go; None writes nothing.
+        resume: go on from the newest good checkpoint of ``folder`` (True), or from a step; "auto": begin where there is no
+            run yet.
+        accept: what may differ from the recipe of the run that is resumed: paths, tables, or their last parts.
+        sinks: further places where records go, such as ``thalweg.watch.Terminal()``.
+
+    Raises:
+        ThalwegError: for a mistake, before any work; the message says what to do.
+    """
+    task = Task(model=model, loss=loss, data=data, metrics=metrics)
+    given = recipe if isinstance(recipe, Recipe) else Recipe().override(recipe or {})
+    return train_task(task, given, folder=folder, resume=resume, accept=accept, sinks=sinks)
+
+
+def train_task(
+    task: Task,
+    recipe: Recipe,
+    *,
+    folder: str | Path | None = None,
+    resume: Resume = False,
+    accept: Sequence[str] = (),
+    sinks: Sequence[Sink] = (),
+) -> Result:
+    """Train a task; see ``train``."""
+    if folder is None:
+        if resume or accept:
+            raise RunFolderError("resume needs a run folder.", "folder is None.", "Give the folder of the run.")
+        return _Run(task, recipe, None, sinks).go()
+    path = Path(folder)
+    lock = FolderLock(path)
+    lock.acquire()
+    try:
+        return _Run(task, recipe, RunFolder(path, recipe), sinks).go(resume, accept)
+    finally:
+        lock.release()
+
+
+@dataclass(frozen=True)
+class Earlier:
+    """What an earlier process left of the run.
+
+    Attributes:
+        plan: by which it goes on; None: the run begins.
+        snapshot: from where; None: from the start.
+        faults: newer checkpoints that are damaged, by step.
+        changes: what differs from the recipe in the folder, a line each.
+    """
+
+    plan: Plan | None = None
+    snapshot: Snapshot | None = None
+    faults: dict[int, str] = field(default_factory=dict)
+    changes: list[str] = field(default_factory=list)
+
+
+class _Run:
+    """One process's part of a run."""
+
+    def __init__(self, task: Task, recipe: Recipe, folder: RunFolder | None, sinks: Sequence[Sink]) -> None:
+        self.task, self.recipe, self.folder = task, recipe, folder
+        self.memory = Memory()
+        self.lines: JsonLines | None = None
+        self.given_sinks = list(sinks)
+
+    def go(self, resume: Resume = False, accept: Sequence[str] = ()) -> Result:
+        earlier = self._open(resume, accept)
+        resolved = resolve(self.task, self.recipe, saved=earlier.plan)
+        try:
+            with asked_to_end(resolved.plan.recipe.checkpoint.grace) as asked:
+                return self._train(resolved, earlier, asked)
+        finally:
+            resolved.prepared.undo()
+
+    def _train(self, resolved: Resolved, earlier: Earlier, asked: Asked) -> Result:
+        saved, snapshot = earlier.plan, earlier.snapshot
+        step = build(resolved.plan, resolved.model, resolved.loss, resolved.device, resolved.policy)
+        plan = replace(resolved.plan, sizes=step.state.nbytes())
+        if saved is None:
+            if plan.ledger is not None:
+                plan = replace(plan, ledger=begun(plan.ledger, resolved.device))
+            plan = replace(plan, decisions=(*plan.decisions, *step.state.ways()))
+        if snapshot is not None:
+            step.state.load(snapshot)
+        if self.folder:
+            # All checks are behind us and the run goes on from here: what lies ahead of it is another's.
+            if saved is None or earlier.changes:
+                self.folder.write(plan, self.recipe)
+            set_aside = [self.folder.store.set_aside(at) for at in earlier.faults]
+            self.folder.store.remove_after(step.state.step)
+            (self.folder.path / "outcome.json").unlink(missing_ok=True)
+        sinks = self._sinks(snapshot)
+        watch = None if plan.ledger is None else PeakWatch(plan.ledger, resolved.device)
+        precise = self._precise(resolved)
+        evaluation = self._evaluation(resolved, step, precise, asked)
+        loop = Loop(plan, step, resolved.feed, sinks, evaluate=evaluation, stop=asked)
+        keeper = BestWeights(step.state, precise) if plan.recipe.evaluate.patience else None
+        saving = None
+        if self.folder and self.lines is not None:
+            saving = Saving(self.folder.store, loop, self.lines, keeper, asked)
+            loop.save, loop.watch = saving.save, saving.watch
+        if keeper is not None:
+            loop.best = keeper.keep
+        if snapshot is not None:
+            self._take_up(loop, keeper, snapshot)
+        for sink in sinks:
+            sink.start(plan, step.state.step)
+        if watch is not None:
+            watch.begin()
+            loop.measured = watch.told
+        for (at, fault), name in zip(earlier.faults.items(), set_aside if self.folder else []):
+            text = f"Passed over a damaged checkpoint: {fault} Going on from step {step.state.step}."
+            loop.tell("checkpoint passed over", f"{text} It is kept as {name}.", {"damaged": at})
+        for text in earlier.changes:
+            loop.tell("recipe changed", f"{text} (accepted)")
+        reason = StopReason.FAILED
+        try:
+            reason = loop.run()
+            if keeper is not None and keeper.values:
+                loop.tell("best weights", f"The model is that of step {loop.best_steps()[0]}.")
+        finally:
+            if saving is not None:
+                reason = saving.finish(reason)
+            if step.recomputation is not None:
+                step.recomputation.release()
+            for sink in sinks:
+                sink.stop(reason)
+        step.state.adopt_average()
+        if precise is not None:
+            precise.estimate(version=step.state.step).put(step.state.model)
+        if keeper is not None:
+            keeper.adopt()
+        if step.streams is not None:  # the model is the user's again: its layers draw from torch's generator
+            step.streams.release()
+            set_factors(step.state.model, {"dropout": None, "stochastic_depth": None})
+        sample = self._sample(step.state.model, reason)
+        if self.folder:
+            self._conclude(reason, sample)
+        path = self.folder.path if self.folder else None
+        memory = self.memory
+        return Result(
+            reason, step.state.model, plan, memory.records, memory.evaluations, path, sample, signal=asked.number
+        )
+
+    def _conclude(self, reason: StopReason, sample: str) -> None:
+        """How it ended, for those who look at the folder; on a disk that takes nothing more, the run is over all the same."""
+        assert self.folder is not None
+        outcome = {"reason": reason.value, "advice": reason.advice, "sample": sample}
+        try:
+            write_file(self.folder.path / "outcome.json", json.dumps(outcome).encode())
+            write_report(self.folder.path)
+        except OSError as err:
+            warnings.warn(f"The report of {self.folder.path} could not be written: {err}", stacklevel=2)
+
+    def _open(self, resume: Resume, accept: Sequence[str]) -> Earlier:
+        """What there is to go on from."""
+        if self.folder is None:
+            return Earlier()
+        if resume is False or (resume == "auto" and not self.folder.holds_run()):
+            self.folder.begin(self.recipe)
+            return Earlier()
+        if not self.folder.holds_run():
+            raise nothing_to_resume(self.folder.path)
+        plan, changes = self.folder.plan_for(self.recipe, accept)
+        store = self.folder.store
+        faults: dict[int, str] = {}
+        snapshot: Snapshot | None
+        if isinstance(resume, bool) or resume == "auto":
+            snapshot, faults = store.load_newest()
+        else:
+            store.check(int(resume))
+            snapshot = store.load(int(resume))
+        if snapshot is None and faults:
+            raise CheckpointError(
+                f"No checkpoint of {self.folder.path} is whole.",
+                " ".join(faults.values()),
+                "Start a new run with --name.",
+            )
+        at = 0 if snapshot is None else int(snapshot.facts["step"])
+        if changes and at > plan.steps:
+            raise RunFolderError(
+                f"train.steps={plan.steps} lies behind the checkpoint that the run goes on from.",
+                f"It is of step {at}.",
+                f"Give {at} or more, or resume from an earlier step.",
+            )
+        # Without a snapshot it was stopped before its first checkpoint: the run begins again, in the same folder.
+        return Earlier(plan, snapshot, faults, changes)
+
+    @staticmethod
+    def _take_up(loop: Loop, keeper: BestWeights | None, snapshot: Snapshot) -> None:
+        """What the loop knew when the checkpoint was made."""
+        facts = snapshot.facts
+        loop.ranking = [(value, at) for value, at in facts["ranking"]]
+        loop.early.restore(facts["early"])
+        loop.owed = bool(facts.get("owed", False)) and loop.evaluate is not None
+        loop.streak = facts["streak"] % GIVE_UP_AFTER  # one that gave up gets another try
+        if keeper is not None:
+            keeper.values = dict(snapshot.groups.get("best", {}))
+
+    def _sinks(self, snapshot: Snapshot | None) -> list[Sink]:
+        sinks: list[Sink] = [self.memory]
+        if self.folder:
+            keep = snapshot.facts["records_bytes"] if snapshot else 0
+            self.lines = JsonLines(self.folder.records_file, keep_bytes=keep)
+            sinks.append(self.lines)
+        return [*sinks, *self.given_sinks]
+
+    def _precise(self, resolved: Resolved) -> PreciseStatistics | None:
+        """What measures batch statistics for averaged weights, from the first batches of the run."""
+        recipe, feed = resolved.plan.recipe, resolved.feed
+        num = recipe.regularize.precise
+        if not num:
+            return None
+
+        def batches() -> Iterator[Any]:
+            windows = itertools.islice(feed.windows(0, resolved.plan.steps), num)
+            return (part for window in windows for part in window)
+
+        def forward(model: nn.Module, batch: Any) -> None:
+            with resolved.policy.context(resolved.device):
+                resolved.loss(model, batch)
+
+        return PreciseStatistics(resolved.model, batches, forward, seed=recipe.seed)
+
+    def _evaluation(
+        self, resolved: Resolved, step: Any, precise: PreciseStatistics | None, asked: Asked
+    ) -> Callable[[], dict[str, float]] | None:
+        test, wanted = resolved.test, resolved.plan.recipe.evaluate
+        if test is None:
+            return None
+        batch = wanted.batch or 1
+        return lambda: evaluate(
+            step.state,
+            test,
+            resolved.loss,
+            self.task.metrics,
+            resolved.policy,
+            batch=batch,
+            precise=precise,
+            stop=asked,
+        )
+
+    def _sample(self, model: nn.Module, reason: StopReason) -> str:
+        if self.task.sample is None or reason is not StopReason.FINISHED:
+            return ""
+        model.eval()
+        return self.task.sample(model)
