@@ -1,0 +1,41 @@
+"""``python -m tests.faults [FAMILY ...] [--times N] [--quick]``: make faults, print what came of them, keep it."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+
+from benchmarks.keep import keep
+from tests.faults.core import FAULTS, Row
+from tests.faults.server import close_shared_server
+from tests.faults.table import FAMILIES, printed
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m tests.faults", description=__doc__)
+    parser.add_argument("families", nargs="*", metavar="FAMILY", help=f"of {', '.join(FAMILIES)} (default: all)")
+    parser.add_argument("--times", type=int, help="how often each fault is made (default: its own number)")
+    parser.add_argument("--quick", action="store_true", help="the short form, as in the tests")
+    parser.add_argument("--ranks", type=int, default=1, help="processes of a run that is killed (default: 1)")
+    parser.add_argument("--seed", type=int, default=0, help="of the random instants and places")
+    parser.add_argument("--no-keep", action="store_true", help="do not write benchmarks/results/faults.json")
+    asked = parser.parse_args(arguments)
+    if unknown := set(asked.families) - set(FAMILIES):
+        parser.error(f"{', '.join(sorted(unknown))}: not known; there are {', '.join(FAMILIES)}")
+    rows: list[Row] = []
+    try:
+        for fault in FAULTS:
+            if fault.family in (asked.families or FAMILIES):
+                row = fault.run(times=asked.times, quick=asked.quick, ranks=asked.ranks, seed=asked.seed)
+                rows.append(row)
+                print(printed(row), flush=True)
+    finally:
+        close_shared_server()
+    if not asked.no_keep:
+        command = " ".join(["python -m tests.faults", *(sys.argv[1:] if arguments is None else arguments)])
+        keep("faults", [vars(row) for row in rows], command)
+    return 0 if all(row.good for row in rows) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
