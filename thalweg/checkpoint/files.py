@@ -30,6 +30,15 @@ def sync_folder(path: Path) -> None:
         os.close(handle)
 
 
+def make_folder(path: Path) -> None:
+    """A folder and those above it, where they are not there yet; their names are durable when this returns."""
+    if path.is_dir():
+        return
+    make_folder(path.parent)
+    path.mkdir(exist_ok=True)
+    sync_folder(path.parent)
+
+
 def digest(path: Path) -> str:
     """sha256 of a file's bytes, in hex."""
     sha = hashlib.sha256()

@@ -7,6 +7,7 @@ import os
 from pathlib import Path
 from typing import IO
 
+from thalweg.checkpoint.files import make_folder
 from thalweg.core import RunFolderError
 
 
@@ -24,7 +25,7 @@ class FolderLock:
             RunFolderError: if it cannot be written, or another process has it.
         """
         try:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
+            make_folder(self.path.parent)
             self._file = open(self.path, "a+", encoding="utf-8")  # noqa: SIM115 - held open as long as the lock
         except OSError as err:
             raise RunFolderError(

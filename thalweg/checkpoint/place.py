@@ -10,7 +10,7 @@ from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Protocol
 
-from thalweg.checkpoint.files import Write, new_file, new_folder, remove_folder, sweep, sync_folder
+from thalweg.checkpoint.files import Write, make_folder, new_file, new_folder, remove_folder, sweep, sync_folder
 from thalweg.core import CheckpointError
 
 
@@ -84,7 +84,7 @@ class LocalPlace:
     def __init__(self, root: Path) -> None:
         self.root = root
         try:
-            root.mkdir(parents=True, exist_ok=True)
+            make_folder(root)
         except OSError as err:
             raise CheckpointError(
                 f"The checkpoint folder {root} cannot be used.", f"{err}.", "See to its path and its permissions."

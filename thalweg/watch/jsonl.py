@@ -36,6 +36,7 @@ class JsonLines:
         self._file = os.open(self.path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o666)
         self._written = min(self.keep_bytes, os.fstat(self._file).st_size)
         os.ftruncate(self._file, self._written)
+        _sync(self.path.parent)  # or, after a power cut, its name could be gone, whatever stands in it
 
     @property
     def length(self) -> int:
@@ -50,11 +51,7 @@ class JsonLines:
         """
         if self._written < length:
             raise OSError(f"{self.path.name} cannot be written: {self.trouble}")
-        handle = os.open(self.path, os.O_RDONLY)
-        try:
-            os.fsync(handle)
-        finally:
-            os.close(handle)
+        _sync(self.path)
 
     def steps(self, records: list[Record]) -> None:
         self._write(records)
@@ -93,6 +90,15 @@ class JsonLines:
             self.trouble = ""
         except OSError as err:
             self.trouble = err.strerror or str(err)
+
+
+def _sync(path: Path) -> None:
+    """Have a file's bytes, or a folder's names, on the disk."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
 
 
 class Memory:
