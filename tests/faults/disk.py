@@ -43,9 +43,9 @@ class File:
             return now
         if kind == "edge":
             return now[:cut]
+        same = len(os.path.commonprefix([self.safe, now]))  # what is durable and was not written again stays
         if kind == "torn":
-            return now[: draw.randrange(len(now) + 1)]
-        same = len(os.path.commonprefix([self.safe, now]))
+            return now[: draw.randint(same, len(now))]
         if kind == "zeros":
             return now[:same] + bytes(len(now) - same)
         pages = bytearray(now)
