@@ -35,7 +35,7 @@ SETTINGS = {
         "precision": "fp32",
     },
     "tests.faults.tasks:items": {
-        "train.steps": 90,
+        "train.steps": 54,
         "train.batch": 8,
         "train.micro_batch": 4,
         "data.workers": 2,
