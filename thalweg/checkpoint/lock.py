@@ -48,8 +48,23 @@ class FolderLock:
         self._file.truncate(0)
         self._file.write(f"{os.getpid()}\n")
         self._file.flush()
+        _held.append(self)
 
     def release(self) -> None:
+        if self in _held:
+            _held.remove(self)
         if self._file is not None:
             self._file.close()
             self._file = None
+
+
+_held: list[FolderLock] = []
+
+
+def _let_go() -> None:
+    """A forked child, such as a data worker, shares its parent's lock, and could outlive it: it closes its own copy."""
+    for lock in list(_held):
+        lock.release()
+
+
+os.register_at_fork(after_in_child=_let_go)
