@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import subprocess
+import time
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -151,26 +152,37 @@ RECIPE = {
 
 
 class Acting(Noisy):
-    """Does something when the samples of a step are read."""
+    """Does something when the samples of a step are read.
 
-    def __init__(self, acts: dict[int, Callable[[], object]]) -> None:
+    Args:
+        drawn: whether samples draw from the generators of this process, which a store's package may draw from too.
+    """
+
+    def __init__(self, acts: dict[int, Callable[[], object]], *, drawn: bool = True) -> None:
         super().__init__(seconds=0.001)
-        self.acts, self.read = acts, 0
+        self.acts, self.drawn, self.read = acts, drawn, 0
 
     def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
         self.read += 1
         if act := self.acts.pop(self.read // RECIPE["train.batch"], None):
             act()
-        return super().__getitem__(index)
+        if self.drawn:
+            return super().__getitem__(index)
+        time.sleep(self.seconds)
+        return {"x": torch.full((6,), index / self.num), "y": torch.tensor(index % 3)}
 
 
 def go(
-    folder: Path, acts: dict[int, Callable[[], object]] | None = None, resume: bool | str = False, **more: Any
+    folder: Path,
+    acts: dict[int, Callable[[], object]] | None = None,
+    resume: bool | str = False,
+    drawn: bool = True,
+    **more: Any,
 ) -> tuple[Any, Memory]:
     """(result, events) of a run."""
     torch.manual_seed(0)
     sink = Memory()
-    data = Split(train=Acting(acts or {}), test=Noisy(12, shift=7, seconds=0.0))
+    data = Split(train=Acting(acts or {}, drawn=drawn), test=Noisy(12, shift=7, seconds=0.0))
     result = thalweg.train(net(), loss, data, {**RECIPE, **more}, folder=folder, resume=resume, sinks=[sink])
     return result, sink
 
