@@ -54,7 +54,7 @@ class Victim:
             return "save"
         if aside:
             return "prune"
-        if self.size() == size:
+        if not told or self.size() == size:
             return "start-up"
         return "evaluation" if told[-1]["kind"] == "step" and self._is_due(told[-1]["step"]) else "step"
 

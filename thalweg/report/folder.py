@@ -62,7 +62,7 @@ def read_run(folder: Path) -> Run:
                 lines.append(_evaluation(tree))
             elif tree["kind"] == "step":
                 lines.append(_record(tree))
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as err:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as err:
         raise RunFolderError(
             f"{folder} cannot be reported on.",
             f"{name}: {type(err).__name__}: {err}.",

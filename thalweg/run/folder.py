@@ -63,6 +63,15 @@ class RunFolder:
         for name, data in files.items():
             write_file(self.path / name, data)
 
+    def goes_on(self) -> None:
+        """How the run ended before is no longer how it ended."""
+        try:
+            (self.path / "outcome.json").unlink(missing_ok=True)
+        except OSError as err:
+            raise RunFolderError(
+                f"{self.path / 'outcome.json'} cannot be removed.", f"{err.strerror}.", "Take it away, then resume."
+            ) from None
+
     def _fetch(self) -> None:
         """Recipe and plan from where the checkpoints lie."""
         place = self.store.place

@@ -30,6 +30,7 @@ from thalweg.engine.signals import Asked, asked_to_end, exit_code
 from thalweg.regularize import PreciseStatistics, set_factors
 from thalweg.report import write_report
 from thalweg.run.best import BestWeights
+from thalweg.run.facts import check_facts
 from thalweg.run.folder import RunFolder, nothing_to_resume
 from thalweg.run.saving import Saving
 from thalweg.watch import JsonLines, Memory
@@ -182,7 +183,7 @@ class _Run:
                 self.folder.write(plan, self.recipe)
             set_aside = [self.folder.store.set_aside(at) for at in earlier.faults]
             self.folder.store.remove_after(step.state.step)
-            (self.folder.path / "outcome.json").unlink(missing_ok=True)
+            self.folder.goes_on()
         sinks = self._sinks(snapshot)
         watch = None if plan.ledger is None else PeakWatch(plan.ledger, resolved.device)
         precise = self._precise(resolved)
@@ -264,6 +265,8 @@ class _Run:
         else:
             store.check(int(resume))
             snapshot = store.load(int(resume))
+        if snapshot is not None:
+            check_facts(snapshot.facts, self.folder.path)
         if snapshot is None and faults:
             raise CheckpointError(
                 f"No checkpoint of {self.folder.path} is whole.",
