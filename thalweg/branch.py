@@ -12,6 +12,7 @@ from thalweg.core import CheckpointError, Decision, Plan, Recipe, RecipeError, R
 from thalweg.engine import average_times, run_span
 from thalweg.engine.scheduled import BY_STEPS
 from thalweg.run import Result, RunFolder, train_task
+from thalweg.run.facts import check_snapshot
 from thalweg.schedules import Schedule, first, hold, parse
 from thalweg.schedules.language import Piece
 
@@ -61,6 +62,7 @@ def continue_run(
     plan = other.saved_plan()
     at = _checkpoint(other.store, at)
     snapshot = other.store.load(at)
+    check_snapshot(snapshot, other.path)
     best = snapshot.facts["early"][0]
     snapshot = replace(snapshot, facts={**snapshot.facts, "early": [best, 0.0]})  # patience begins anew
     applied = int(snapshot.groups["state"]["applied"][0])

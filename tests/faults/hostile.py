@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+import itertools
 import os
 import resource
 import shutil
@@ -65,6 +66,11 @@ def read_or_refused(act: Callable[[], Any]) -> str:
     return ""
 
 
+def some(given: Given, pairs: list[Any], num: int) -> list[Any]:
+    """All of them; in the short form so many."""
+    return given.draw.sample(pairs, num) if given.quick else pairs
+
+
 def tree_of(folder: Path) -> set[str]:
     return {str(path.relative_to(folder)) for path in folder.rglob("*")}
 
@@ -76,7 +82,7 @@ def crafted(row: Row, given: Given) -> None:
     for step in (1, 2):
         base.save(step, snapshot(step))
     weights = (base.path(2) / "weights.safetensors").read_bytes()
-    for what, attack in attacks(weights, 2).items():
+    for what, attack in some(given, list(attacks(weights, 2).items()), 60):
         folder = given.folder / "under attack"
         shutil.copytree(given.folder / "base", folder)
         with row.trial(what), bounded():
@@ -141,7 +147,7 @@ def resumed(row: Row, given: Given) -> None:
     weights = (good / "checkpoints" / "step-00000006" / "weights.safetensors").read_bytes()
     chosen = list(attacks(weights, 6).items())
     if given.quick:
-        chosen = [pair for pair in chosen if "state.json" in pair[0]] + given.draw.sample(chosen, 10)
+        chosen = [pair for pair in chosen if "state.json" in pair[0]] + given.draw.sample(chosen, 4)
     for what, attack in chosen:
         folder = given.folder / "attacked"
         shutil.copytree(good, folder)
@@ -155,7 +161,7 @@ def resumed(row: Row, given: Given) -> None:
         shutil.rmtree(folder)
 
 
-def _hostile_texts(name: str) -> dict[str, bytes]:
+def _hostile_texts() -> dict[str, bytes]:
     """What may stand in a file of a run folder."""
     return {
         "nothing": b"",
@@ -178,23 +184,23 @@ def _hostile_texts(name: str) -> dict[str, bytes]:
 def files(row: Row, given: Given) -> None:
     """``train --resume``, ``report``, ``plan`` and ``train --recipe`` end with an error, or read them as valid."""
     good = _a_run(given)
-    for name in ("recipe.toml", "plan.json", "records.jsonl", "outcome.json"):
-        for what, data in _hostile_texts(name).items():
-            folder = given.folder / "attacked"
-            shutil.copytree(good, folder)
-            (folder / name).write_bytes(data)
-            targets = {"report": ["report", str(folder)], "train": command(TASK, given.folder, "attacked", **SMALL)}
-            if name == "recipe.toml":
-                targets["plan"] = ["plan", TASK, "--recipe", str(folder / name)]
-                targets["preview"] = ["schedules preview", str(folder / name), "--svg", str(given.folder / "x.svg")]
-            for target, arguments in targets.items():
-                with row.trial(f"{name}: {what}, {target}"), bounded(60):
-                    code, text = said(arguments)
-                    assert code in (0, 2) and "Traceback" not in text, (code, text)
-                    assert code == 0 or "\n  " in text, text
-                    if target == "report" and code == 0 and what == "script":
-                        assert b"<script>alert" not in (folder / "report.html").read_bytes(), "a script was taken over"
-            shutil.rmtree(folder)
+    names = ("recipe.toml", "plan.json", "records.jsonl", "outcome.json")
+    for name, (what, data) in some(given, list(itertools.product(names, _hostile_texts().items())), 16):
+        folder = given.folder / "attacked"
+        shutil.copytree(good, folder)
+        (folder / name).write_bytes(data)
+        targets = {"report": ["report", str(folder)], "train": command(TASK, given.folder, "attacked", **SMALL)}
+        if name == "recipe.toml":
+            targets["plan"] = ["plan", TASK, "--recipe", str(folder / name)]
+            targets["preview"] = ["schedules preview", str(folder / name), "--svg", str(given.folder / "x.svg")]
+        for target, arguments in targets.items():
+            with row.trial(f"{name}: {what}, {target}"), bounded(60):
+                code, text = said(arguments)
+                assert code in (0, 2) and "Traceback" not in text, (code, text)
+                assert code == 0 or "\n  " in text, text
+                if target == "report" and code == 0 and what == "script":
+                    assert b"<script>alert" not in (folder / "report.html").read_bytes(), "a script was taken over"
+        shutil.rmtree(folder)
 
 
 @fault("a lock, records or an outcome that are links or folders", times=1, quick=1)
@@ -202,26 +208,26 @@ def odd(row: Row, given: Given) -> None:
     """A run folder that somebody prepared: nothing outside it is written."""
     outside = given.folder / "outside"
     outside.mkdir()
-    for name in ("records.jsonl", "outcome.json", "plan.json", "recipe.toml", "checkpoints", "report.html", "lock"):
-        for kind in ("folder", "link to a folder", "FIFO"):
-            folder = given.folder / "runs" / "prepared"
-            folder.mkdir(parents=True)
-            target = folder / name
-            if kind == "folder":
-                target.mkdir()
-            elif kind == "FIFO":
-                os.mkfifo(target)
-            else:
-                target.symlink_to(outside)
-            with row.trial(f"{name} is a {kind}"):
-                arguments = command(TASK, given.folder / "runs", "prepared", **SMALL)
-                running = shared_server().start(arguments, given.folder / "odd.log")
-                code = running.ended(40)
-                text = running.text()
-                assert code in (0, 2, 4), (code, text)
-                assert "Traceback" not in text, text
-                assert name == "checkpoints" or not any(outside.iterdir()), list(outside.iterdir())
-            shutil.rmtree(folder)
-            shutil.rmtree(outside)
-            outside.mkdir()
+    names = ("records.jsonl", "outcome.json", "plan.json", "recipe.toml", "checkpoints", "report.html", "lock")
+    for name, kind in some(given, list(itertools.product(names, ("folder", "link to a folder", "FIFO"))), 6):
+        folder = given.folder / "runs" / "prepared"
+        folder.mkdir(parents=True)
+        target = folder / name
+        if kind == "folder":
+            target.mkdir()
+        elif kind == "FIFO":
+            os.mkfifo(target)
+        else:
+            target.symlink_to(outside)
+        with row.trial(f"{name} is a {kind}"):
+            arguments = command(TASK, given.folder / "runs", "prepared", **SMALL)
+            running = shared_server().start(arguments, given.folder / "odd.log")
+            code = running.ended(40)
+            text = running.text()
+            assert code in (0, 2, 4), (code, text)
+            assert "Traceback" not in text, text
+            assert name == "checkpoints" or not any(outside.iterdir()), list(outside.iterdir())
+        shutil.rmtree(folder)
+        shutil.rmtree(outside)
+        outside.mkdir()
 

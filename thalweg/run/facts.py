@@ -1,42 +1,47 @@
-"""The plain data of a checkpoint, looked at before a run goes on by it: whoever wrote the file may have written anything."""
+"""What a checkpoint holds, looked at before a run goes on by it: whoever wrote the file may have written anything."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from thalweg.checkpoint import Snapshot
 from thalweg.core import CheckpointError
 
-_MOST = 2**62
 
-
-def check_facts(facts: Mapping[str, Any], folder: Path) -> None:
+def check_snapshot(snapshot: Snapshot, folder: Path) -> None:
     """
     Raises:
         CheckpointError: for what no run has written.
     """
+    for stem in ("weights", "state"):
+        if stem not in snapshot.groups:
+            raise _not_ours(folder, f"{stem}.safetensors is missing")
+    facts = snapshot.facts
     for name in ("step", "records_bytes", "streak"):
-        value = facts.get(name)
-        if type(value) is not int or not 0 <= value < _MOST:
-            raise _not_ours(folder, f"{name} is {str(value)[:60]!r}")
-    for row in _listed(facts.get("ranking"), folder, "ranking"):
-        pair = _listed(row, folder, "ranking")
-        if len(pair) != 2 or not all(isinstance(number, (int, float)) for number in pair):
-            raise _not_ours(folder, f"ranking holds {str(row)[:60]!r}")
-    if not all(number is None or isinstance(number, (int, float)) for number in _listed(facts.get("early"), folder, "early")):
-        raise _not_ours(folder, f"early is {str(facts['early'])[:60]!r}")
+        if not _is_count(facts.get(name)):
+            raise _not_ours(folder, f"{name} is {str(facts.get(name))[:60]!r}")
+    ranking, most = facts.get("ranking"), facts.get("most_samples", {})
+    if not isinstance(ranking, list) or not all(map(_is_pair, ranking)):
+        raise _not_ours(folder, f"ranking is {str(ranking)[:60]!r}")
+    if not _is_pair(facts.get("early")):
+        raise _not_ours(folder, f"early is {str(facts.get('early'))[:60]!r}")
+    if not isinstance(most, dict) or not all(map(_is_count, most.values())):
+        raise _not_ours(folder, f"most_samples is {str(most)[:60]!r}")
 
 
-def _listed(value: Any, folder: Path, name: str) -> list[Any]:
-    if not isinstance(value, list):
-        raise _not_ours(folder, f"{name} is {str(value)[:60]!r}")
-    return value
+def _is_count(value: Any) -> bool:
+    return type(value) is int and 0 <= value < 2**62
+
+
+def _is_pair(value: Any) -> bool:
+    """Two finite numbers."""
+    return isinstance(value, list) and len(value) == 2 and all(type(n) in (int, float) and abs(n) <= 1e308 for n in value)
 
 
 def _not_ours(folder: Path, text: str) -> CheckpointError:
     return CheckpointError(
         f"The checkpoint of {folder} holds no state of a run.",
-        f"state.json: {text}. It was written so.",
+        f"{text[:1].upper()}{text[1:]}. It was written so.",
         "Resume from another step, such as --resume 120, or start a new run with --name.",
     )

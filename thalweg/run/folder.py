@@ -53,7 +53,21 @@ class RunFolder:
             )
 
     def write(self, plan: Plan, recipe: Recipe) -> None:
-        """Say what the run is. The recipe comes last: with it, the folder holds a run."""
+        """Say what the run is. The recipe comes last: with it, the folder holds a run.
+
+        Raises:
+            RunFolderError: where it cannot be written.
+        """
+        try:
+            self._write(plan, recipe)
+        except OSError as err:
+            if isinstance(err, ThalwegError):
+                raise
+            raise RunFolderError(
+                f"The run folder {self.path} cannot be written.", f"{err}.", "Make room, or see to its permissions."
+            ) from None
+
+    def _write(self, plan: Plan, recipe: Recipe) -> None:
         files = {"plan.json": plan.to_json().encode(), "recipe.toml": recipe.to_toml().encode()}
         if not isinstance(self.store.place, LocalPlace):
             with self.store.place.new("run") as folder:

@@ -30,7 +30,7 @@ from thalweg.engine.signals import Asked, asked_to_end, exit_code
 from thalweg.regularize import PreciseStatistics, set_factors
 from thalweg.report import write_report
 from thalweg.run.best import BestWeights
-from thalweg.run.facts import check_facts
+from thalweg.run.facts import check_snapshot
 from thalweg.run.folder import RunFolder, nothing_to_resume
 from thalweg.run.saving import Saving
 from thalweg.watch import JsonLines, Memory
@@ -266,7 +266,7 @@ class _Run:
             store.check(int(resume))
             snapshot = store.load(int(resume))
         if snapshot is not None:
-            check_facts(snapshot.facts, self.folder.path)
+            check_snapshot(snapshot, self.folder.path)
         if snapshot is None and faults:
             raise CheckpointError(
                 f"No checkpoint of {self.folder.path} is whole.",
