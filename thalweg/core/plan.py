@@ -6,6 +6,7 @@ import json
 from dataclasses import dataclass, field
 from typing import Any
 
+from thalweg.core.fits import misfit
 from thalweg.core.ledger import Ledger
 from thalweg.core.recipe import Recipe
 
@@ -111,8 +112,12 @@ class Plan:
 
     @classmethod
     def from_json(cls, text: str) -> Plan:
+        """
+        Raises:
+            ThalwegError, ValueError, KeyError, TypeError, AttributeError, RecursionError: for what ``to_json`` never wrote.
+        """
         tree = json.loads(text)
-        return cls(
+        plan = cls(
             task=tree["task"],
             recipe=Recipe.from_dict(tree["recipe"]),
             decisions=tuple(Decision(**d) for d in tree["decisions"]),
@@ -129,3 +134,6 @@ class Plan:
             changes=tuple(tree.get("changes", ())),
             ledger=Ledger.from_dict(tree["ledger"]) if tree.get("ledger") else None,
         )
+        if text := misfit(plan, cls, "plan"):
+            raise TypeError(text)
+        return plan
