@@ -1,12 +1,13 @@
 # make train   sets up its own virtual environment and runs the main job
 # make test    sets up and passes the tests, the linters and the floors
 # make bench   the figures of benchmarks/results
+# make faults  the long form of the fault harness (docs/faults.md)
 PYTHON ?= python3
 TORCH ?= torch==2.13.0
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 
-.PHONY: train test lint bench clean
+.PHONY: train test lint bench faults clean
 
 train: .venv/run.stamp
 	$(BIN)/thalweg train pycode
@@ -23,6 +24,9 @@ lint: .venv/test.stamp
 
 bench: .venv/test.stamp
 	$(BIN)/python -m benchmarks
+
+faults: .venv/test.stamp
+	OMP_NUM_THREADS=1 $(BIN)/python -m tests.faults
 
 .venv/run.stamp: pyproject.toml
 	$(PYTHON) -m venv .venv

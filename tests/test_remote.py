@@ -123,7 +123,9 @@ def test_a_damaged_object_is_named_and_the_one_before_is_taken(address: str, nam
     assert found is not None and same(found, snapshot(1))
     if name == "manifest.json" and kind == "gone":  # without it there is no checkpoint
         assert store.steps() == [1] and not faults
-        assert [one for one in objects(address) if one.startswith("step-00000002")], "others are swept when a run starts"
+        assert [one for one in objects(address) if one.startswith("step-00000002")], (
+            "others are swept when a run starts"
+        )
         assert Store(address).steps() == [1]
         assert not [one for one in objects(address) if one.startswith("step-00000002")]
         return

@@ -107,7 +107,9 @@ class Fault:
 FAULTS: list[Fault] = []
 
 
-def fault(name: str, *, times: int, quick: int) -> Callable[[Callable[[Row, Given], None]], Callable[[Row, Given], None]]:
+def fault(
+    name: str, *, times: int, quick: int
+) -> Callable[[Callable[[Row, Given], None]], Callable[[Row, Given], None]]:
     """Add a function to the table; its family is the module's name."""
 
     def added(make: Callable[[Row, Given], None]) -> Callable[[Row, Given], None]:

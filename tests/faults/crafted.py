@@ -100,7 +100,9 @@ def headers(data: bytes) -> dict[str, bytes]:
         "negative shape": {**table, name: {**table[name], "shape": [-1, -4]}},
         "offsets of 2^62": {**table, name: {**table[name], "data_offsets": [2**62, 2**63]}},
         "negative offsets": {**table, name: {**table[name], "data_offsets": [-8, 0]}},
-        "overlapping offsets": {key: {**row, "data_offsets": [0, row["data_offsets"][1]]} for key, row in table.items()},
+        "overlapping offsets": {
+            key: {**row, "data_offsets": [0, row["data_offsets"][1]]} for key, row in table.items()
+        },
         "a dtype of no bits": {**table, name: {**table[name], "dtype": "F0"}},
         "a list for a row": {**table, name: [1, 2]},
         "no rows": {},
@@ -213,7 +215,14 @@ def _sparse(name: str, size: int) -> Attack:
 def attacks(weights: bytes, step: int) -> dict[str, Attack]:
     """All of them, by what they are."""
     found: dict[str, Attack] = {}
-    names = ("weights.safetensors", "average.safetensors", "state.safetensors", "state.json", "manifest.json", "more.pkl")
+    names = (
+        "weights.safetensors",
+        "average.safetensors",
+        "state.safetensors",
+        "state.json",
+        "manifest.json",
+        "more.pkl",
+    )
     for what, data in (("a pickle", pickled), ("a torch file", torch_saved), ("a zip bomb", zip_bomb)):
         for name in names:
             for signed in (False, True):
@@ -228,7 +237,9 @@ def attacks(weights: bytes, step: int) -> dict[str, Attack]:
             found[f"{name} is a link to {target}"] = _linked(name, target, False)
     for name in ("../../outside.json", "/etc/hostname", "a/../../../x", "..", ".", "", "a\0b", "x" * 5000):
         found[f"a manifest that names {name[:20]!r}"] = _named(name)
-    for number, change in enumerate((None, [], {}, {"bytes": -1, "sha256": ""}, {"bytes": 2**80, "sha256": "0"}, {"bytes": True})):
+    for number, change in enumerate(
+        (None, [], {}, {"bytes": -1, "sha256": ""}, {"bytes": 2**80, "sha256": "0"}, {"bytes": True})
+    ):
         found[f"a manifest with odd row {number}"] = _rows(change)
     found["a FIFO as state.json"] = _fifo
     found["the folder is a link"] = _folder_linked

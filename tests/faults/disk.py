@@ -1,8 +1,8 @@
-"""A disk that loses what was not fsynced: every operation of a process is recorded, and images are made of what a power cut leaves.
+"""A disk that loses what was not fsynced: a process's operations are recorded, and images made of what a power cut leaves.
 
-The model is the strictest that POSIX allows. A file's bytes are those of its last fsync; of later writes anything may be there: none,
-all, a prefix, pages of zeros. A name is where the last fsync of its folder saw it; of later renames, creations and removals
-in it any may have happened and any not, except that one that uses a name needs the one that made it.
+The model is the strictest that POSIX allows. A file's bytes are those of its last fsync; of later writes anything may be
+there: none, all, a prefix, pages of zeros. A name is where the last fsync of its folder saw it; of later renames, creations
+and removals in it any may have happened and any not, except that one that uses a name needs the one that made it.
 """
 
 from __future__ import annotations
@@ -43,7 +43,8 @@ class File:
             return now
         if kind == "edge":
             return now[:cut]
-        same = len(os.path.commonprefix([self.safe, now]))  # what is durable and was not written again stays
+        least = min(len(self.safe), len(now))  # what is durable and was not written again stays
+        same = next((i for i, (a, b) in enumerate(zip(self.safe, now)) if a != b), least)
         if kind == "torn":
             return now[: draw.randint(same, len(now))]
         if kind == "zeros":
@@ -54,7 +55,6 @@ class File:
                 start = max(at, same)
                 pages[start : at + PAGE] = bytes(len(pages[start : at + PAGE]))
         return bytes(pages)
-
 
     def sync(self) -> None:
         self.safe, self.edges = bytes(self.now), []

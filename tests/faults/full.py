@@ -73,7 +73,7 @@ def injected(row: Row, given: Given) -> None:
 
             def says(name: str, left: list[int] = left, kind: int = kind) -> int:
                 left[0] -= 1
-                return kind if left[0] < 0 and name in ("write", "open", "mkdir") or left[0] == -1 else 0
+                return kind if (left[0] < 0 and name in ("write", "open", "mkdir")) or left[0] == -1 else 0
 
             with row.trial(f"{errno.errorcode[kind]} from operation {at} on"), refusing(root, says):
                 done = _refused(store, kind)
@@ -230,10 +230,9 @@ def for_good(row: Row, given: Given) -> None:
         full = [0]
         acts = {given.draw.randrange(6, 20): partial(full.__setitem__, 0, errno.ENOSPC)}
         with row.trial(f"run {number}"):
-            with refusing(folder, lambda name, full=full: full[0]):
-                with warnings.catch_warnings(record=True) as warned:
-                    warnings.simplefilter("always")
-                    result, sink = go(folder, acts, **{"checkpoint.failures": 3, "checkpoint.grace": 0.3})
+            with refusing(folder, lambda name, full=full: full[0]), warnings.catch_warnings(record=True) as warned:
+                warnings.simplefilter("always")
+                result, sink = go(folder, acts, **{"checkpoint.failures": 3, "checkpoint.grace": 0.3})
             assert any("report" in str(one.message) for one in warned), "the report that could not be written"
             assert result.reason is StopReason.UNSAVED and result.exit_code == 4, result.reason
             assert "3 saves in a row may fail" in " ".join(e.text for e in sink.events)

@@ -1,4 +1,4 @@
-"""What we parse, fuzzed with hypothesis: recipes, plans, records, manifests, headers, plain data. Each is read, or refused in three parts."""
+"""All that is parsed, fuzzed with hypothesis: each text is read, or refused in three parts."""
 
 from __future__ import annotations
 
@@ -28,7 +28,9 @@ from thalweg.run import RunFolder
 from thalweg.run.facts import check_snapshot
 
 NAMES = st.one_of(
-    st.sampled_from(("step", "../../x", "/etc/passwd", "", "\0", "__class__", "train.steps", "weights.safetensors", "é")),
+    st.sampled_from(
+        ("step", "../../x", "/etc/passwd", "", "\0", "__class__", "train.steps", "weights.safetensors", "é")
+    ),
     st.text(string.printable, max_size=12),
 )
 NUMBERS = st.one_of(
@@ -37,7 +39,9 @@ NUMBERS = st.one_of(
     st.floats(allow_nan=True, allow_infinity=True),
 )
 LEAVES = st.one_of(st.none(), st.booleans(), NUMBERS, NAMES)
-JUNK = st.recursive(LEAVES, lambda inner: st.lists(inner, max_size=3) | st.dictionaries(NAMES, inner, max_size=3), max_leaves=8)
+JUNK = st.recursive(
+    LEAVES, lambda inner: st.lists(inner, max_size=3) | st.dictionaries(NAMES, inner, max_size=3), max_leaves=8
+)
 
 
 def places(tree: Any, at: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
@@ -123,7 +127,9 @@ def recipes(row: Row, given: Given) -> None:
         except (TypeError, AttributeError, ValueError):
             return repr(value)
 
-    lines = st.lists(st.sampled_from(tomli_w.dumps(tree).splitlines()) | st.text(max_size=40), max_size=20).map("\n".join)
+    lines = st.lists(st.sampled_from(tomli_w.dumps(tree).splitlines()) | st.text(max_size=40), max_size=20).map(
+        "\n".join
+    )
     fuzz(row, given, changed(tree).map(as_toml) | lines, Recipe.from_toml)
 
 
@@ -146,7 +152,9 @@ def _file(row: Row, given: Given, name: str, act: Callable[[Path], Any]) -> None
     file = folder / name
     if name.endswith("l"):  # JSON Lines
         rows = [json.loads(line) for line in file.read_text().splitlines()]
-        strategy = st.lists(st.sampled_from(rows).flatmap(texts), max_size=4).map(b"\n".join).map(lambda data: data + b"\n")
+        strategy = (
+            st.lists(st.sampled_from(rows).flatmap(texts), max_size=4).map(b"\n".join).map(lambda data: data + b"\n")
+        )
     else:
         strategy = texts(json.loads(file.read_text()))
 

@@ -230,4 +230,3 @@ def odd(row: Row, given: Given) -> None:
         shutil.rmtree(folder)
         shutil.rmtree(outside)
         outside.mkdir()
-

@@ -111,4 +111,3 @@ def asked(row: Row, given: Given) -> None:
 @fault("every sample once an epoch, over SIGKILL, 0 and 2 workers", times=20, quick=2)
 def killed(row: Row, given: Given) -> None:
     go(row, given, KINDS, kills=True)
-

@@ -97,7 +97,9 @@ def follow(row: Row, given: Given, kind: str, policy: str, changes: dict[str, An
         store = Store(folder / "checkpoints")
         for step in store.steps():
             held = store.load(step)
-            assert all(finite(held.groups[stem].values()) for stem in ("weights", "average")), f"step {step} is not finite"
+            assert all(finite(held.groups[stem].values()) for stem in ("weights", "average")), (
+                f"step {step} is not finite"
+            )
         assert finite(result.model.state_dict().values())
         assert 0.0 not in [r.loss for r in result.records], "a loss was shown as 0.0"
         if policy == "stop":

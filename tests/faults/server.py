@@ -208,18 +208,22 @@ def _run(order: dict[str, Any]) -> int:
             return 1
 
 
+PRELOADED = (
+    "tests.faults.tasks",
+    "thalweg.cli.main",
+    "thalweg.recipes.digits",
+    "thalweg.recipes.pycode",
+    "thalweg.run",
+    "thalweg.watch.console",
+)
+
+
 def _serve() -> None:
     import torch
 
-    import tests.faults.tasks
-    import thalweg.cli.main
-    import thalweg.recipes.digits
-    import thalweg.recipes.pycode
-    import thalweg.report
-    import thalweg.run
-    import thalweg.watch.console  # noqa: F401
-
     torch.set_num_threads(1)
+    for name in PRELOADED:
+        importlib.import_module(name)
     for line in sys.stdin:
         order = json.loads(line)
         pid = os.fork()

@@ -16,4 +16,6 @@ def printed(row: Row) -> str:
     told = f"skipped: {row.skipped}" if row.skipped else f"{row.passed} of {row.n}"
     notes = "; ".join(f"{name}: {value}" for name, value in sorted(row.notes.items()))
     head = f"{row.family:8} {row.fault:58} {told:12} {row.seconds:7.1f} s"
-    return "\n".join([f"{head}  {notes}".rstrip(), *(f"         FAILED {text[:100]} ... {text[-600:]}" for text in row.failures)])
+    return "\n".join(
+        [f"{head}  {notes}".rstrip(), *(f"         FAILED {text[:100]} ... {text[-600:]}" for text in row.failures)]
+    )

@@ -23,8 +23,8 @@ def misfit(value: Any, kind: Any, where: str) -> str:
     if origin in (typing.Union, types.UnionType):
         found = [misfit(value, one, where) for one in inner]
         return "" if "" in found else found[0]
-    if dataclasses.is_dataclass(kind):
-        if not isinstance(value, typing.cast(type, kind)):
+    if isinstance(kind, type) and dataclasses.is_dataclass(kind):
+        if not isinstance(value, kind):
             return _told(value, where)
         pairs = ((getattr(value, name), hint, f"{where}.{name}") for name, hint in _hints(kind).items())
         return next((text for text in itertools.starmap(misfit, pairs) if text), "")
@@ -48,7 +48,7 @@ def _is_plain(value: Any, kind: Any) -> bool:
 
 
 @cache
-def _hints(kind: Any) -> dict[str, Any]:
+def _hints(kind: typing.Hashable) -> dict[str, Any]:
     return typing.get_type_hints(kind)
 
 

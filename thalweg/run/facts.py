@@ -36,7 +36,9 @@ def _is_count(value: Any) -> bool:
 
 def _is_pair(value: Any) -> bool:
     """Two finite numbers."""
-    return isinstance(value, list) and len(value) == 2 and all(type(n) in (int, float) and abs(n) <= 1e308 for n in value)
+    return (
+        isinstance(value, list) and len(value) == 2 and all(type(n) in (int, float) and abs(n) <= 1e308 for n in value)
+    )
 
 
 def _not_ours(folder: Path, text: str) -> CheckpointError:
