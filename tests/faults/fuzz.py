@@ -239,7 +239,7 @@ def headers(row: Row, given: Given) -> None:
 
 @fault("state.json, signed", times=1000, quick=60)
 def facts(row: Row, given: Given) -> None:
-    tree = {**snapshot(1).facts, "early": [0.5, 0.0], "owed": False, "most_samples": {"micro-batch": 4}}
+    tree = {**snapshot(1).facts, "owed": False, "most_samples": {"micro-batch": 4}}
 
     def make(folder: Path, data: bytes) -> None:
         (folder / "state.json").write_bytes(data)

@@ -19,7 +19,7 @@ def snapshot(step: int, size: int = 24) -> Snapshot:
     slots = {f"{name}.{slot}": torch.randn(t.shape, generator=draw) for name, t in weights.items() for slot in "mv"}
     slots["counters"] = torch.tensor([step, step], dtype=torch.int64)
     average = {name: t.clone() + 1 for name, t in weights.items()}
-    facts = {"step": step, "records_bytes": 0, "ranking": [[0.5, step]], "streak": 0}
+    facts = {"step": step, "records_bytes": 0, "ranking": [[0.5, step]], "early": [0.5, 0.0], "streak": 0}
     return Snapshot({"weights": weights, "average": average, "state": slots}, facts)
 
 
