@@ -89,7 +89,7 @@ class Store:
         return sorted(int(match.group(1)) for match in found if match)
 
     def save(self, step: int, snapshot: Snapshot) -> str:
-        """Write a checkpoint; when this returns, it survives a power cut. Returns its name.
+        """Write a checkpoint; when this returns, it survives a power cut. Returns where it lies.
 
         Args:
             snapshot: its tensors may lie on any device; those of the CPU are written as they are.
@@ -120,7 +120,7 @@ class Store:
                 f"{err}. Newest kept: {self._newest_name()}.",
                 f"Free {human_bytes(snapshot.nbytes())}, then resume." if full else "See to the folder, then resume.",
             ) from None
-        return name
+        return f"{self.place}/{name}"
 
     def check(self, step: int) -> None:
         """Refuse a step that no checkpoint is of.
@@ -217,9 +217,7 @@ class Store:
                         other(file, row)
             return found
         except (Damage, OSError, RuntimeError, ValueError, OverflowError, MemoryError) as err:
-            text = str(err)[:300].rstrip(".")
-            told = text if at == NAME else f"{at}: {text}"
-            raise Damage(f"{self.place}/{folder}: {told}.") from None
+            raise Damage(f"{self.place}/{folder}/{at}: {str(err)[:300].rstrip('.')}.") from None
 
     def retain(self, *, last: int, every: int, best: list[int]) -> list[int]:
         """Remove what need not be kept: all but the ``last`` newest, multiples of ``every``, and the steps in ``best``.

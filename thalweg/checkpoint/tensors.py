@@ -120,8 +120,11 @@ class Entry:
     stop: int
 
 
-def read_header(file: Reading) -> tuple[bytes, list[Entry]]:
-    """(the file up to the first tensor's bytes, the tensors in the order of their bytes).
+def read_header(file: Reading, sha256: str | None = None) -> list[Entry]:
+    """The tensors of a file in the order of their bytes.
+
+    Args:
+        sha256: of the file up to the first tensor's bytes; None: it is not known.
 
     Raises:
         Damage: for anything but a header whose tensors fill the file without gaps; nothing large has been allocated then.
@@ -133,9 +136,11 @@ def read_header(file: Reading) -> tuple[bytes, list[Entry]]:
     file.read_into(0, memoryview(first))
     length = int.from_bytes(first, "little")
     if length > min(size - 8, _MOST_HEADER):
-        raise Damage(f"its header claims {length} bytes of {size}")
+        raise Damage(f"its header claims {length} bytes of {size}, and cannot have its sha256")
     text = bytearray(length)
     file.read_into(8, memoryview(text))
+    if sha256 is not None and hashlib.sha256(first + text).hexdigest() != sha256:
+        raise Damage("its header does not have the sha256 of its manifest")
     try:
         table = json.loads(text.decode("utf-8"))
         rows = {name: row for name, row in table.items() if name != "__metadata__"}
@@ -149,7 +154,7 @@ def read_header(file: Reading) -> tuple[bytes, list[Entry]]:
         at = entry.stop
     if at != size:
         raise Damage(f"it has {size} bytes, and its header tells of {at}")
-    return bytes(first) + bytes(text), entries
+    return entries
 
 
 def _entry(name: str, row: Mapping[str, Any], base: int) -> Entry:
@@ -211,9 +216,7 @@ def _pool() -> Iterator[ThreadPoolExecutor]:
 
 
 def _checked_header(file: Reading, row: Mapping[str, Any]) -> list[Entry]:
-    head, entries = read_header(file)
-    if hashlib.sha256(head).hexdigest() != row["header"]:
-        raise Damage("its header does not have the sha256 of its manifest")
+    entries = read_header(file, row["header"])
     if {entry.name for entry in entries} != set(row["tensors"]):
         raise Damage("it does not hold the tensors that its manifest names")
     return entries
