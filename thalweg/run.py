@@ -202,7 +202,7 @@ class _Run:
     def go(self, resume: Resume = False) -> Result:
         snapshot, told = self._open(resume)
         saved = self.folder.saved_plan() if self.folder and resume is not False else None
-        resolved = resolve(self.task, self.recipe, saved=saved)
+        resolved = resolve(self.task, self.recipe, saved=saved, begins=snapshot is None)
         try:
             return self._train(resolved, saved, snapshot, told, resume)
         finally:
