@@ -114,13 +114,13 @@ def _pickles_in_zip(file: IO[bytes], path: Path) -> Iterator[IO[bytes]]:
     with zipfile.ZipFile(file) as archive:
         entries = archive.infolist()
         names = [entry.filename for entry in entries]
+        if any(name.endswith("/constants.pkl") for name in names):
+            raise refused(path, "It is a TorchScript archive, which holds code.", "Save model.state_dict() instead.")
         if any(entry.compress_type != zipfile.ZIP_STORED for entry in entries) or len(set(names)) != len(names):
             raise refused(path, "Its parts are compressed or doubled; torch writes none so.", "Write it by torch.save.")
         total = sum(entry.file_size for entry in entries)
         if total > size:
             raise refused(path, f"Its parts claim {total} bytes, and it has {size}.", "Write it by torch.save.")
-        if any(name.endswith("/constants.pkl") for name in names):
-            raise refused(path, "It is a TorchScript archive, which holds code.", "Save model.state_dict() instead.")
         for entry in entries:
             if entry.filename.endswith(".pkl"):
                 if entry.file_size > _LARGEST_PICKLE:
@@ -137,14 +137,17 @@ def _pickles_in_a_row(file: IO[bytes]) -> Iterator[IO[bytes]]:
 
 def _check_pickle(pickle: IO[bytes], path: Path) -> None:
     """List a pickle's operations, doing none; the reader stands behind it afterwards."""
+    texts: list[str] = []  # the last two: what a class is named by, where that does not stand in the operation itself
     for operation, argument, _ in pickletools.genops(pickle):
-        if operation.name == "GLOBAL" and argument not in _ALLOWED:
-            what = f"It asks for {'.'.join(str(argument)[:160].split(' ', 1))}, and unpickling that could run code."
-            raise refused(path, what, _REMEDY)
+        if "UNICODE" in operation.name:
+            texts = [*texts[-1:], str(argument)]
+        asked = str(argument)
         if operation.name in ("STACK_GLOBAL", "INST", "OBJ", "EXT1", "EXT2", "EXT4"):
-            raise refused(
-                path, f"It names a class by the operation {operation.name}, and that could run code.", _REMEDY
-            )
+            asked = asked if operation.name == "INST" else " ".join(texts)
+        elif operation.name != "GLOBAL" or argument in _ALLOWED:
+            continue
+        name = ".".join(asked[:160].split(" ", 1))
+        raise refused(path, f"It asks for {name}. That is no plain tensor, and unpickling it could run code.", _REMEDY)
 
 
 def alone(tensor: Tensor) -> Tensor:
