@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+
+from torch import Tensor
 
 from thalweg.checkpoint.convert.folders import WORDS, found
 from thalweg.checkpoint.store import Snapshot, Store
@@ -84,8 +86,14 @@ def show(path: Path, *, tensors: bool = False) -> list[str]:
     return lines
 
 
+def _in_order(snapshot: Snapshot) -> list[tuple[str, Mapping[str, Tensor]]]:
+    """Weights first, as they are what is asked for most."""
+    first = [*WORDS]
+    return sorted(snapshot.groups.items(), key=lambda pair: first.index(pair[0]) if pair[0] in first else len(first))
+
+
 def _groups(snapshot: Snapshot) -> Iterator[str]:
-    for group, tensors in snapshot.groups.items():
+    for group, tensors in _in_order(snapshot):
         what = WORDS.get(group, "optimizer slots and counters" if group == "state" else group)
         kinds: dict[str, int] = {}
         for tensor in tensors.values():
@@ -107,7 +115,7 @@ def _ranking(snapshot: Snapshot) -> Iterator[str]:
 def _tensors(snapshot: Snapshot) -> Iterator[str]:
     rows = [
         (group, name, "x".join(map(str, tensor.shape)) or "-", str(tensor.dtype).removeprefix("torch."), tensor.nbytes)
-        for group, tensors in snapshot.groups.items()
+        for group, tensors in _in_order(snapshot)
         for name, tensor in tensors.items()
     ]
     wide = max((len(name) for _, name, *_ in rows), default=0)
