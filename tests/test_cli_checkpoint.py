@@ -91,6 +91,18 @@ def test_verify_of_one_checkpoint_and_of_several(run: Path, capsys: pytest.Captu
     assert "manifest.json" in capsys.readouterr().out
 
 
+def test_verify_passes_over_what_its_run_removes_meanwhile(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    real = Store.fault
+
+    def fault(store: Store, step: int) -> str:
+        if step == 4:
+            shutil.rmtree(folder_of(run, step))
+        return real(store, step)
+
+    monkeypatch.setattr(Store, "fault", fault)
+    assert main(["checkpoint", "verify", "run"]) == 0
+
+
 @pytest.mark.parametrize(
     "arguments, said",
     [

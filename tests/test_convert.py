@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import copy
 import itertools
 import json
 import os
 import pickle
+import resource
 import struct
 import zipfile
 from collections.abc import Callable
@@ -19,7 +21,7 @@ from torch import Tensor, nn
 
 from tests.conftest import three_parts
 from thalweg.checkpoint import Snapshot, Store
-from thalweg.checkpoint.convert import convert, read_weights, renamed
+from thalweg.checkpoint.convert import convert, huggingface, read_weights, renamed, safetensorfiles, torchfiles
 from thalweg.core import CheckpointError, RecipeError, RunFolderError, ThalwegError
 
 KINDS = ("torch", "safetensors", "lightning", "hf")
@@ -349,6 +351,33 @@ def test_a_write_that_fails_leaves_nothing(run: Path, tmp_path: Path, monkeypatc
     assert (tmp_path / "w.pt").read_text() == "mine"
 
 
+@pytest.mark.parametrize("to", KINDS)
+def test_a_file_cut_short_by_the_system_is_taken_away(to: str, run: Path, tmp_path: Path) -> None:
+    """No file may grow beyond 2000 bytes here, so that the writers themselves fail in the middle."""
+    like = config_folder(tmp_path / "like") if to == "hf" else None
+    before = sorted(tmp_path.iterdir())
+    old = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (2000, old[1]))
+    try:
+        with pytest.raises(CheckpointError, match="could not be written") as err:
+            convert(run, tmp_path / NAMES[to], like=like)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, old)
+    three_parts(err.value)
+    assert sorted(tmp_path.iterdir()) == before
+
+
+def test_a_tied_tensor_of_a_word_that_is_taken(tmp_path: Path) -> None:
+    x = torch.ones(1)
+    torch.save({"a": x, "format": x}, tmp_path / "w.pt")
+    for target in ("w.safetensors", "out"):
+        with pytest.raises(CheckpointError, match="A tied tensor is called 'format'"):
+            convert(tmp_path / "w.pt", tmp_path / target, like=None if "." in target else config_folder(tmp_path / "l"))
+    torch.save({"pt": x}, tmp_path / "w.pt")
+    convert(tmp_path / "w.pt", tmp_path / "w.safetensors")
+    assert list(read_weights(tmp_path / "w.safetensors").named()) == ["pt"]
+
+
 def noted(function: Callable[..., None], word: str, done: list[str]) -> Callable[..., None]:
     def call(*arguments: Any) -> None:
         done.append(word)
@@ -468,6 +497,16 @@ def doubled() -> None:
         archive.writestr("good/data.pkl", pickle.dumps({"a": Evil()}, protocol=2))
 
 
+def named_twice() -> None:
+    """The same bytes as two parts: what is read is more than what is there."""
+    with zipfile.ZipFile("hostile.pt", "w") as archive:
+        archive.writestr("x/data.pkl", pickle.dumps({}, protocol=2))
+        archive.writestr("x/data/0", bytes(10_000))
+        again = copy.copy(archive.filelist[-1])
+        again.filename = "x/data/1"
+        archive.filelist.append(again)
+
+
 HOSTILE: dict[str, tuple[Callable[[], Any], str]] = {
     "call": (lambda: torch.save({"a": torch.ones(2), "x": Evil()}, "hostile.pt"), r"asks for posix\.mkdir"),
     "call below a key": (lambda: torch.save({"model": {"a": Evil()}}, "hostile.pt"), r"asks for posix\.mkdir"),
@@ -483,6 +522,7 @@ HOSTILE: dict[str, tuple[Callable[[], Any], str]] = {
     ),
     "script": (scripted, "TorchScript"),
     "bomb": (lambda: rewritten(lambda data: data + bytes(10**7), zipfile.ZIP_DEFLATED), "compressed"),
+    "one part twice": (named_twice, r"Its parts claim 2\d{4} bytes, and it has 1\d{4}"),
     "two of a name": (doubled, "doubled"),
     "shape": (lambda: rewritten(shape(2**33)), "cannot be read"),
     "shape over all": (lambda: rewritten(shape(2**62)), "cannot be read"),
@@ -517,6 +557,21 @@ def test_a_hostile_torch_file_is_refused_and_nothing_is_run(
         convert("hostile.pt", "out.safetensors")
     three_parts(err.value)
     assert sorted(os.listdir()) == before, "no marker, no target, nothing half"
+
+
+def test_tables_beyond_all_measure_are_not_looked_through(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.save({"a": torch.ones(1)}, tmp_path / "w.pt")
+    like = config_folder(tmp_path / "like")
+    for module, limit in ((torchfiles, "_LARGEST_PICKLE"), (huggingface, "_LARGEST_COPY")):
+        with monkeypatch.context() as patch:
+            patch.setattr(module, limit, 10)
+            with pytest.raises(CheckpointError, match=r"has \d+ bytes"):
+                convert(tmp_path / "w.pt", tmp_path / "out", like=like)
+    index_of({"a": "one.safetensors"}, like)
+    monkeypatch.setattr(safetensorfiles, "_LARGEST_INDEX", 10)
+    with pytest.raises(CheckpointError, match=r"has \d+ bytes"):
+        read_weights(like)
+    assert not (tmp_path / "out").exists()
 
 
 def test_the_payload_of_these_tests_would_work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -38,7 +39,10 @@ def verify(path: Path) -> Iterator[Verified]:
     store, named = found(path)
     steps = steps_of(store) if named is None else [named]
     for step in steps:
-        yield Verified(store.path(step), step, size_of(store.path(step)), store.fault(step))
+        size, fault = size_of(store.path(step)), store.fault(step)
+        if named is None and fault and not store.path(step).exists():
+            continue  # the run has removed it meanwhile
+        yield Verified(store.path(step), step, size, fault)
 
 
 def steps_of(store: Store) -> list[int]:
@@ -49,8 +53,12 @@ def steps_of(store: Store) -> list[int]:
 
 
 def size_of(folder: Path) -> int:
-    """Bytes of its files."""
-    return sum(file.lstat().st_size for file in folder.rglob("*") if file.is_file())
+    """Bytes of its files, of those that are still there."""
+    total = 0
+    for file in folder.rglob("*"):
+        with contextlib.suppress(FileNotFoundError):
+            total += file.lstat().st_size if file.is_file() else 0
+    return total
 
 
 def set_aside(folder: Path) -> list[Path]:

@@ -35,7 +35,7 @@ def read_safetensors(path: Path) -> Weights:
             about = file.metadata() or {}
     except (SafetensorError, OSError, ValueError, KeyError, TypeError, RuntimeError, AttributeError) as err:
         raise refused(path, f"{type(err).__name__}: {str(err)[:200]}.", _AGAIN) from None
-    tied = {name: kept for name, kept in about.items() if kept in tensors and name not in tensors}
+    tied = {n: kept for n, kept in about.items() if kept in tensors and n not in tensors and n != "format"}
     return Weights(tensors=tensors, tied=tied, kind="a safetensors file", files=(path,))
 
 
@@ -114,11 +114,7 @@ def write_safetensors(weights: Weights, file: Path) -> None:
     Raises:
         CheckpointError: for a dtype that the format does not have; the tensor is named.
     """
-    check_dtypes(weights.tensors)
-    if "format" in weights.tied:
-        raise CheckpointError(
-            "A tied tensor is called 'format'.", "In safetensors files that word is taken.", "Use --rename format=NEW."
-        )
+    check_fits(weights)
     _save(weights.tensors, weights.tied, file)
 
 
@@ -127,9 +123,13 @@ def _save(tensors: Mapping[str, Tensor], tied: Mapping[str, str], file: Path) ->
     safetensors.torch.save_file({name: alone(tensor) for name, tensor in tensors.items()}, file, metadata=about)
 
 
-def check_dtypes(tensors: Mapping[str, Tensor]) -> None:
+def check_fits(weights: Weights) -> None:
+    if "format" in weights.tied:
+        raise CheckpointError(
+            "A tied tensor is called 'format'.", "In safetensors files that word is taken.", "Use --rename format=NEW."
+        )
     first: dict[torch.dtype, str] = {}
-    for name, tensor in tensors.items():
+    for name, tensor in weights.tensors.items():
         first.setdefault(tensor.dtype, name)
     for dtype, name in first.items():
         try:
@@ -161,7 +161,7 @@ def write_shards(weights: Weights, folder: Path, most: int) -> int:
     Returns:
         How many files of tensors there are.
     """
-    check_dtypes(weights.tensors)
+    check_fits(weights)
     shards = list(shards_of(weights.tensors, most))
     if len(shards) == 1:
         write_safetensors(weights, folder / "model.safetensors")

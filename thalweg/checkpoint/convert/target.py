@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import shutil
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -15,6 +16,8 @@ from thalweg.checkpoint.convert.folders import is_run
 from thalweg.checkpoint.convert.huggingface import is_hf
 from thalweg.checkpoint.files import new_folder, sync_file, sync_folder
 from thalweg.core import CheckpointError, RunFolderError
+
+_LITTLE = 1 << 20  # bytes: a disk with less left is full
 
 
 def check_target(path: Path, *, folder: bool, force: bool) -> None:
@@ -66,6 +69,7 @@ def new_target(path: Path, *, folder: bool, force: bool) -> Iterator[Path]:
         raise
     except (OSError, SafetensorError, RuntimeError) as err:
         full = getattr(err, "errno", None) == errno.ENOSPC or "No space" in str(err)
+        full |= shutil.disk_usage(path.parent).free < _LITTLE  # torch's writer does not say why
         raise CheckpointError(
             f"{path} could not be written.",
             f"{str(err)[:200]}. Nothing stands under its name that did not before.",
