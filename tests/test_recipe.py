@@ -122,6 +122,8 @@ recipes = st.builds(
     precision=st.sampled_from(["auto", *PRECISIONS]),
     islands=maybe(st.sampled_from([("norm",), ("logits", "head.*"), ()])),
     memory_budget=maybe(st.sampled_from(["12GiB", "800 MB", "4096"])),
+    weights=st.sampled_from(["w.pt", "runs/digits"]),
+    weights_rename=st.lists(st.sampled_from(["=net", "model=", "a=b.c"]), max_size=3).map(tuple),
     recompute=maybe(st.sampled_from(RECOMPUTED)),
     model=options,
     loss=options,

@@ -79,10 +79,16 @@ def open_place(where: str | Path) -> Place:
 
 
 class LocalPlace:
-    """A folder of this machine's file system."""
+    """A folder of this machine's file system.
 
-    def __init__(self, root: Path) -> None:
+    Args:
+        make: make it, where it is not there.
+    """
+
+    def __init__(self, root: Path, *, make: bool = True) -> None:
         self.root = root
+        if not make:
+            return
         try:
             root.mkdir(parents=True, exist_ok=True)
         except OSError as err:

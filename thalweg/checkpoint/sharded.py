@@ -83,7 +83,10 @@ def _written(aside: Path, groups: Groups, store: Store) -> tuple[str, dict[str, 
             with store.place.open(aside.name, path.name) as file:
                 rows[path.name] = describe(file)
         return "", rows
-    except (Exception, CheckpointException) as err:  # DCP gathers the errors of all ranks into one, which is no Exception
+    except (
+        Exception,
+        CheckpointException,
+    ) as err:  # DCP gathers the errors of all ranks into one, which is no Exception
         return f"rank {rank}: {type(err).__name__}: {str(err)[:300]}", {}
 
 

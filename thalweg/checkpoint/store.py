@@ -66,11 +66,13 @@ class Store:
 
     Args:
         where: a folder, an address such as ``s3://bucket/runs/digits``, or a ``Place``.
+        sweep: remove what a killed process left half-written; for the run's owner alone, who holds its lock.
     """
 
-    def __init__(self, where: Path | str | Place) -> None:
+    def __init__(self, where: Path | str | Place, *, sweep: bool = True) -> None:
         self.place: Place = open_place(where) if isinstance(where, (str, Path)) else where
-        self._asking(self.place.sweep)
+        if sweep:
+            self._asking(self.place.sweep)
 
     @property
     def folder(self) -> Path:

@@ -529,6 +529,9 @@ class Recipe:
         recompute: which activations are not kept but computed again in the backward pass: "none"; "blocks": those
             inside the model's repeated blocks; "ops": all but the products of matrices; "compiled": what torch.compile's
             activation memory budget leaves out; None: "none", unless ``memory_budget`` asks for more.
+        weights: what a new run begins with: a run folder, a checkpoint, a file of torch, safetensors or Lightning, a
+            Hugging Face folder; None: what the model is made with. A resumed run does not read it again.
+        weights_rename: ``OLD=NEW`` names of modules or tensors in it; the first that fits a name changes it.
         model, loss: arguments for the task's model and loss functions, by name.
 
     >>> Recipe().override({"optimizer.lr": "3e-4"}).optimizer.lr
@@ -541,6 +544,8 @@ class Recipe:
     islands: tuple[str, ...] | None = None
     memory_budget: str | None = None
     recompute: str | None = None
+    weights: str | None = None
+    weights_rename: tuple[str, ...] = ()
     model: dict[str, Any] = field(default_factory=dict)
     loss: dict[str, Any] = field(default_factory=dict)
     train: Train = field(default_factory=Train)
@@ -578,6 +583,17 @@ class Recipe:
             )
         if self.memory_budget is not None:
             to_bytes(self.memory_budget, "memory_budget")
+        for text in self.weights_rename:
+            _check(
+                "=" in text, f"weights_rename={text!r} renames nothing.", "It is OLD=NEW.", "Give such as 'model=net'."
+            )
+        _check(
+            self.weights is not None or not self.weights_rename,
+            "weights_rename is given without weights.",
+            f"It is {', '.join(self.weights_rename)}.",
+            "Give weights too.",
+        )
+        _check(self.weights != "", "weights='' names no file.", "It is empty.", "Name one, or leave it out.")
 
     def override(self, changes: Mapping[str, Any]) -> Recipe:
         """A recipe with values replaced by path.

@@ -31,6 +31,7 @@ from thalweg.data import (
 )
 from thalweg.data import split as split_batch
 from thalweg.device import Device, choose, facts
+from thalweg.engine.begin import take_weights
 from thalweg.engine.checks import (
     check_average,
     check_heard,
@@ -95,7 +96,13 @@ class Resolved:
 
 
 def resolve(
-    task: Task, recipe: Recipe, *, saved: Plan | None = None, most: int | None = None, planning: bool = False
+    task: Task,
+    recipe: Recipe,
+    *,
+    saved: Plan | None = None,
+    most: int | None = None,
+    planning: bool = False,
+    begins: bool = True,
 ) -> Resolved:
     """Fill every gap of a recipe, try the model on one micro-batch, and say what was decided.
 
@@ -103,20 +110,27 @@ def resolve(
         saved: the plan of the run that is resumed: what was measured then is not measured again.
         most: bytes of memory to plan with; None: what is there.
         planning: whether a bench is wanted, on which variants can be tried.
+        begins: whether the run begins with the recipe's weights; one that goes on from a checkpoint does not read them.
 
     Raises:
         ThalwegError: for anything that would fail later; the model has its own dtypes then, and no hooks of ours.
     """
     undo = ExitStack()
     try:
-        return _resolve(task, recipe, saved, most, planning, undo)
+        return _resolve(task, recipe, saved, most, planning, undo, begins)
     except BaseException:
         undo.close()
         raise
 
 
 def _resolve(
-    task: Task, recipe: Recipe, saved: Plan | None, most: int | None, planning: bool, undo: ExitStack
+    task: Task,
+    recipe: Recipe,
+    saved: Plan | None,
+    most: int | None,
+    planning: bool,
+    undo: ExitStack,
+    begins: bool,
 ) -> Resolved:
     decide = Decisions()
     if saved is not None:
@@ -148,7 +162,10 @@ def _resolve(
             "DataLoader",
             "its data set and collate function are used; batch, order and workers are the recipe's",
         )
-    model = made_model(task, recipe).to(device.torch_device)
+    model = made_model(task, recipe)
+    if begins:
+        take_weights(model, recipe, decide.take, saved)
+    model = model.to(device.torch_device)
     recipe, early = begin_precision(recipe, model, device, decide.take)
     if early is not None:
         undo.callback(early.undo)

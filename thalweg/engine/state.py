@@ -106,7 +106,8 @@ class State:
         if averages := self._averages():
             groups["average"] = {**weights, **averages}
         most = {limit.what: limit.most for limit in self.limits() if limit.most}
-        return Snapshot(groups, {**facts, "step": self.step, **({"most_samples": most} if most else {})})
+        plain = {**facts, "step": self.step, **({"most_samples": most} if most else {})}
+        return Snapshot(groups, {**plain, "tied": tied} if (tied := self.tied()) else plain)
 
     def load(self, snapshot: Snapshot) -> None:
         """Take over a snapshot of a run with the same model and recipe.
@@ -159,6 +160,17 @@ class State:
                 seen.add(id(tensor))
                 named[plain_name(name)] = tensor.detach()
         return named
+
+    def tied(self) -> dict[str, str]:
+        """Further names of tensors that ``weights`` has once: name to the one that is there."""
+        first: dict[int, str] = {}
+        wanted = self.model.state_dict(keep_vars=True)
+        named = [
+            (plain_name(name), first.setdefault(id(t), plain_name(name)))
+            for name, t in wanted.items()
+            if isinstance(t, Tensor)
+        ]
+        return {name: kept for name, kept in named if name != kept}
 
     def _averages(self) -> dict[str, Tensor]:
         """Averaged parameters and statistics: views of the flat averages, or means of the window."""

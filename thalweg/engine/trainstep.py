@@ -14,6 +14,7 @@ from thalweg.checkpoint import Snapshot
 from thalweg.core import Plan, Recipe, RecipeError
 from thalweg.data import batch_size, split, to_device
 from thalweg.device import choose, facts
+from thalweg.engine.begin import take_weights
 from thalweg.engine.build import build
 from thalweg.engine.given import task_loss
 from thalweg.engine.memory import Bench, fit, settle_memory
@@ -128,6 +129,7 @@ class TrainStep:
                     f"Give steps=..., or schedule.{one.name}='constant()'.",
                 )
         self.device, _ = choose(self.recipe.device)
+        take_weights(model, self.recipe, self._decide.take, None)
         self.model = model.to(self.device.torch_device)
         self.rows = parameter_table(model, optimizer=self.recipe.optimizer, schedule=self.recipe.schedule)
         span = span_of(self.recipe, self.steps or 1, {}, _WHY_NOT)

@@ -159,7 +159,7 @@ class _Run:
 
     def go(self, resume: Resume = False, accept: Sequence[str] = ()) -> Result:
         earlier = self._open(resume, accept)
-        resolved = resolve(self.task, self.recipe, saved=earlier.plan)
+        resolved = resolve(self.task, self.recipe, saved=earlier.plan, begins=earlier.snapshot is None)
         try:
             with asked_to_end(resolved.plan.recipe.checkpoint.grace) as asked:
                 return self._train(resolved, earlier, asked)
