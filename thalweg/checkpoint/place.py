@@ -138,12 +138,17 @@ class LocalPlace:
         sweep(self.root, lambda name: name.startswith(".step-"))
 
 
+_AHEAD = 16 << 20
+
+
 class _Descriptor:
     def __init__(self, handle: int) -> None:
         self.handle = handle
         self.size = os.fstat(handle).st_size
 
     def read_into(self, at: int, view: memoryview) -> None:
+        # Several threads read from different places: the kernel would see no order in it, and read nothing ahead.
+        os.posix_fadvise(self.handle, at + len(view), _AHEAD, os.POSIX_FADV_WILLNEED)
         while view:
             num = os.preadv(self.handle, [view], at)
             if not num:
