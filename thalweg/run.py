@@ -231,6 +231,7 @@ class _Run:
         with _asked_to_stop() as stop:
             precise = self._precise(resolved)
             loop = Loop(plan, step, resolved.feed, sinks, evaluate=self._evaluation(resolved, step, precise), stop=stop)
+            resolved.feed.tell, resolved.feed.stop = loop.tell, stop
             keeper = BestWeights(step.state, precise) if plan.recipe.evaluate.patience else None
             loop.save = lambda: self._save(loop, keeper)
             if keeper is not None:

@@ -87,6 +87,9 @@ class Loop:
                 if self.stop() and state.step < self.plan.steps:
                     self._save()
                     return self._end(StopReason.INTERRUPTED)
+            if state.step < last and self.stop():  # heard while the feed waited for data
+                self._save()
+                return self._end(StopReason.INTERRUPTED)
         except Exception as err:
             self._rescue()
             if not ran_out(err):
