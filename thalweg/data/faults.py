@@ -9,7 +9,9 @@ from typing import Any
 from thalweg.core import DataError
 from thalweg.data.draws import OwnRandom
 
-_GOING_ON = "Mend the data, or leave this out of it. A run folder keeps the state before this step: --resume goes on from it."
+_GOING_ON = (
+    "Mend the data, or leave this out of it. A run folder keeps the state before this step: --resume goes on from it."
+)
 
 
 @contextmanager

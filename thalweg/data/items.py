@@ -16,7 +16,7 @@ from thalweg.data.order import Order
 from thalweg.data.quiet import never, quiet
 from thalweg.data.sources import Items
 from thalweg.data.trees import to_device, tree_map
-from thalweg.data.workers import Place, Stopped, Workers
+from thalweg.data.workers import Place, Stopped, Workers, unnoticed
 
 
 class Reader:
@@ -36,7 +36,8 @@ class Reader:
         """
         read = [self._sample(epoch, sample, where) for sample in samples]
         name = seed_for(self.seed, "collate", epoch, samples[0])
-        return put_together(self.collate, read, name, f"In {where}, samples {listed(samples)}")
+        with unnoticed():
+            return put_together(self.collate, read, name, f"In {where}, samples {listed(samples)}")
 
     def _sample(self, epoch: int, sample: int, where: str) -> Any:
         with (

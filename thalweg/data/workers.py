@@ -3,7 +3,7 @@
 A worker is told a place (step, part) and reads what lies there. What lies there is a pure function, so a worker that is lost
 costs time and nothing else. Torch's ``DataLoader`` is not used here: it tells of a killed worker by raising wherever the main
 process happens to be, in the middle of an update too, and its workers share one pipe, on which a message cut short by SIGKILL
-blocks the reader for ever.
+blocks the reader for ever. Here each worker has a socket of its own, and batches are its parent's once sent (``parcels``).
 """
 
 from __future__ import annotations
@@ -13,21 +13,25 @@ import contextlib
 import ctypes
 import multiprocessing
 import os
+import pickle
 import signal
+import socket
+import struct
 import sys
 import time
 import traceback
 from collections import deque
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
-from multiprocessing.connection import Connection, wait
-from multiprocessing.reduction import ForkingPickler
+from multiprocessing.connection import wait
 from typing import Any
 
 import torch
 from torch.utils.data._utils import worker as torch_worker
 
 from thalweg.core import DataError, Tell
+from thalweg.data import parcels
 
 #: (step, micro-batch of its window)
 Place = tuple[int, int]
@@ -37,6 +41,8 @@ _POLL_SECONDS = 0.1  # how soon a wish to stop is heard while data is waited for
 _WATCH_SECONDS = 5.0
 _GRACE_SECONDS = 1.0
 _PR_SET_PDEATHSIG = 1
+_PLACE = struct.Struct("<qq")
+_NO_PLACE = (-1, -1)
 
 
 class Stopped(Exception):
@@ -102,11 +108,10 @@ class Workers:
         atexit.unregister(self.close)
         self._over.value = True
         for worker in self._workers:
-            worker.put(None)
+            worker.tell(_NO_PLACE)
         deadline = time.monotonic() + _GRACE_SECONDS
         for worker in self._workers:
-            worker.process.join(max(0.0, deadline - time.monotonic()))
-            worker.end()
+            worker.end(max(0.0, deadline - time.monotonic()))
         self._workers = []
 
     def _take(self, worker: _Worker) -> Any:
@@ -163,53 +168,53 @@ class _Worker:
         self.start()
 
     def start(self) -> None:
-        self.pipe, theirs = multiprocessing.Pipe()
+        self.link, theirs = socket.socketpair()
         self.process = multiprocessing.Process(
             target=_work, args=(theirs, self.read, self.over, os.getpid(), self.number, self.num), daemon=True
         )
         self.process.start()
-        theirs.close()  # so that the end of the worker is the end of the pipe
+        theirs.close()  # so that the end of the worker is the end of the link
         for place in self.told:
-            self._send(place)
+            self.tell(place)
 
-    def put(self, place: Place | None) -> None:
-        if place is not None:
-            self.told.append(place)
-        self._send(place)
+    def put(self, place: Place) -> None:
+        self.told.append(place)
+        self.tell(place)
 
-    def _send(self, place: Place | None) -> None:
+    def tell(self, place: Place) -> None:
         with contextlib.suppress(OSError):  # it has ended, which is noticed where its result is waited for
-            self.pipe.send(place)
+            self.link.sendall(_PLACE.pack(*place))
 
     def get(self, timeout: float, stop: Callable[[], bool]) -> Any:
         """The result of the first place it was told."""
         since = time.monotonic()
-        while not self.pipe.poll(0):
+        while not wait([self.link], 0):  # what it has sent counts, even if it has ended since
             if stop():
                 raise Stopped
-            ready = wait([self.pipe, self.process.sentinel], _POLL_SECONDS)
-            if self.pipe in ready:
-                break
-            if ready:
+            ready = wait([self.link, self.process.sentinel], _POLL_SECONDS)
+            if ready and self.link not in ready and not wait([self.link], 0):
                 raise _Lost(hung=False)
             if timeout and time.monotonic() - since > timeout:
                 raise _Lost(hung=True)
         try:
-            result = self.pipe.recv()
-        except (EOFError, OSError) as err:  # a message cut short, or shared memory that went with its worker
+            result = parcels.receive(self.link)
+        except (EOFError, ConnectionError) as err:
             raise _Lost(hung=False) from err
         self.told.popleft()
         return result
 
-    def end(self) -> int | None:
-        """No more of this process; how it ended, as ``Process.exitcode`` has it."""
-        if self.process.exitcode is None and not wait([self.process.sentinel], 0):
+    def end(self, grace: float = 0.0) -> int | None:
+        """No more of this process; how it ended, as ``Process.exitcode`` has it.
+
+        Args:
+            grace: seconds after which it is killed.
+        """
+        self.process.join(grace)
+        if self.process.exitcode is None:
             self.process.kill()
-        self.process.join()
-        code = self.process.exitcode
-        self.process.close()
-        self.pipe.close()
-        return code
+            self.process.join()
+        self.link.close()
+        return self.process.exitcode
 
 
 def _spoken(code: int | None) -> str:
@@ -222,62 +227,72 @@ def _remedy(code: int | None) -> str:
     if code == -signal.SIGKILL:
         return "The kernel does so when memory is short (see its log): use fewer data.workers, or a smaller train.micro_batch."
     if code == -signal.SIGBUS:
-        return "Shared memory (/dev/shm) is full: give it more room, or use fewer data.workers."
+        return "Memory that files are mapped to is full, often /dev/shm: give it more room, or use fewer data.workers."
     return "Read these samples with data.workers=0, where the data set's own error is seen."
 
 
 # --- in the worker ---------------------------------------------------------------------------------------------------
 
 
-def _work(pipe: Connection, read: Callable[[Place], Any], over: Any, parent: int, number: int, num: int) -> None:
+def _work(link: socket.socket, read: Callable[[Place], Any], over: Any, parent: int, number: int, num: int) -> None:
     leave_signals_to_the_parent()
     die_with_the_parent(parent)
     torch.set_num_threads(1)
     dataset: Any = read
-    # what torch.utils.data.get_worker_info() tells a data set; torch's collate then puts batches in shared memory at once
+    # what torch.utils.data.get_worker_info() tells a data set
     torch_worker._worker_info = torch_worker.WorkerInfo(id=number, num_workers=num, seed=number, dataset=dataset)
     while not over.value:
-        if not pipe.poll(_WATCH_SECONDS):
+        if not wait([link], _WATCH_SECONDS):
             if os.getppid() != parent:
                 return
             continue
-        try:
-            place = pipe.recv()
-        except (EOFError, OSError):
+        told = link.recv(_PLACE.size, socket.MSG_WAITALL)
+        if len(told) < _PLACE.size or over.value:
             return
-        if place is None or over.value:
-            return
-        pipe.send_bytes(_result(read, place))
+        _answer(link, read, _PLACE.unpack(told))
 
 
-def _result(read: Callable[[Place], Any], place: Place) -> Any:
+def _answer(link: socket.socket, read: Callable[[Place], Any], place: Place) -> None:
     try:
         batch = read(place)
     except Exception as err:
-        return _failed(err, err.__cause__)
+        parcels.send(link, _failed(err, err.__cause__))
+        return
     try:
-        return ForkingPickler.dumps(batch)
+        parcels.send(link, batch)
+    except OSError:
+        raise
     except Exception as err:
         unsendable = DataError(
             "A worker cannot send what the collate function gave.",
             f"{type(err).__name__}: {err}",
             "Give batches of tensors and plain objects, or read with data.workers=0.",
         )
-        return _failed(unsendable, err)
+        parcels.send(link, _failed(unsendable, err))
 
 
-def _failed(error: BaseException, cause: BaseException | None) -> Any:
+def _failed(error: BaseException, cause: BaseException | None) -> Failed:
     trace = "In a data worker: " + traceback.format_exc()
-    return ForkingPickler.dumps(Failed(_travelling(error), None if cause is None else _travelling(cause), trace))
+    return Failed(_travelling(error), None if cause is None else _travelling(cause), trace)
 
 
 def _travelling(err: BaseException) -> BaseException:
     """The error, or its text where it cannot be pickled or cannot be made again."""
     try:
-        ForkingPickler.loads(ForkingPickler.dumps(err))
+        pickle.loads(pickle.dumps(err))
     except Exception:
         return RuntimeError(f"{type(err).__name__}: {err}")
     return err
+
+
+@contextmanager
+def unnoticed() -> Iterator[None]:
+    """Inside, torch does not know that this is a worker: its collate function would fill shared memory of its own."""
+    info, torch_worker._worker_info = torch_worker._worker_info, None
+    try:
+        yield
+    finally:
+        torch_worker._worker_info = info
 
 
 def leave_signals_to_the_parent() -> None:
