@@ -55,7 +55,7 @@ def decode(facts: Any, tensors: Mapping[str, Tensor]) -> Any:
         return [decode(item, tensors) for item in facts]
     if not isinstance(facts, dict):
         return facts
-    read = _READ.get(facts.get(_KIND, ""))
+    read = _READ.get(str(facts.get(_KIND)))
     if read is None:
         raise ValueError(f"a state of no known kind: {str(facts)[:60]}")
     try:
