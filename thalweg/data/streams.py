@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -33,8 +34,8 @@ class StreamFeed:
         device: torch.device,
         sizes: Sequence[int] | None = None,
     ) -> None:
-        self.source, self.batch, self.micro_batch, self.keep_last = source, batch, micro_batch, keep_last
-        self.seed, self.device, self.sizes = seed, device, sizes
+        self.source, self.micro_batch, self.seed, self.device = source, micro_batch, seed, device
+        self.cut = Cut(source, batch, seed, keep_last, sizes)
         self.tell: Tell = quiet
         self.stop: Callable[[], bool] = never
         self._position: Position | None = None
@@ -56,7 +57,7 @@ class StreamFeed:
             self._position = None
             return
         while position.step < stop:
-            step, samples = position.step, position.window()
+            step, samples = position.step, position.window(self.stop)
             if samples is None:
                 return
             parts = range(0, len(samples), self.micro_batch)
@@ -65,10 +66,6 @@ class StreamFeed:
     def collated(self, step: int, at: int, samples: list[Any]) -> Any:
         name = seed_for(self.seed, "collate", step, at)
         return to_device(put_together(self.source.collate, samples, name, f"In step {step + 1}"), self.device)
-
-    def size(self, step: int) -> int:
-        """Samples in the window of a step."""
-        return self.batch if self.sizes is None else self.sizes[min(step, len(self.sizes) - 1)]
 
     def state(self, step: int) -> FeedState | None:
         if self._restored is not None and self._restored[0] == step:
@@ -100,9 +97,9 @@ class StreamFeed:
             self.tell("data", f"The state of the data is not used: {why}. A resumed run reads up to its step.", {})
 
     def _begin(self, start: int) -> Position:
+        position = Position(self.cut)
         if self._restored is None or self._restored[0] != start:
-            return Position(self)
-        position = Position(self)
+            return position
         with told_as(
             "The data does not take its saved state.",
             f"At step {start}",
@@ -116,11 +113,11 @@ class StreamFeed:
         begun = told = time.monotonic()
         most = 0
         while position.step < start:
-            if position.window() is None or self.stop():
+            if position.window(self.stop) is None or self.stop():
                 return False
             now = time.monotonic()
             if now - told >= _TELL_SECONDS:
-                most = most or sum(self.size(step) for step in range(start))
+                most = most or sum(self.cut.size(step) for step in range(start))
                 told = now
                 text = f"Reading up to step {start} of the stream: {position.passed:,} of {most:,} samples passed."
                 self.tell("data", text, {"samples": position.passed, "of": most})
@@ -131,6 +128,21 @@ class StreamFeed:
         return True
 
 
+@dataclass(frozen=True)
+class Cut:
+    """How a stream becomes windows."""
+
+    source: Stream
+    batch: int
+    seed: int
+    keep_last: bool
+    sizes: Sequence[int] | None
+
+    def size(self, step: int) -> int:
+        """Samples in the window of a step."""
+        return self.batch if self.sizes is None else self.sizes[min(step, len(self.sizes) - 1)]
+
+
 class Position:
     """Where a reader of a stream stands: between two windows, in an epoch of which it has seen so many samples.
 
@@ -139,16 +151,17 @@ class Position:
         passed: samples of all epochs.
     """
 
-    def __init__(self, feed: StreamFeed) -> None:
-        self.feed = feed
+    def __init__(self, cut: Cut) -> None:
+        # Not the feed, which holds this: loaders that the garbage collector finds in a ring do not end their workers well.
+        self.cut = cut
         self.step = self.epoch = self.seen = self.passed = 0
         self._pass: Pass | None = None  # None: an epoch that has not begun
-        self._number = feed.source.passes
+        self._number = cut.source.passes
         self._loaded: dict[str, Any] | None = None
 
     def is_newest(self) -> bool:
         """Whether the iterable's state is that of this reader, and of no later one."""
-        return self._number == self.feed.source.passes
+        return self._number == self.cut.source.passes
 
     def state(self) -> dict[str, Any]:
         return {
@@ -157,7 +170,7 @@ class Position:
             "seen": self.seen,
             "passed": self.passed,
             "draws": None if self._pass is None else self._pass.own.states(),
-            "data": self.feed.source.iterable.state_dict(),
+            "data": self.cut.source.iterable.state_dict(),
         }
 
     def go_on(self, state: dict[str, Any]) -> None:
@@ -166,7 +179,7 @@ class Position:
         self._loaded = state
         self._pass = self._loaded_pass(state)
 
-    def window(self) -> list[Any] | None:
+    def window(self, stop: Callable[[], bool]) -> list[Any] | None:
         """The samples of the next step; None where someone wants the run to end before they are there.
 
         Raises:
@@ -178,15 +191,15 @@ class Position:
                 window.append(sample)
                 self.seen += 1
                 self.passed += 1
-                if len(window) == self.feed.size(self.step):
+                if len(window) == self.cut.size(self.step):
                     return self._taken(window)
                 # With a state of its own it is read up to a border first: between borders it has none to be saved.
-                if not self.feed.source.stateful and self.feed.stop():
+                if not self.cut.source.stateful and stop():
                     return None
             if self._was_at_its_end():
                 continue
             seen = self._end_epoch()
-            if window and (self.feed.keep_last or seen < self.feed.size(self.step)):
+            if window and (self.cut.keep_last or seen < self.cut.size(self.step)):
                 return self._taken(window)
             window = []
 
@@ -198,7 +211,7 @@ class Position:
         """What is left of this epoch's pass."""
         try:
             if self._pass is None:
-                self._pass = Pass(self.feed.source, self._name())
+                self._pass = Pass(self.cut.source, self._name())
             self._number = self._pass.number
             yield from self._pass
         except MemoryError:
@@ -225,11 +238,11 @@ class Position:
         return seen
 
     def _name(self) -> int:
-        return seed_for(self.feed.seed, "stream", self.epoch)
+        return seed_for(self.cut.seed, "stream", self.epoch)
 
     def _loaded_pass(self, state: dict[str, Any]) -> Pass:
-        self.feed.source.iterable.load_state_dict(state["data"])
-        return Pass(self.feed.source, self._name(), state["draws"])
+        self.cut.source.iterable.load_state_dict(state["data"])
+        return Pass(self.cut.source, self._name(), state["draws"])
 
 
 class Pass:
