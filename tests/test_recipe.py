@@ -142,7 +142,7 @@ recipes = st.builds(
     ),
     schedule=st.builds(Schedule, lr=plain_texts),
     regularize=st.builds(Regularize, average=st.floats(0, 1, exclude_max=True)),
-    data=st.builds(Data, workers=counts, options=options),
+    data=st.builds(Data, workers=counts, timeout=st.floats(0, 1e9), options=options),
     evaluate=st.builds(
         Evaluate,
         every=maybe(counts),
@@ -310,6 +310,7 @@ def test_an_option_of_None_is_kept_or_refused_but_never_dropped() -> None:
         ("schedule.lr", "warmup(5%) >> cosine(to=0.1)", "warmup(5%) >> cosine(to=0.1)"),
         ("regularize.average", "0.999", 0.999),
         ("data.workers", "2", 2),
+        ("data.timeout", "90", 90.0),
         ("data.options.context", "128", 128),
         ("data.options.names", '["a", "b"]', ["a", "b"]),
         ("evaluate.best", "accuracy", "accuracy"),
@@ -482,6 +483,8 @@ def test_a_value_in_the_place_of_a_table_is_refused(table: str, bad: Any) -> Non
         ("regularize.average", 1),
         ("regularize.average", 1.5),
         ("data.workers", -1),
+        ("data.timeout", -1),
+        ("data.timeout", float("inf")),
         ("evaluate.every", -1),
         ("evaluate.batch", 0),
         ("evaluate.goal", "smaller"),
@@ -520,7 +523,7 @@ def test_values_that_are_not_numbers_are_refused_in_python_too() -> None:
 def test_edges_of_the_ranges_are_allowed() -> None:
     edges = {"train.steps": 1, "train.batch": 1, "train.micro_batch": 1, "train.clip": 0, "optimizer.lr": 0}
     edges |= {"regularize.average": 0, "evaluate.every": 0, "checkpoint.every": 0, "checkpoint.keep_best": 0}
-    edges |= {"checkpoint.keep_last": 1, "data.workers": 0, "evaluate.batch": 1}
+    edges |= {"checkpoint.keep_last": 1, "data.workers": 0, "data.timeout": 0, "evaluate.batch": 1}
     assert Recipe().override(edges).flat().items() >= edges.items()
 
 

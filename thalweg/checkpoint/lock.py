@@ -9,9 +9,15 @@ from typing import IO
 
 from thalweg.core import RunFolderError
 
+#: Held by this process.
+_HELD: set[FolderLock] = set()
+
 
 class FolderLock:
-    """Holds a run folder for this process; the kernel lets go of it when the process ends, however it ends."""
+    """Holds a run folder for this process; the kernel lets go of it when the process ends, however it ends.
+
+    A forked child, such as a data worker, does not hold it: it may live a moment longer than its parent.
+    """
 
     def __init__(self, folder: Path) -> None:
         self.path = folder / "lock"
@@ -47,8 +53,18 @@ class FolderLock:
         self._file.truncate(0)
         self._file.write(f"{os.getpid()}\n")
         self._file.flush()
+        _HELD.add(self)
 
     def release(self) -> None:
+        _HELD.discard(self)
         if self._file is not None:
             self._file.close()
             self._file = None
+
+
+def _let_go() -> None:
+    for lock in list(_HELD):
+        lock.release()  # closes this process's copy of the descriptor; the parent's holds the lock
+
+
+os.register_at_fork(after_in_child=_let_go)

@@ -5,6 +5,7 @@ A field that is None was left to the plan, which derives it before step 1 and sa
 
 from __future__ import annotations
 
+import math
 import tomllib
 import typing
 from collections.abc import Mapping
@@ -405,13 +406,21 @@ class Data:
 
     Args:
         workers: processes that read a ``Dataset``; 0 reads in this one. In-memory data needs none.
+        timeout: seconds after which a worker that is waited for counts as hung; it is ended and started again once. 0: never.
         options: arguments for the task's data function.
     """
 
     workers: int = 0
+    timeout: float = 600.0
     options: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
+        _check(
+            0 <= self.timeout < math.inf,
+            f"data.timeout={self.timeout} is no number of seconds.",
+            "It is how long a worker may take over one micro-batch.",
+            "Give 600, or more for slow data; 0 waits for ever.",
+        )
         _check(
             self.workers >= 0,
             f"data.workers={self.workers} is negative.",

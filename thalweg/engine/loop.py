@@ -81,7 +81,7 @@ class Loop:
                 self.owed = self.evaluate is not None and self._is_due(self.plan.recipe.evaluate.every)
                 if reason := self._after_step():
                     return self._end(reason)
-            if self.stop() and state.step < last:  # the feed ended early, because it was asked to
+            if state.step < last and self.stop():  # heard while the feed waited for data
                 self._save(must=True)
                 return self._end(StopReason.INTERRUPTED)
         except Exception as err:

@@ -22,6 +22,7 @@ from thalweg.data import (
     ChangedFeed,
     Items,
     Source,
+    Stream,
     Tensors,
     as_source,
     batch_size,
@@ -156,7 +157,9 @@ def _resolve(
         decide.take("evaluate.every", recipe.evaluate.every, "not used: the task has no held-out data")
     if recipe.evaluate.best != "loss" and test is None:
         decide.take("evaluate.best", recipe.evaluate.best, "not used: the task has no held-out data")
-    if isinstance(split.train, DataLoader):
+    if isinstance(source, Stream) and source.iterable is split.train and source.stateful:
+        decide.take("data", type(split.train).__name__, "a resumed run goes on through its state_dict()")
+    elif isinstance(split.train, DataLoader):
         decide.take(
             "data",
             "DataLoader",
@@ -179,6 +182,7 @@ def _resolve(
         keep_last=recipe.train.last == "keep",
         device=device.torch_device,
         workers=recipe.data.workers,
+        timeout=recipe.data.timeout,
         augment=augmentation(recipe, task, split.augment),
         sizes=sizes,
     )

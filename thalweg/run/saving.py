@@ -39,7 +39,12 @@ class Saving:
             "owed": loop.owed,
             "records_bytes": self.lines.length,
         }
+        fed = loop.feed.state(loop.step.state.step)
+        if fed is not None:
+            facts["feed"] = fed.facts
         snapshot = loop.step.state.snapshot(facts)
+        if fed is not None and fed.tensors:
+            snapshot = replace(snapshot, groups={**snapshot.groups, "feed": fed.tensors})
         if self.keeper is not None and self.keeper.values:
             snapshot = replace(snapshot, groups={**snapshot.groups, "best": self.keeper.values})
         best = loop.best_steps()[: self.wanted.keep_best]

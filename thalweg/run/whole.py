@@ -16,6 +16,7 @@ from thalweg.checkpoint import FolderLock, Snapshot, write_file
 from thalweg.core import (
     CheckpointError,
     Evaluation,
+    FeedState,
     Plan,
     Recipe,
     Record,
@@ -188,6 +189,7 @@ class _Run:
         precise = self._precise(resolved)
         evaluation = self._evaluation(resolved, step, precise, asked)
         loop = Loop(plan, step, resolved.feed, sinks, evaluate=evaluation, stop=asked)
+        resolved.feed.tell, resolved.feed.stop = loop.tell, asked
         keeper = BestWeights(step.state, precise) if plan.recipe.evaluate.patience else None
         saving = None
         if self.folder and self.lines is not None:
@@ -290,6 +292,9 @@ class _Run:
         loop.streak = facts["streak"] % GIVE_UP_AFTER  # one that gave up gets another try
         if keeper is not None:
             keeper.values = dict(snapshot.groups.get("best", {}))
+        if "feed" in facts:
+            state = FeedState(facts["feed"], dict(snapshot.groups.get("feed", {})))
+            loop.feed.restore(loop.step.state.step, state)
 
     def _sinks(self, snapshot: Snapshot | None) -> list[Sink]:
         sinks: list[Sink] = [self.memory]
