@@ -60,6 +60,8 @@ def new_target(path: Path, *, folder: bool, force: bool) -> Iterator[Path]:
         if folder:
             with new_folder(path) as aside:
                 yield aside
+                for file in aside.iterdir():  # which other packages wrote
+                    sync_file(file)
                 check_target(path, folder=folder, force=force)
         else:
             with _new_file(path) as aside:
