@@ -26,7 +26,7 @@ from thalweg.core import (
     StopReason,
     Task,
 )
-from thalweg.engine import GIVE_UP_AFTER, Loop, Resolved, build, evaluate, evaluated_weights, resolve
+from thalweg.engine import Loop, Resolved, build, evaluate, evaluated_weights, resolve
 from thalweg.engine.memory import PeakWatch, begun
 from thalweg.regularize import PreciseStatistics, set_factors
 from thalweg.report import write_report
@@ -240,7 +240,8 @@ class _Run:
                 loop.early.restore(snapshot.facts["early"])
                 if keeper is not None:
                     keeper.values = dict(snapshot.groups.get("best", {}))
-                loop.streak = snapshot.facts["streak"] % GIVE_UP_AFTER  # one that gave up gets another try
+                loop.streak = snapshot.facts["streak"] % plan.recipe.guard.patience  # one that gave up gets another try
+                loop.guard.restore(snapshot)
             for sink in sinks:
                 sink.start(plan, step.state.step)
             if watch is not None:
@@ -344,7 +345,7 @@ class _Run:
             "streak": loop.streak,
             "records_bytes": self.lines.durable_bytes(),
         }
-        snapshot = state.snapshot(facts)
+        snapshot = loop.guard.add_to(state.snapshot(facts))
         if keeper is not None and keeper.values:
             snapshot = replace(snapshot, groups={**snapshot.groups, "best": keeper.values})
         self.folder.store.save(state.step, snapshot)

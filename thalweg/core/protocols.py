@@ -102,6 +102,9 @@ class Feed(Protocol):
     def epoch_of(self, step: int) -> int:
         """The epoch that step ``step`` (from 0) draws from; 0 where the length of an epoch is not known."""
 
+    def samples(self, step: int) -> list[int] | None:
+        """Which samples of the data are in the window of step ``step`` (from 0); None where they have no numbers."""
+
 
 class Sink(Protocol):
     """Where the values of a run go: a file, a terminal, a tracker."""

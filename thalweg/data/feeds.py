@@ -81,6 +81,9 @@ class MemoryFeed:
     def epoch_of(self, step: int) -> int:
         return self.order.epoch_of(step)
 
+    def samples(self, step: int) -> list[int] | None:
+        return [int(i) for i in self.order.window(step)[1]]
+
     def windows(self, start: int, stop: int) -> Iterator[list[Any]]:
         step = start
         while step < stop:
@@ -190,6 +193,9 @@ class ItemFeed:
     def epoch_of(self, step: int) -> int:
         return self.order.epoch_of(step)
 
+    def samples(self, step: int) -> list[int] | None:
+        return [int(i) for i in self.order.window(step)[1]]
+
     def windows(self, start: int, stop: int) -> Iterator[list[Any]]:
         loader: DataLoader[Any] = DataLoader(
             _Seeded(self.source, self.seed),  # type: ignore[arg-type]
@@ -247,6 +253,9 @@ class StreamFeed:
     def epoch_of(self, step: int) -> int:
         return 0
 
+    def samples(self, step: int) -> list[int] | None:
+        return None
+
     def windows(self, start: int, stop: int) -> Iterator[list[Any]]:
         if start >= stop:
             return
@@ -299,6 +308,9 @@ class ChangedFeed:
 
     def epoch_of(self, step: int) -> int:
         return self.feed.epoch_of(step)
+
+    def samples(self, step: int) -> list[int] | None:
+        return self.feed.samples(step)
 
     def windows(self, start: int, stop: int) -> Iterator[list[Any]]:
         for step, window in enumerate(self.feed.windows(start, stop), start=start):
