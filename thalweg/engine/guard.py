@@ -87,9 +87,9 @@ class Warden:
                 self.tell("bad step", f"{text} The step is skipped.{more}", detail, bad.record.step)
             self._told += 1
 
-    def in_a_row(self, before: int, record: Record) -> int:
+    def in_a_row(self, before: int, record: Record, row: Sequence[float]) -> int:
         """Bad steps in a row, this one included; what only the loss scale has to do with is none, and ends no row."""
-        if record.skipped and self._is_overflow(record):
+        if record.skipped and self._is_overflow(record) and not self._kind(record, row):
             return before
         return before + 1 if record.skipped else 0
 

@@ -130,8 +130,8 @@ class Loop:
         self._pending.clear()
         self._flushed_at = time.perf_counter()
         records = self.guard.look(records, rows)
-        for record in records:
-            self.streak = self.guard.in_a_row(self.streak, record)
+        for record, row in zip(records, rows):
+            self.streak = self.guard.in_a_row(self.streak, record, row)
         for sink in self.sinks:
             sink.steps(records)
         self.guard.after()

@@ -42,7 +42,7 @@ class Spikes:
     Attributes:
         ring: (2, window): losses, and logarithms of norms.
         seen: applied steps so far, (1,).
-        limits: (4,): of the loss and the norm, infinite while the window is not full; then their medians.
+        limits: (4,): of the loss and the norm, then their medians; infinite while the window is not full.
 
     All three are state. The limits are taken anew after every 16th step, by the number of steps attempted.
     """
@@ -51,7 +51,7 @@ class Spikes:
         self.deviations, self.window = deviations, window
         self.ring = torch.zeros(2, window, dtype=exact, device=device)
         self.seen = torch.zeros(1, dtype=torch.int64, device=device)
-        self._young = torch.tensor([math.inf, math.inf, math.nan, math.nan], dtype=exact, device=device)
+        self._young = torch.full((4,), math.inf, dtype=exact, device=device)
         self.limits = self._young.clone()
         self._parts = self.limits[0], self.limits[1]
 
@@ -59,8 +59,8 @@ class Spikes:
         return {"guard/ring": self.ring, "guard/seen": self.seen, "guard/limits": self.limits}
 
     def beyond(self, loss: Tensor, norm: Tensor) -> Tensor:
-        """Whether a step is one, 0-dim bool; never where a value is NaN."""
-        return (loss > self._parts[0]) | (norm > self._parts[1])
+        """Whether a step is one, 0-dim bool. A value that is not finite says nothing: it is another fault, or the loss scale's."""
+        return ((loss > self._parts[0]) & torch.isfinite(loss)) | ((norm > self._parts[1]) & torch.isfinite(norm))
 
     def take_in(self, loss: Tensor, norm: Tensor, ok: Tensor, step: int) -> None:
         """Remember the values of step ``step`` (from 1) where it was applied (``ok``)."""
@@ -123,7 +123,7 @@ class Watch:
         kind = fault * NONFINITE
         if self.spikes is not None:
             self._loss, self._norm = losses / weights, norm
-            wild = finite & self.spikes.beyond(self._loss, norm)
+            wild = self.spikes.beyond(self._loss, norm) & ~fault
             ok, still, kind = ok & ~wild, still | wild, kind + wild * SPIKE
             trips = trips | wild if guard.spike != "skip" else trips
             self.told[1:].copy_(self.spikes.limits)

@@ -238,6 +238,8 @@ class State:
         if self.window is not None:
             sizes["average"] = sizes.get("average", 0) + sum(ring.nbytes for ring in self.window.rings)
         sizes["buffers"] = sum(buffer.nbytes for buffer in self.model.buffers())
+        if self.watch is not None and self.watch.guard.rewinding:
+            sizes["copies to rewind to"] = 2 * sum(size for purpose, size in sizes.items() if purpose != "gradients")
         return sizes
 
 
