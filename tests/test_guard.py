@@ -32,11 +32,11 @@ from thalweg.recipes import find_task, recipe_for
 from thalweg.run import train_task
 from thalweg.watch import Memory, Terminal
 
-NUM, BATCH, SEED = 480, 16, 3
+NUM, BATCH, SEED = 640, 16, 3
 BASE: dict[str, Any] = {
     "seed": SEED,
     "precision": "fp32",
-    "train.steps": 75,
+    "train.steps": 90,
     "train.batch": BATCH,
     "train.clip": 0.0,
     "optimizer.lr": 0.02,
@@ -85,7 +85,7 @@ def go(data: Any, folder: Path | None = None, *, resume: bool = False, **changes
     return result, [e for e in memory.events if e.name != "memory"]
 
 
-def bad_steps(*places: int, steps: int = 75, batch: int = BATCH) -> list[int]:
+def bad_steps(*places: int, steps: int = 90, batch: int = BATCH) -> list[int]:
     """The steps, from 1, whose window holds one of these samples."""
     order = Order(NUM, batch, seed=SEED, keep_last=True)
     return [step + 1 for step in range(steps) if {*places} & {*order.window(step)[1].tolist()}]
@@ -116,21 +116,19 @@ def spread() -> float:
 def test_the_policy_is_followed(fault: str, policy: str, precision: str, parts: int, spread: float) -> None:
     draw = random.Random(f"{fault} {policy} {precision} {parts}")
     spike = fault in ("label", "gradient")
-    young = (
-        34 if precision == "fp16" else 16
-    )  # a spike is one from the first full window on; overflows leave it open longer
-    at = draw.choice([i for i in range(NUM) if bad_steps(i)[0] > (min(young, 28) if spike else 1)])
+    far = [
+        i for i in range(NUM) if bad_steps(i)[0] > 32 and bad_steps(i)[1] > 60
+    ]  # the window is full, also after a rewind
+    at = draw.choice(far if spike else [i for i in range(NUM) if bad_steps(i)[0] > 1])
     changes: dict[str, Any] = {"precision": precision, "train.micro_batch": parts}
     changes |= {"guard.spike" if spike else "guard.nonfinite": policy, **(WATCHED if spike else {})}
     changes |= REWIND if policy == "rewind" else {}
     result, events = go(spoilt(fault, at), **changes)
-    bad, skipped = bad_steps(at), [r.step for r in result.records if r.skipped and not is_overflow(r)]
+    bad, skipped = bad_steps(at), {r.step for r in result.records if r.skipped}
     assert finite(result.model)
     if precision == "fp16" and fault == "gradient":  # beyond float16 with any scale that training has: skipped by that
-        assert {*bad} <= {r.step for r in result.records if r.skipped} and result.reason is StopReason.FINISHED
+        assert {*bad} <= skipped and result.reason is StopReason.FINISHED
         return
-    if precision == "fp16" and fault == "label":
-        bad = [step for step in bad if step in skipped or step > young]
     if policy == "stop":
         assert result.reason is StopReason.DIVERGED and result.reason.exit_code == 3
         assert bad[0] == result.records[-1].step == events[-1].step and [e.name for e in events] == [
@@ -141,22 +139,14 @@ def test_the_policy_is_followed(fault: str, policy: str, precision: str, parts: 
     name = "rewound" if policy == "rewind" else "bad step"
     assert [(e.name, e.step) for e in events] == [(name, step) for step in bad]
     assert all(at in e.detail["samples"] for e in events)
-    assert {*bad} <= {r.step for r in result.records if r.skipped} and [r.step for r in result.records] == [
-        *range(1, 76)
-    ]
+    assert {*bad} <= skipped and [r.step for r in result.records] == [*range(1, 91)]
     if policy == "rewind":
-        told = {r.step: r.applied for r in result.records}
+        told = {0: 0, **{r.step: r.applied for r in result.records}}
         for event in events:
             since, t = event.detail["to"], event.detail["from"]
-            assert since % 4 == 0 and 4 <= t - since <= 8
+            assert since % 4 == 0 and (4 <= t - since <= 8 or since == 0 or event is not events[0])
             assert told[t + 1] - (not result.records[t].skipped) == told[since], "updates go back, steps do not"
     assert result.metrics["loss"] <= 1.2 * spread
-
-
-def is_overflow(record: Any) -> bool:
-    return (
-        record.scale != 1 and math.isfinite(record.loss) and not math.isfinite(record.grad_norm) and record.loss < 100
-    )
 
 
 def test_a_spoilt_run_without_a_guard_is_far_off(spread: float) -> None:
@@ -199,16 +189,16 @@ def test_a_rewound_state_is_that_of_the_copy_to_the_bit() -> None:
     step.state.limit.most = 8
     step.state.go_back(copy)
     assert_same_bits(before, state_bits(step))
-    assert step.state.step == 12 and float(step.state.t) == 8 and step.state.limit.most == 8
+    assert step.state.step == 12 and float(step.state.t) == float(step.state.applied) + 1 and step.state.limit.most == 8
 
 
 def test_rewinds_are_bounded() -> None:
-    at = first_at(4)
-    result, events = go(spoilt("nan", at), **{"guard.nonfinite": "rewind", "guard.every": 2, "guard.rewinds": 2})
+    at, changes = 41, {"train.batch": 48, "guard.nonfinite": "rewind", "guard.every": 2, "guard.rewinds": 2}
+    result, events = go(spoilt("nan", at), **changes)
     assert result.reason is StopReason.DIVERGED
     assert [e.name for e in events] == ["rewound", "rewound", "stopped by the guard"]
     assert "gone back 2 times (guard.rewinds)" in events[-1].text
-    assert [r.step for r in result.records if r.skipped] == bad_steps(at)[:3]
+    assert [r.step for r in result.records if r.skipped] == bad_steps(at, batch=48)[:3]
 
 
 def test_patience_counts_bad_steps_in_a_row(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -236,18 +226,18 @@ KINDS = {
     "label": {"guard.spike": "rewind", **REWIND, **WATCHED},
     "gradient": {"guard.spike": "skip", **WATCHED},
 }
-RICH = {"regularize.average": 0.9, "evaluate.every": 7, "train.steps": 34, "train.micro_batch": 8}
+RICH = {"regularize.average": 0.9, "evaluate.every": 7, "train.steps": 38, "train.micro_batch": 8}
 
 
 @pytest.mark.parametrize("fault", KINDS)
 def test_stopped_anywhere_and_resumed_is_the_same_run(
     fault: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    changes, data = {**RICH, **KINDS[fault]}, spoilt(fault, first_at(19), first_at(24))
+    changes, data = {**RICH, **KINDS[fault]}, spoilt(fault, first_at(29), first_at(34))
     _, events = go(data, tmp_path / "whole", **changes)
-    assert [e.step for e in events] == [19, 24]
-    wanted, lines = weights_of(tmp_path / "whole", 34), steps_of(tmp_path / "whole")
-    for k in range(1, 34) if fault == "nan" else range(15, 30, 2):
+    assert [e.step for e in events] == [29, 34]
+    wanted, lines = weights_of(tmp_path / "whole", 38), steps_of(tmp_path / "whole")
+    for k in (*range(1, 28, 5), *range(28, 37)) if fault == "nan" else (17, *range(28, 37, 2)):
         folder = tmp_path / f"stopped-{k}"
         asked, whole = Stop(k), Loop.__init__
 
@@ -260,7 +250,7 @@ def test_stopped_anywhere_and_resumed_is_the_same_run(
         monkeypatch.undo()
         assert stopped.reason is StopReason.INTERRUPTED
         go(data, folder, resume=True, **changes)
-        assert weights_of(folder, 34) == wanted, k
+        assert weights_of(folder, 38) == wanted, k
         assert steps_of(folder) == lines, k
 
 
@@ -271,9 +261,9 @@ def test_when_rows_are_read_does_not_matter(fault: str, tmp_path: Path, monkeypa
         monkeypatch.setattr(loop_module, "_FLUSH_SECONDS", seconds)
         folder = tmp_path / str(seconds)
         _, events = go(
-            spoilt(fault, first_at(19), first_at(24)), folder, **{**RICH, "evaluate.every": 0, **KINDS[fault]}
+            spoilt(fault, first_at(29), first_at(34)), folder, **{**RICH, "evaluate.every": 0, **KINDS[fault]}
         )
-        found.append((weights_of(folder, 34), steps_of(folder), [(e.step, e.text) for e in events]))
+        found.append((weights_of(folder, 38), steps_of(folder), [(e.step, e.text) for e in events]))
     assert found[0][0] == found[1][0] and found[0][1] == found[1][1]
     assert found[0][2] == found[1][2] and len(found[0][2]) == 2
 
@@ -426,9 +416,9 @@ def test_no_false_alarm_on_digits() -> None:
 def test_digits_hit_once_ends_within_the_spread_of_clean_runs() -> None:
     task = find_task("digits")
     recipe = recipe_for(task).override(
-        {"precision": "fp32", "train.epochs": 6, "checkpoint.every": 0, "evaluate.every": 0}
+        {"precision": "fp32", "train.epochs": 5, "checkpoint.every": 0, "evaluate.every": 0}
     )
-    clean = [train_task(task, recipe.override({"seed": seed})).metrics["accuracy"] for seed in range(4)]
+    clean = [train_task(task, recipe.override({"seed": seed})).metrics["accuracy"] for seed in range(3)]
     for policy, factor in (("skip", math.nan), ("rewind", math.inf), ("rewind", 1e5)):
         calls = 0
 
@@ -503,7 +493,7 @@ def test_the_first_module_and_the_sample_are_named(model: Any, loss: Any, module
 
 @pytest.mark.parametrize("kind", ["items", "stream"])
 def test_data_sets_have_their_samples_named_and_streams_are_not_read_twice(kind: str) -> None:
-    data, at = samples(), first_at(4)
+    data, at = samples(), 100 if kind == "stream" else first_at(4)
     data["x"][at] = float("nan")
     rows = [{name: t[i] for name, t in data.items()} for i in range(NUM)]
 
