@@ -309,14 +309,13 @@ def test_the_robust_score_is_numpys(num: int) -> None:
 @pytest.mark.parametrize("sign", [1.0, -1.0], ids=["positive losses", "negative losses"])
 def test_limits_are_those_of_the_last_applied_steps_taken_every_16th(sign: float) -> None:
     draw = np.random.default_rng(0)
-    spikes = Spikes(5.0, 20, torch.device("cpu"), torch.float64)
+    spikes = Spikes(5.0, 20, torch.zeros(4, dtype=torch.float64))
     kept: list[tuple[float, float]] = []
     wanted = (math.inf, math.inf)
     for step in range(1, 200):
         loss, norm, ok = sign * draw.lognormal(), draw.lognormal(), bool(draw.random() > 0.3)
-        beyond = bool(spikes.beyond(torch.tensor(loss), torch.tensor(norm)))
-        assert beyond == (loss > wanted[0] or norm > wanted[1])
-        spikes.take_in(*torch.tensor([loss, norm], dtype=torch.float64), torch.tensor(ok), step)
+        assert above(spikes, loss, norm) == [loss > wanted[0], norm > wanted[1]]
+        spikes.take_in(torch.tensor(ok), step)
         kept += [(loss, norm)] if ok else []
         if step % 16 == 0 and len(kept) >= 20:
             losses, norms = (np.array(column) for column in zip(*kept[-20:]))
@@ -334,13 +333,19 @@ def test_limits_are_those_of_the_last_applied_steps_taken_every_16th(sign: float
 
 
 def test_nothing_is_a_spike_while_the_window_is_young() -> None:
-    spikes = Spikes(1.0, 32, torch.device("cpu"), torch.float64)
-    for step in range(1, 32):
-        spikes.take_in(*torch.ones(2, dtype=torch.float64), torch.tensor(True), step)
-    assert not spikes.beyond(torch.tensor(1e30), torch.tensor(1e30))
-    spikes.take_in(*torch.ones(2, dtype=torch.float64), torch.tensor(True), 32)
-    assert spikes.beyond(torch.tensor(1e30), torch.tensor(0.0)) and spikes.beyond(torch.tensor(0.0), torch.tensor(1e30))
-    assert not spikes.beyond(torch.tensor(1.0), torch.tensor(1.0))
+    spikes = Spikes(1.0, 32, torch.zeros(4, dtype=torch.float64))
+    for step in range(1, 33):
+        assert above(spikes, 1e30, 1e30) == [False, False]
+        above(spikes, 1.0, 1.0)
+        spikes.take_in(torch.tensor(True), step)
+    assert above(spikes, 1e30, 0.0) == [True, False] and above(spikes, 0.0, 1e30) == [False, True]
+    assert above(spikes, 1.0, 1.0) == [False, False] and above(spikes, math.nan, math.nan) == [False, False]
+
+
+def above(spikes: Spikes, loss: float, norm: float) -> list[bool]:
+    """Whether a loss, given as a sum over weights of 2, and a norm are too large."""
+    values = torch.tensor([loss * 2, 2.0, norm], dtype=torch.float64)
+    return [bool(found) for found in spikes.above(*values).flatten()]
 
 
 def judged(watch: Watch, *, norm: float = 1.0, loss: float = 1.0, weight: float = 1.0, scale: float = 1.0) -> bool:

@@ -39,49 +39,53 @@ class Spikes:
     is looked at on the scale of its logarithm. A deviation is at least a hundredth of the median loss, or a tenth of the norm.
     Median and MAD: Leys et al. 2013, "Detecting outliers: do not use standard deviation around the mean".
 
+    Args:
+        limits: (4,), where limits are written.
+
     Attributes:
-        ring: (2, window): losses, and logarithms of norms.
+        ring: (2, window + 1): losses and norms; the column that is written next does not count.
         seen: applied steps so far, (1,).
-        limits: (4,): of the loss and the norm, then their medians; infinite while the window is not full.
+        limits: of the loss and the norm, then their medians; infinite while the window is not full.
 
     All three are state. The limits are taken anew after every 16th step, by the number of steps attempted.
     """
 
-    def __init__(self, deviations: float, window: int, device: torch.device, exact: torch.dtype) -> None:
-        self.deviations, self.window = deviations, window
-        self.ring = torch.zeros(2, window, dtype=exact, device=device)
-        self.seen = torch.zeros(1, dtype=torch.int64, device=device)
-        self._young = torch.full((4,), math.inf, dtype=exact, device=device)
-        self.limits = self._young.clone()
-        self._parts = self.limits[0], self.limits[1]
+    def __init__(self, deviations: float, window: int, limits: Tensor) -> None:
+        self.deviations, self.window, self.limits = deviations, window, limits.fill_(math.inf)
+        self.ring = limits.new_zeros(2, window + 1)
+        self.seen = torch.zeros(1, dtype=torch.int64, device=limits.device)
+        self._now, self._most = limits.new_zeros(2, 1), limits[:2].unsqueeze(1)
+        self._loss, self._norm = self._now[0, 0], self._now[1, 0]
+        self._later = torch.arange(1, window + 1, device=limits.device)
 
     def slots(self) -> dict[str, Tensor]:
         return {"guard/ring": self.ring, "guard/seen": self.seen, "guard/limits": self.limits}
 
-    def beyond(self, loss: Tensor, norm: Tensor) -> Tensor:
-        """Whether a step is one, 0-dim bool. A value that is not finite says nothing: it is another fault, or the loss scale's."""
-        return ((loss > self._parts[0]) & torch.isfinite(loss)) | ((norm > self._parts[1]) & torch.isfinite(norm))
+    def above(self, losses: Tensor, weights: Tensor, norm: Tensor) -> Tensor:
+        """Whether the loss and the norm of this step are too large, (2, 1) bool; false for NaN."""
+        torch.div(losses, weights, out=self._loss)
+        self._norm.copy_(norm)
+        return self._now > self._most
 
-    def take_in(self, loss: Tensor, norm: Tensor, ok: Tensor, step: int) -> None:
+    def take_in(self, ok: Tensor, step: int) -> None:
         """Remember the values of step ``step`` (from 1) where it was applied (``ok``)."""
-        place = self.seen % self.window
-        now = torch.stack([loss, norm.to(loss.dtype).log()]).unsqueeze(1)
-        self.ring.index_copy_(1, place, torch.where(ok, now, self.ring.index_select(1, place)))
+        self.ring.index_copy_(1, self.seen % (self.window + 1), self._now)
         self.seen.add_(ok)
         if step % REFRESH == 0:
             self.refresh()
 
     def refresh(self) -> None:
         """Take the limits anew."""
-        middle, deviation = robust(self.ring)
-        logs, spread = robust(self.ring[:1].log())
-        far = self.deviations
-        loss = middle[0] + far * torch.maximum(deviation[0], LOSS_FLOOR * middle[0].abs())
-        longer = (logs[0] + far * spread[0]).exp()
+        last = self.ring.index_select(1, (self.seen + self._later) % (self.window + 1))
+        middle, deviation = robust(torch.cat([last[:1], last.log()]))
+        least = torch.stack(
+            [LOSS_FLOOR * middle[0].abs(), torch.zeros_like(middle[0]), torch.full_like(middle[0], NORM_FLOOR)]
+        )
+        loss, longer, norm = middle + self.deviations * torch.maximum(deviation, least)
+        longer = longer.exp()
         loss = torch.where(longer > loss, longer, loss)  # NaN, where a loss is not above 0, is not
-        norm = (middle[1] + far * deviation[1].clamp(min=NORM_FLOOR)).exp()
-        limits = torch.stack([loss, norm, middle[0], middle[1].exp()])
-        self.limits.copy_(torch.where(self.seen >= self.window, limits, self._young))
+        limits = torch.stack([loss, norm.exp(), middle[0], middle[2].exp()])
+        self.limits.copy_(torch.where(self.seen >= self.window, limits, math.inf))
 
 
 class Watch:
@@ -97,16 +101,16 @@ class Watch:
     Attributes:
         tripped: 0-dim bool.
         told: (5,), as in ``JUDGED``, of the last step.
-        still: where the loss scale stays as it is, 0-dim bool.
+        still: where the loss scale stays as it is, 0-dim bool; None: nowhere.
     """
 
     def __init__(self, guard: Guard, device: torch.device, exact: torch.dtype, *, scaled: bool) -> None:
         self.guard, self.scaled = guard, scaled
-        self.spikes = None if guard.spike == "off" else Spikes(guard.deviations, guard.window, device, exact)
+        self.told = torch.full((len(JUDGED),), math.inf, dtype=exact, device=device)
+        self._kind = self.told[0]
+        self.spikes = None if guard.spike == "off" else Spikes(guard.deviations, guard.window, self.told[1:])
         self.tripped = torch.zeros((), dtype=torch.bool, device=device)
-        self.still = torch.zeros((), dtype=torch.bool, device=device)
-        self.told = torch.full((len(JUDGED),), math.nan, dtype=exact, device=device)
-        self._loss = self._norm = torch.zeros((), dtype=exact, device=device)
+        self.still: Tensor | None = None
 
     def judge(self, finite: Tensor, norm: Tensor, losses: Tensor, weights: Tensor, scale: Tensor) -> Tensor:
         """Whether a step may be applied, 0-dim bool.
@@ -115,28 +119,34 @@ class Watch:
             finite: whether loss and gradient are.
             norm: of the mean gradient; losses, weights: sums over the window; scale: of the loss. All 0-dim.
         """
-        guard, still = self.guard, self.tripped.clone()
+        guard = self.guard
         fault = ~finite & (weights > 0)
         if self.scaled:
             fault = fault & (~torch.isfinite(losses) | (scale <= LEAST))
-        ok, trips = finite & ~still, fault if guard.nonfinite != "skip" else torch.zeros_like(still)
-        kind = fault * NONFINITE
+        self._kind.copy_(fault)
+        ok, trips, wild = finite, fault if guard.nonfinite != "skip" else None, None
         if self.spikes is not None:
-            self._loss, self._norm = losses / weights, norm
-            wild = self.spikes.beyond(self._loss, norm) & ~fault
-            ok, still, kind = ok & ~wild, still | wild, kind + wild * SPIKE
-            trips = trips | wild if guard.spike != "skip" else trips
-            self.told[1:].copy_(self.spikes.limits)
-        if guard.trips:
+            above = self.spikes.above(losses, weights, norm)
+            if self.scaled:  # a gradient that overflows is no spike, and does not hide one of the loss
+                wild = (above[0, 0] | (above[1, 0] & finite)) & ~fault
+            else:
+                wild = above.any() & finite
+            ok = ok & ~wild
+            self._kind.add_(wild, alpha=SPIKE)
+            if guard.spike != "skip":
+                trips = wild if trips is None else trips | wild
+        self.still = wild
+        if trips is not None:
+            before = self.tripped.clone()
+            ok = ok & ~before
+            self.still = before if wild is None else before | wild
             self.tripped.logical_or_(trips)
-        self.told[0].copy_(kind)
-        self.still = still
         return ok
 
     def end(self, ok: Tensor, step: int) -> None:
         """Step ``step`` (from 1) is over, applied where ``ok``."""
         if self.spikes is not None:
-            self.spikes.take_in(self._loss, self._norm, ok, step)
+            self.spikes.take_in(ok, step)
 
     def slots(self) -> dict[str, Tensor]:
         """What a checkpoint keeps; nothing where no spikes are looked for."""
