@@ -21,6 +21,7 @@ from hypothesis import strategies as st
 from tests.conftest import ROOT, three_parts
 from thalweg.core import (
     Decision,
+    Guard,
     ParameterRow,
     Plan,
     Recipe,
@@ -32,6 +33,7 @@ from thalweg.core import (
     human_count,
     human_seconds,
 )
+from thalweg.core.guard import NONFINITE
 from thalweg.core.recipe import (
     PRECISIONS,
     RECOMPUTED,
@@ -152,6 +154,16 @@ recipes = st.builds(
     ),
     checkpoint=st.builds(
         Checkpoint, every=maybe(counts), keep_last=st.integers(1, 99), keep_best=counts, keep_every=counts
+    ),
+    guard=st.builds(
+        Guard,
+        nonfinite=st.sampled_from(NONFINITE),
+        spike=st.just("rewind"),
+        deviations=st.floats(0, 1e6, exclude_min=True),
+        window=st.integers(8, 999),
+        patience=st.integers(1, 99),
+        every=st.integers(1, 999),
+        rewinds=st.integers(1, 99),
     ),
 )
 
@@ -493,6 +505,13 @@ def test_a_value_in_the_place_of_a_table_is_refused(table: str, bad: Any) -> Non
         ("checkpoint.keep_last", -1),
         ("checkpoint.keep_best", -1),
         ("checkpoint.keep_every", -1),
+        ("guard.nonfinite", "ignore"),
+        ("guard.spike", "on"),
+        ("guard.deviations", 0),
+        ("guard.window", 7),
+        ("guard.patience", 0),
+        ("guard.every", 0),
+        ("guard.rewinds", 0),
         ("precision", "fp9"),
         ("recompute", "all"),
         ("memory_budget", "12 apples"),

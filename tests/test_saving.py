@@ -526,3 +526,22 @@ def test_a_checkpoint_that_is_not_there_is_an_error(tmp_path: Path) -> None:
     go(tmp_path / "run")
     with pytest.raises(CheckpointError):
         go(tmp_path / "run", resume=5)
+
+
+def test_weights_that_are_not_finite_are_never_saved_and_end_the_run(tmp_path: Path) -> None:
+    """The gradients are finite all along; it is the update that overflows. The checkpoint before stays."""
+    changes = {"optimizer.rule": "sgd", "optimizer.lr": 1.0, "checkpoint.every": 1, "regularize.average": 0.0}
+    calls = itertools.count()
+
+    def bursts(model: Any, batch: Any) -> Any:
+        loss = mean_loss(model, batch)
+        return loss * 3e38 * 10 if next(calls) == 8 else loss
+
+    changes |= {"train.clip": 0, "schedule.lr": "constant()", "optimizer.lr": 20.0, "train.steps": 60}
+    result = go(tmp_path / "run", loss=bursts, **changes)
+    assert result.reason is StopReason.DIVERGED and result.exit_code == 3
+    store = Store(tmp_path / "run" / "checkpoints")
+    newest, faults = store.newest_good()
+    assert newest is not None and not faults
+    for step in store.steps():
+        assert all(t.isfinite().all() for t in store.load(step).groups["weights"].values() if t.is_floating_point())

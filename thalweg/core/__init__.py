@@ -15,6 +15,7 @@ from thalweg.core.errors import (
     did_you_mean,
 )
 from thalweg.core.groups import ParameterGroup, parameter_groups
+from thalweg.core.guard import Guard
 from thalweg.core.ledger import Change, Forecast, Ledger, ModuleBytes
 from thalweg.core.plan import Decision, ParameterRow, Plan
 from thalweg.core.protocols import Feed, FeedState, Gather, Loss, Sink, Split, Task, Tell
@@ -36,6 +37,7 @@ __all__ = [
     "FeedState",
     "Forecast",
     "Gather",
+    "Guard",
     "Ledger",
     "Loss",
     "LossError",

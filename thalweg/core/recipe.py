@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from thalweg.core.errors import RecipeError, did_you_mean
+from thalweg.core.guard import Guard
 from thalweg.core.tree import build, check_options, merge, plain, set_path, walk
 from thalweg.core.units import to_bytes
 
@@ -564,6 +565,7 @@ class Recipe:
     data: Data = field(default_factory=Data)
     evaluate: Evaluate = field(default_factory=Evaluate)
     checkpoint: Checkpoint = field(default_factory=Checkpoint)
+    guard: Guard = field(default_factory=Guard)
 
     def __post_init__(self) -> None:
         for path, table in (

@@ -40,6 +40,7 @@ from thalweg.engine.checks import (
     check_same_data,
     check_sequences,
     check_smallest_batch,
+    tell_guard,
     try_shortest,
     whole_of,
 )
@@ -257,6 +258,7 @@ def _resolve(
     tell_gradients(recipe, decide.take)
     tell_split(model, recipe, decide)
     recipe = settle_evaluation(recipe, task, test is not None, steps, decide)
+    tell_guard(recipe, decide.take)
     check_heard(moved, recipe, test is not None)
     check_average(recipe, span)
     if test is not None:

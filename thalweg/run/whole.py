@@ -25,7 +25,7 @@ from thalweg.core import (
     StopReason,
     Task,
 )
-from thalweg.engine import GIVE_UP_AFTER, Loop, Resolved, build, evaluate, resolve
+from thalweg.engine import Loop, Resolved, build, evaluate, resolve
 from thalweg.engine.memory import PeakWatch, begun
 from thalweg.engine.signals import Asked, asked_to_end, exit_code
 from thalweg.regularize import PreciseStatistics, set_factors
@@ -289,9 +289,10 @@ class _Run:
         loop.ranking = [(value, at) for value, at in facts["ranking"]]
         loop.early.restore(facts["early"])
         loop.owed = bool(facts.get("owed", False)) and loop.evaluate is not None
-        loop.streak = facts["streak"] % GIVE_UP_AFTER  # one that gave up gets another try
+        loop.streak = facts["streak"] % loop.plan.recipe.guard.patience  # one that gave up gets another try
         if keeper is not None:
             keeper.values = dict(snapshot.groups.get("best", {}))
+        loop.guard.restore(snapshot)
         if "feed" in facts:
             state = FeedState(facts["feed"], dict(snapshot.groups.get("feed", {})))
             loop.feed.restore(loop.step.state.step, state)
