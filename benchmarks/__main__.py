@@ -22,6 +22,7 @@ NAMES = (
     "memory",
     "recompute",
     "bytes_a_parameter",
+    "checkpoint",
 )
 
 for name in sys.argv[1:] or NAMES:

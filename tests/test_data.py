@@ -784,7 +784,7 @@ def test_a_sample_that_fails_leaves_the_callers_generators_alone() -> None:
             raise FileNotFoundError(f"sample {index} is gone")
 
     before = generators()
-    with pytest.raises(FileNotFoundError, match="is gone"):
+    with pytest.raises(DataError, match="is gone"):
         next(iter(feed_of(Failing(4)).windows(0, 1)))
     assert generators() == before
 

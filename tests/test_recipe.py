@@ -21,6 +21,7 @@ from hypothesis import strategies as st
 from tests.conftest import ROOT, three_parts
 from thalweg.core import (
     Decision,
+    Guard,
     ParameterRow,
     Plan,
     Recipe,
@@ -32,6 +33,7 @@ from thalweg.core import (
     human_count,
     human_seconds,
 )
+from thalweg.core.guard import NONFINITE
 from thalweg.core.recipe import (
     PRECISIONS,
     RECOMPUTED,
@@ -122,6 +124,8 @@ recipes = st.builds(
     precision=st.sampled_from(["auto", *PRECISIONS]),
     islands=maybe(st.sampled_from([("norm",), ("logits", "head.*"), ()])),
     memory_budget=maybe(st.sampled_from(["12GiB", "800 MB", "4096"])),
+    weights=st.sampled_from(["w.pt", "runs/digits"]),
+    weights_rename=st.lists(st.sampled_from(["=net", "model=", "a=b.c"]), max_size=3).map(tuple),
     recompute=maybe(st.sampled_from(RECOMPUTED)),
     model=options,
     loss=options,
@@ -140,7 +144,7 @@ recipes = st.builds(
     ),
     schedule=st.builds(Schedule, lr=plain_texts),
     regularize=st.builds(Regularize, average=st.floats(0, 1, exclude_max=True)),
-    data=st.builds(Data, workers=counts, options=options),
+    data=st.builds(Data, workers=counts, timeout=st.floats(0, 1e9), options=options),
     evaluate=st.builds(
         Evaluate,
         every=maybe(counts),
@@ -150,6 +154,16 @@ recipes = st.builds(
     ),
     checkpoint=st.builds(
         Checkpoint, every=maybe(counts), keep_last=st.integers(1, 99), keep_best=counts, keep_every=counts
+    ),
+    guard=st.builds(
+        Guard,
+        nonfinite=st.sampled_from(NONFINITE),
+        spike=st.just("rewind"),
+        deviations=st.floats(0, 1e6, exclude_min=True),
+        window=st.integers(8, 999),
+        patience=st.integers(1, 99),
+        every=st.integers(1, 999),
+        rewinds=st.integers(1, 99),
     ),
 )
 
@@ -308,6 +322,7 @@ def test_an_option_of_None_is_kept_or_refused_but_never_dropped() -> None:
         ("schedule.lr", "warmup(5%) >> cosine(to=0.1)", "warmup(5%) >> cosine(to=0.1)"),
         ("regularize.average", "0.999", 0.999),
         ("data.workers", "2", 2),
+        ("data.timeout", "90", 90.0),
         ("data.options.context", "128", 128),
         ("data.options.names", '["a", "b"]', ["a", "b"]),
         ("evaluate.best", "accuracy", "accuracy"),
@@ -480,6 +495,8 @@ def test_a_value_in_the_place_of_a_table_is_refused(table: str, bad: Any) -> Non
         ("regularize.average", 1),
         ("regularize.average", 1.5),
         ("data.workers", -1),
+        ("data.timeout", -1),
+        ("data.timeout", float("inf")),
         ("evaluate.every", -1),
         ("evaluate.batch", 0),
         ("evaluate.goal", "smaller"),
@@ -488,6 +505,13 @@ def test_a_value_in_the_place_of_a_table_is_refused(table: str, bad: Any) -> Non
         ("checkpoint.keep_last", -1),
         ("checkpoint.keep_best", -1),
         ("checkpoint.keep_every", -1),
+        ("guard.nonfinite", "ignore"),
+        ("guard.spike", "on"),
+        ("guard.deviations", 0),
+        ("guard.window", 7),
+        ("guard.patience", 0),
+        ("guard.every", 0),
+        ("guard.rewinds", 0),
         ("precision", "fp9"),
         ("recompute", "all"),
         ("memory_budget", "12 apples"),
@@ -518,7 +542,7 @@ def test_values_that_are_not_numbers_are_refused_in_python_too() -> None:
 def test_edges_of_the_ranges_are_allowed() -> None:
     edges = {"train.steps": 1, "train.batch": 1, "train.micro_batch": 1, "train.clip": 0, "optimizer.lr": 0}
     edges |= {"regularize.average": 0, "evaluate.every": 0, "checkpoint.every": 0, "checkpoint.keep_best": 0}
-    edges |= {"checkpoint.keep_last": 1, "data.workers": 0, "evaluate.batch": 1}
+    edges |= {"checkpoint.keep_last": 1, "data.workers": 0, "data.timeout": 0, "evaluate.batch": 1}
     assert Recipe().override(edges).flat().items() >= edges.items()
 
 

@@ -343,7 +343,7 @@ def test_sigterm_to_the_process_group_with_workers_saves(tmp_path: Path) -> None
     wait_for_records(tmp_path / "runs" / "own", process)
     os.killpg(process.pid, signal.SIGTERM)
     told, _ = process.communicate(timeout=60)
-    assert process.returncode == 130 and "to go on: thalweg train own:task --resume" in told, told
+    assert process.returncode == 143 and "to go on: thalweg train own:task --resume" in told, told
     step = last_step(tmp_path / "runs" / "own")
     lines = steps_of(tmp_path / "runs" / "own")
     assert lines[-1]["step"] == step
@@ -367,7 +367,7 @@ def test_a_signal_saves_and_says_how_to_go_on(digits: Path, number: signal.Signa
     wait_for_records(digits / name, process)
     os.kill(process.pid, number)
     told, _ = process.communicate(timeout=60)
-    assert process.returncode == 130, told
+    assert process.returncode == 128 + number, told
     assert f"thalweg train digits --resume --name {name}" in told
     outcome = json.loads((digits / name / "outcome.json").read_text())
     assert outcome["reason"] == "interrupted"

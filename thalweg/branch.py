@@ -58,7 +58,7 @@ def continue_run(
         raise RunFolderError(
             f"{folder} already holds a run.", "It has a recipe.toml.", "Give the new run a name of its own."
         )
-    other = RunFolder(Path(source))
+    other = RunFolder(Path(source), own=False)
     plan = other.saved_plan()
     at = _checkpoint(other.store, at)
     snapshot = other.store.load(at)
@@ -68,7 +68,12 @@ def continue_run(
     applied = int(snapshot.groups["state"]["applied"][0])
     changed = _changed(plan, at, applied, steps, parse(then))
     reason = f"goes on from {source} at step {at}, where {applied} updates had been applied"
-    changed = replace(changed, decisions=(*changed.decisions, Decision("train.steps", at + steps, reason)))
+    made = [Decision("train.steps", at + steps, reason)]
+    if changed.recipe.checkpoint.store:  # which is the other run's
+        here = replace(changed.recipe, checkpoint=replace(changed.recipe.checkpoint, store=""))
+        changed = replace(changed, recipe=here)
+        made += [Decision("checkpoint.store", "", "the run folder: a store of the other run's holds that run alone")]
+    changed = replace(changed, decisions=(*changed.decisions, *made))
     parse(changed.recipe.schedule.lr).values(run_span(changed))
     mine = RunFolder(Path(folder))
     mine.path.mkdir(parents=True, exist_ok=True)

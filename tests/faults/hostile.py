@@ -10,6 +10,7 @@ import resource
 import shutil
 import signal
 import traceback
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -117,7 +118,8 @@ def said(arguments: list[str]) -> tuple[int, str]:
     from thalweg.cli.main import main
 
     out = io.StringIO()
-    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(out):
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(out), warnings.catch_warnings():
+        warnings.simplefilter("default")  # as on the command line: printed
         try:
             code = main(arguments)
         except SystemExit as err:

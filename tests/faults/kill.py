@@ -136,7 +136,7 @@ def chain(row: Row, given: Given, starter: Starter, task: str, span: float, numb
 
 
 def kill(row: Row, given: Given, starter: Starter, startup: float) -> None:
-    if given.ranks > 1 and "--ranks" not in _help():
+    if given.ranks > 1 and not has_ranks():
         raise Skip("this thalweg trains in one process: it has no --ranks")
     number = 0
     while row.n < given.times and number < 4 * given.times:
@@ -146,17 +146,18 @@ def kill(row: Row, given: Given, starter: Starter, startup: float) -> None:
         number += 1
 
 
-def _help() -> str:
+def has_ranks() -> bool:
+    """Whether the command line can train in several processes."""
     import thalweg.cli.main
 
-    return Path(thalweg.cli.main.__file__).read_text()
+    return '"--ranks"' in Path(thalweg.cli.main.__file__).read_text()
 
 
-@fault("SIGKILL, children of a fork server", times=100, quick=6)
+@fault("SIGKILL, children of a fork server", times=100, quick=4)
 def forked(row: Row, given: Given) -> None:
     kill(row, given, shared_server(), startup=0.0)
 
 
-@fault("SIGKILL, fresh processes", times=100, quick=2)
+@fault("SIGKILL, fresh processes", times=100, quick=1)
 def fresh(row: Row, given: Given) -> None:
     kill(row, given, Fresh(), startup=3.0)

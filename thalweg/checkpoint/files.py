@@ -39,6 +39,15 @@ def make_folder(path: Path) -> None:
     sync_folder(path.parent)
 
 
+def sync_file(path: Path) -> None:
+    """Make a file durable that somebody else wrote."""
+    handle = os.open(path, os.O_RDONLY | os.O_NOFOLLOW)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
 def digest(path: Path) -> str:
     """sha256 of a file's bytes, in hex."""
     sha = hashlib.sha256()
@@ -99,20 +108,31 @@ def new_folder(path: Path) -> Iterator[Path]:
     folder is renamed to ``path``. If writing fails, what was written is removed and ``path`` is as it was. A folder that
     stands under the name already is exchanged for the new one in one system call, so that at every instant one is there.
     """
-    aside = _beside(path)
-    os.mkdir(aside)
+    aside = begin_folder(path)
     try:
         yield aside
-        sync_folder(aside)
-        if not (path.exists() and exchange(aside, path)):
-            if path.exists():  # no exchange on this file system: for an instant, neither stands under the name
-                remove_folder(path)
-            os.rename(aside, path)
+        name_folder(aside, path)
     except BaseException:
         shutil.rmtree(aside, ignore_errors=True)
         raise
     sync_folder(path.parent)
     shutil.rmtree(aside, ignore_errors=True)  # the folder that was there before, if any
+
+
+def begin_folder(path: Path) -> Path:
+    """An empty folder beside ``path``, to be written into and given its name."""
+    aside = _beside(path)
+    os.mkdir(aside)
+    return aside
+
+
+def name_folder(aside: Path, path: Path) -> None:
+    """Give a folder whose files are durable its name; the one that had it before is afterwards called ``aside``."""
+    sync_folder(aside)
+    if not (path.exists() and exchange(aside, path)):
+        if path.exists():  # no exchange on this file system: for an instant, neither stands under the name
+            remove_folder(path)
+        os.rename(aside, path)
 
 
 def exchange(a: Path, b: Path) -> bool:

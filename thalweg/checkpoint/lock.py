@@ -10,9 +10,15 @@ from typing import IO
 from thalweg.checkpoint.files import make_folder
 from thalweg.core import RunFolderError
 
+#: Held by this process.
+_HELD: set[FolderLock] = set()
+
 
 class FolderLock:
-    """Holds a run folder for this process; the kernel lets go of it when the process ends, however it ends."""
+    """Holds a run folder for this process; the kernel lets go of it when the process ends, however it ends.
+
+    A forked child, such as a data worker, does not hold it: it may live a moment longer than its parent.
+    """
 
     def __init__(self, folder: Path) -> None:
         self.path = folder / "lock"
@@ -48,23 +54,18 @@ class FolderLock:
         self._file.truncate(0)
         self._file.write(f"{os.getpid()}\n")
         self._file.flush()
-        _held.append(self)
+        _HELD.add(self)
 
     def release(self) -> None:
-        if self in _held:
-            _held.remove(self)
+        _HELD.discard(self)
         if self._file is not None:
             self._file.close()
             self._file = None
 
 
-_held: list[FolderLock] = []
-
-
 def _let_go() -> None:
-    """A forked child, such as a data worker, shares its parent's lock, and could outlive it: it closes its own copy."""
-    for lock in list(_held):
-        lock.release()
+    for lock in list(_HELD):
+        lock.release()  # closes this process's copy of the descriptor; the parent's holds the lock
 
 
 os.register_at_fork(after_in_child=_let_go)

@@ -31,23 +31,23 @@ def read_manifest(place: Place, folder: str, step: int) -> dict[str, Any]:
     """
     there = place.files(folder)
     if NAME not in there:
-        raise Damage(f"{NAME} is missing")
+        raise Damage("it is missing")
     with place.open(folder, NAME) as file:
         written = read_all(file, there[NAME])
     try:
         manifest = json.loads(written.decode("utf-8"))
         if manifest["format"] != FORMAT:
-            raise Damage(f"{NAME} is of format {manifest['format']!r}, this thalweg reads {FORMAT}")
+            raise Damage(f"it is of format {manifest['format']!r}, this thalweg reads {FORMAT}")
         files = dict(manifest["files"])
         ours = written == manifest_bytes(step, files)
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as err:
-        raise Damage(f"{NAME} cannot be read: {str(err)[:200]}") from None
+        raise Damage(f"it cannot be read: {str(err)[:200]}") from None
     if not ours:
-        raise Damage(f"{NAME} is not what was written for step {step}")
+        raise Damage(f"it is not what was written for step {step}")
     if missing := sorted(set(files) - set(there)):
         raise Damage(f"{missing[0]} is missing")
     if more := sorted(set(there) - set(files) - {NAME}):
-        raise Damage(f"{more[0]} is not in its manifest")
+        raise Damage(f"{more[0]} is not in it")
     for name, row in files.items():
         _check_row(name, row)
         if there[name] != row["bytes"]:
@@ -60,7 +60,7 @@ def _check_row(name: str, row: Any) -> None:
     if ok and name.endswith(".safetensors"):
         ok = isinstance(row.get("header"), str) and isinstance(row.get("tensors"), dict)
     if not ok:
-        raise Damage(f"{NAME} does not say what {name} is")
+        raise Damage(f"it does not say what {name} is")
 
 
 def read_all(file: Reading, size: int) -> bytes:

@@ -79,10 +79,16 @@ def open_place(where: str | Path) -> Place:
 
 
 class LocalPlace:
-    """A folder of this machine's file system."""
+    """A folder of this machine's file system.
 
-    def __init__(self, root: Path) -> None:
+    Args:
+        make: make it, where it is not there.
+    """
+
+    def __init__(self, root: Path, *, make: bool = True) -> None:
         self.root = root
+        if not make:
+            return
         try:
             make_folder(root)
         except OSError as err:
@@ -132,12 +138,17 @@ class LocalPlace:
         sweep(self.root, lambda name: name.startswith(".step-"))
 
 
+_AHEAD = 16 << 20
+
+
 class _Descriptor:
     def __init__(self, handle: int) -> None:
         self.handle = handle
         self.size = os.fstat(handle).st_size
 
     def read_into(self, at: int, view: memoryview) -> None:
+        # Several threads read from different places: the kernel would see no order in it, and read nothing ahead.
+        os.posix_fadvise(self.handle, at + len(view), _AHEAD, os.POSIX_FADV_WILLNEED)
         while view:
             num = os.preadv(self.handle, [view], at)
             if not num:

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from thalweg.checkpoint.store import Snapshot, Store
-from thalweg.core import ThalwegError
+from thalweg.core import CheckpointError, ThalwegError
 
 _SLOW = 30.0  # seconds after which a person should know that a save is still under way
 
@@ -32,11 +32,21 @@ class Job:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What became of a save: ``failed`` is an error's text, or empty."""
+    """What became of a save: ``failed`` is an error's text, or empty.
+
+    Attributes:
+        unfit: whether it was the state that is not fit to be kept, and not the store that failed.
+        text: what else a person should know.
+    """
 
     step: int
-    failed: str
+    failed: str = ""
+    unfit: bool = False
     text: str = ""
+
+
+class Unfit(CheckpointError):
+    """A state that is not worth keeping, such as one with NaN in its weights. Trying again would not help."""
 
 
 class Saver:
@@ -48,7 +58,7 @@ class Saver:
     Args:
         store: where they go.
         before: called in the thread before each save, as to make durable what the checkpoint counts on; what it raises
-            makes the save fail.
+            makes the save fail, and an ``Unfit`` is final.
         retain: removes what need not be kept, told the job that has just been saved.
 
     Attributes:
@@ -77,7 +87,7 @@ class Saver:
                 self._change.wait()
             if self._waiting is not None:
                 text = "it was still waiting for the one before when the next came"
-                self.news.append(Outcome(self._waiting.step, "", f"left out: {text}"))
+                self.news.append(Outcome(self._waiting.step, text=f"left out: {text}"))
             self._waiting = job
             if self._thread is None:
                 self._thread = threading.Thread(target=self._work, name="thalweg-saver", daemon=True)
@@ -118,28 +128,28 @@ class Saver:
                 job, self._waiting = self._waiting, None
                 self._writing, self._began, self._told_slow = job, time.monotonic(), False
                 self._change.notify_all()
-            failed = self._save(job)
-            if not failed:
+            outcome = self._save(job)
+            if not outcome.failed:
                 self._retain(job)
             with self._change:
                 self._writing = None
-                self._unsaved = job if failed else None
-                self.failures = self.failures + 1 if failed else 0
-                self.news.append(Outcome(job.step, failed))
+                self._unsaved = job if outcome.failed and not outcome.unfit else None
+                self.failures = self.failures + 1 if outcome.failed else 0
+                self.news.append(outcome)
                 self._change.notify_all()
 
-    def _save(self, job: Job) -> str:
+    def _save(self, job: Job) -> Outcome:
         try:
             self.before(job)
             self.store.save(job.step, job.snapshot)
         except (ThalwegError, OSError, MemoryError) as err:
-            return str(err) or type(err).__name__
+            return Outcome(job.step, str(err) or type(err).__name__, unfit=isinstance(err, Unfit))
         except Exception as err:  # a store's own error, whatever it is called, must not end the thread
-            return f"{type(err).__name__}: {err}"
-        return ""
+            return Outcome(job.step, f"{type(err).__name__}: {err}")
+        return Outcome(job.step)
 
     def _retain(self, job: Job) -> None:
         try:
             self.retain(job)
         except Exception as err:
-            self.news.append(Outcome(job.step, "", f"older ones could not be removed: {err}"))
+            self.news.append(Outcome(job.step, text=f"older ones could not be removed: {err}"))

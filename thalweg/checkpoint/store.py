@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import errno
 import hashlib
+import itertools
 import json
 import re
 from collections.abc import Callable, Iterator, Mapping
@@ -25,11 +26,12 @@ from torch import Tensor
 
 from thalweg.checkpoint.manifest import NAME, check_sha256, manifest_bytes, read_all, read_manifest
 from thalweg.checkpoint.place import LocalPlace, Place, open_place
-from thalweg.checkpoint.tensors import Damage, check_tensors, read_tensors, write_tensors
+from thalweg.checkpoint.tensors import Damage, Entry, check_tensors, joined, read_tensors, write_tensors
 from thalweg.core import CheckpointError, human_bytes
 
 _NAME = re.compile(r"step-([0-9]{8}|[1-9][0-9]{8,})")
-_STATE = "state.json"
+STATE = "state.json"
+_SHARD = "shard-"
 _T = TypeVar("_T")
 
 
@@ -64,11 +66,13 @@ class Store:
 
     Args:
         where: a folder, an address such as ``s3://bucket/runs/digits``, or a ``Place``.
+        sweep: remove what a killed process left half-written; for the run's owner alone, who holds its lock.
     """
 
-    def __init__(self, where: Path | str | Place) -> None:
+    def __init__(self, where: Path | str | Place, *, sweep: bool = True) -> None:
         self.place: Place = open_place(where) if isinstance(where, (str, Path)) else where
-        self._asking(self.place.sweep)
+        if sweep:
+            self._asking(self.place.sweep)
 
     @property
     def folder(self) -> Path:
@@ -89,7 +93,7 @@ class Store:
         return sorted(int(match.group(1)) for match in found if match)
 
     def save(self, step: int, snapshot: Snapshot) -> str:
-        """Write a checkpoint; when this returns, it survives a power cut. Returns its name.
+        """Write a checkpoint; when this returns, it survives a power cut. Returns where it lies.
 
         Args:
             snapshot: its tensors may lie on any device; those of the CPU are written as they are.
@@ -106,9 +110,9 @@ class Store:
                     with folder.file(f"{stem}.safetensors") as write:
                         files[f"{stem}.safetensors"] = write_tensors(write, plain)
                 facts = json.dumps(dict(snapshot.facts), indent=1, sort_keys=True).encode()
-                with folder.file(_STATE) as write:
+                with folder.file(STATE) as write:
                     write(facts)
-                files[_STATE] = {"bytes": len(facts), "sha256": hashlib.sha256(facts).hexdigest()}
+                files[STATE] = {"bytes": len(facts), "sha256": hashlib.sha256(facts).hexdigest()}
                 with folder.file(
                     NAME
                 ) as write:  # last: in a store without renames, it is what makes the rest a checkpoint
@@ -120,7 +124,7 @@ class Store:
                 f"{err}. Newest kept: {self._newest_name()}.",
                 f"Free {human_bytes(snapshot.nbytes())}, then resume." if full else "See to the folder, then resume.",
             ) from None
-        return name
+        return f"{self.place}/{name}"
 
     def check(self, step: int) -> None:
         """Refuse a step that no checkpoint is of.
@@ -184,19 +188,43 @@ class Store:
             data = read_all(file, row["bytes"])
             if hashlib.sha256(data).hexdigest() != row["sha256"]:
                 raise Damage("it does not have the sha256 of its manifest")
-            plain[_STATE] = data
+            plain[STATE] = data
 
         read = self._walk(step, read_tensors, keep)
         where = f"{self.place}/{self.name(step)}"
-        if _STATE not in plain or not {"weights.safetensors", "state.safetensors"} & set(read):
+        groups = _groups(read, where)
+        if STATE not in plain or not {"weights", "state"} & set(groups):
             raise Damage(f"{where} names no state.")
         try:
-            facts = json.loads(plain[_STATE].decode("utf-8"))
+            facts = json.loads(plain[STATE].decode("utf-8"))
         except (ValueError, RecursionError) as err:
-            raise Damage(f"{where}/{_STATE} cannot be read: {str(err)[:200]}. It was written so.") from None
+            raise Damage(f"{where}/{STATE} cannot be read: {str(err)[:200]}. It was written so.") from None
         if not isinstance(facts, dict):
-            raise Damage(f"{where}/{_STATE} holds no table. It was written so.")
-        return Snapshot({name.removesuffix(".safetensors"): tensors for name, tensors in read.items()}, facts)
+            raise Damage(f"{where}/{STATE} holds no table. It was written so.")
+        return Snapshot(groups, facts)
+
+    def verified_facts(self, step: int, *, part: int = 0, parts: int = 1) -> dict[str, Any]:
+        """The plain data of a checkpoint; of its files of tensors, one of ``parts`` is verified.
+
+        Raises:
+            Damage: naming the file.
+        """
+        plain: dict[str, bytes] = {}
+        turn = itertools.count()
+
+        def check(file: Any, row: Mapping[str, Any]) -> None:
+            if next(turn) % parts == part:
+                check_tensors(file, row)
+
+        def keep(file: Any, row: Mapping[str, Any]) -> None:
+            check_sha256(file, row)
+            plain[STATE] = read_all(file, row["bytes"])
+
+        self._walk(step, check, keep)
+        try:
+            return dict(json.loads(plain[STATE]))
+        except (ValueError, KeyError, TypeError, RecursionError) as err:
+            raise Damage(f"{self.place}/{self.name(step)}/{STATE}: {str(err)[:200]}.") from None
 
     def _walk(self, step: int, tensors: Callable[[Any, Any], Any], other: Callable[[Any, Any], Any]) -> dict[str, Any]:
         """Go through all files of a checkpoint; what ``tensors`` gives, by name.
@@ -217,9 +245,7 @@ class Store:
                         other(file, row)
             return found
         except (Damage, OSError, RuntimeError, ValueError, OverflowError, MemoryError) as err:
-            text = str(err)[:300].rstrip(".")
-            told = text if at == NAME else f"{at}: {text}"
-            raise Damage(f"{self.place}/{folder}: {told}.") from None
+            raise Damage(f"{self.place}/{folder}/{at}: {str(err)[:300].rstrip('.')}.") from None
 
     def retain(self, *, last: int, every: int, best: list[int]) -> list[int]:
         """Remove what need not be kept: all but the ``last`` newest, multiples of ``every``, and the steps in ``best``.
@@ -264,6 +290,24 @@ class Store:
         except CheckpointError:
             return "not known"
         return self.name(steps[-1]) if steps else "none"
+
+
+def _groups(read: Mapping[str, Mapping[Entry, Tensor]], where: str) -> dict[str, dict[str, Tensor]]:
+    """Tensors by group and name; those of a run over ranks are put together from their shards."""
+    groups: dict[str, dict[str, Tensor]] = {}
+    shards: list[tuple[Entry, Tensor]] = []
+    for file, tensors in read.items():
+        if file.startswith(_SHARD):
+            shards += tensors.items()
+        else:
+            groups[file.removesuffix(".safetensors")] = {entry.name: tensor for entry, tensor in tensors.items()}
+    try:
+        for name, tensor in joined(shards).items():
+            stem, _, rest = name.partition("/")
+            groups.setdefault(stem, {})[rest] = tensor
+    except (Damage, RuntimeError, ValueError) as fault:
+        raise Damage(f"{where}: {str(fault)[:300]}.") from None
+    return groups
 
 
 def _aside_names(name: str) -> Iterator[str]:

@@ -11,7 +11,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -33,7 +33,8 @@ NAMES = {
     torch.int8: "I8",
     torch.float8_e4m3fn: "F8_E4M3",
     torch.float8_e5m2: "F8_E5M2",
-    torch.float8_e8m0fnu: "F8_E8M0",
+    torch.float8_e4m3fnuz: "F8_E4M3FNUZ",
+    torch.float8_e5m2fnuz: "F8_E5M2FNUZ",
     torch.uint16: "U16",
     torch.int16: "I16",
     torch.float16: "F16",
@@ -111,17 +112,25 @@ def _chunks(view: memoryview) -> Iterator[memoryview]:
 
 @dataclass(frozen=True)
 class Entry:
-    """Where a tensor lies in a file."""
+    """Where a tensor lies in a file.
+
+    Attributes:
+        offsets: where it begins in the whole tensor, if it is a shard of one.
+    """
 
     name: str
     dtype: torch.dtype
     shape: tuple[int, ...]
     start: int
     stop: int
+    offsets: tuple[int, ...] | None = None
 
 
-def read_header(file: Reading) -> tuple[bytes, list[Entry]]:
-    """(the file up to the first tensor's bytes, the tensors in the order of their bytes).
+def read_header(file: Reading, sha256: str | None = None) -> list[Entry]:
+    """The tensors of a file in the order of their bytes.
+
+    Args:
+        sha256: of the file up to the first tensor's bytes; None: it is not known.
 
     Raises:
         Damage: for anything but a header whose tensors fill the file without gaps; nothing large has been allocated then.
@@ -133,13 +142,16 @@ def read_header(file: Reading) -> tuple[bytes, list[Entry]]:
     file.read_into(0, memoryview(first))
     length = int.from_bytes(first, "little")
     if length > min(size - 8, _MOST_HEADER):
-        raise Damage(f"its header claims {length} bytes of {size}")
+        raise Damage(f"its header claims {length} bytes of {size}, and cannot have its sha256")
     text = bytearray(length)
     file.read_into(8, memoryview(text))
+    if sha256 is not None and hashlib.sha256(first + text).hexdigest() != sha256:
+        raise Damage("its header does not have the sha256 of its manifest")
     try:
         table = json.loads(text.decode("utf-8"))
-        rows = {name: row for name, row in table.items() if name != "__metadata__"}
-        entries = sorted((_entry(name, row, 8 + length) for name, row in rows.items()), key=lambda e: (e.start, e.stop))
+        shards = _shards(table.pop("__metadata__", None))
+        rows = (_entry(name, row, 8 + length, shards.get(name)) for name, row in table.items())
+        entries = sorted(rows, key=lambda entry: (entry.start, entry.stop))
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError, OverflowError) as err:
         raise Damage(f"its header is none: {str(err)[:200]}") from None
     at = 8 + length
@@ -149,19 +161,30 @@ def read_header(file: Reading) -> tuple[bytes, list[Entry]]:
         at = entry.stop
     if at != size:
         raise Damage(f"it has {size} bytes, and its header tells of {at}")
-    return bytes(first) + bytes(text), entries
+    return entries
 
 
-def _entry(name: str, row: Mapping[str, Any], base: int) -> Entry:
+def _shards(metadata: Any) -> Mapping[str, Any]:
+    """What DCP notes of the place of shards: name to a table with their offsets."""
+    noted = {} if metadata is None else json.loads(metadata.get("DCP_SHARDING_INFO", "{}"))
+    if not isinstance(noted, dict):
+        raise ValueError("its note on shards is no table")
+    return noted
+
+
+def _entry(name: str, row: Mapping[str, Any], base: int, shard: Any = None) -> Entry:
     dtype, shape, (start, stop) = DTYPES[row["dtype"]], row["shape"], row["data_offsets"]
     if not all(type(n) is int and 0 <= n < 2**62 for n in (*shape, start, stop)):
         raise ValueError(f"'{name}' has no whole numbers for its shape and place")
     if stop - start != math.prod(shape) * dtype.itemsize:
         raise ValueError(f"'{name}' of {dtype} {shape} has {stop - start} bytes")
-    return Entry(name, dtype, tuple(shape), base + start, base + stop)
+    offsets = None if shard is None else tuple(shard["saved_offsets"])
+    if offsets is not None and not (len(offsets) == len(shape) and all(type(n) is int and n >= 0 for n in offsets)):
+        raise ValueError(f"'{name}' has no whole numbers for its place in the whole")
+    return Entry(name, dtype, tuple(shape), base + start, base + stop, offsets)
 
 
-def read_tensors(file: Reading, row: Mapping[str, Any]) -> dict[str, Tensor]:
+def read_tensors(file: Reading, row: Mapping[str, Any]) -> dict[Entry, Tensor]:
     """The tensors of a file, each byte of it compared with its row of the manifest.
 
     Raises:
@@ -170,7 +193,7 @@ def read_tensors(file: Reading, row: Mapping[str, Any]) -> dict[str, Tensor]:
     """
     entries = _checked_header(file, row)
 
-    def read(entry: Entry) -> tuple[str, Tensor]:
+    def read(entry: Entry) -> tuple[Entry, Tensor]:
         flat = torch.empty(entry.stop - entry.start, dtype=torch.uint8)
         view, sha = flat.numpy().data, hashlib.sha256()
         for at in range(0, len(view), CHUNK):
@@ -178,10 +201,36 @@ def read_tensors(file: Reading, row: Mapping[str, Any]) -> dict[str, Tensor]:
             file.read_into(entry.start + at, part)
             sha.update(part)
         _compare(entry.name, sha.hexdigest(), row)
-        return entry.name, flat.view(entry.dtype).reshape(entry.shape)
+        return entry, flat.view(entry.dtype).reshape(entry.shape)
 
     with _pool() as pool:
         return dict(pool.map(read, entries))
+
+
+def describe(file: Reading) -> dict[str, Any]:
+    """The row of the manifest for a file that somebody else wrote."""
+    entries = read_header(file)
+    first = min((entry.start for entry in entries), default=file.size)
+    head = bytearray(first)
+    file.read_into(0, memoryview(head))
+    whole = hashlib.sha256(head)
+    digests = {}
+    for entry in entries:
+        own = hashlib.sha256()
+        for part in _parts(file, entry):
+            own.update(part)
+            whole.update(part)
+        digests[entry.name] = own.hexdigest()
+    header = hashlib.sha256(head).hexdigest()
+    return {"bytes": file.size, "sha256": whole.hexdigest(), "header": header, "tensors": digests}
+
+
+def _parts(file: Reading, entry: Entry) -> Iterator[memoryview]:
+    buffer = memoryview(bytearray(min(CHUNK, entry.stop - entry.start)))
+    for at in range(entry.start, entry.stop, CHUNK):
+        part = buffer[: min(CHUNK, entry.stop - at)]
+        file.read_into(at, part)
+        yield part
 
 
 def check_tensors(file: Reading, row: Mapping[str, Any]) -> None:
@@ -189,10 +238,8 @@ def check_tensors(file: Reading, row: Mapping[str, Any]) -> None:
     entries = _checked_header(file, row)
 
     def check(entry: Entry) -> None:
-        buffer, sha = memoryview(bytearray(min(CHUNK, entry.stop - entry.start))), hashlib.sha256()
-        for at in range(entry.start, entry.stop, CHUNK):
-            part = buffer[: min(CHUNK, entry.stop - at)]
-            file.read_into(at, part)
+        sha = hashlib.sha256()
+        for part in _parts(file, entry):
             sha.update(part)
         _compare(entry.name, sha.hexdigest(), row)
 
@@ -211,9 +258,7 @@ def _pool() -> Iterator[ThreadPoolExecutor]:
 
 
 def _checked_header(file: Reading, row: Mapping[str, Any]) -> list[Entry]:
-    head, entries = read_header(file)
-    if hashlib.sha256(head).hexdigest() != row["header"]:
-        raise Damage("its header does not have the sha256 of its manifest")
+    entries = read_header(file, row["header"])
     if {entry.name for entry in entries} != set(row["tensors"]):
         raise Damage("it does not hold the tensors that its manifest names")
     return entries
@@ -222,3 +267,27 @@ def _checked_header(file: Reading, row: Mapping[str, Any]) -> list[Entry]:
 def _compare(name: str, sha: str, row: Mapping[str, Any]) -> None:
     if row["tensors"][name] != sha:
         raise Damage(f"'{name}' does not have the sha256 of its manifest")
+
+
+def joined(shards: Iterable[tuple[Entry, Tensor]]) -> dict[str, Tensor]:
+    """Whole tensors out of shards from several files.
+
+    Raises:
+        Damage: where shards do not fill a tensor.
+    """
+    parts: dict[str, list[tuple[Entry, Tensor]]] = {}
+    for entry, tensor in shards:
+        parts.setdefault(entry.name, []).append((entry, tensor))
+    found = {}
+    for name, mine in parts.items():
+        offsets = [entry.offsets or (0,) * len(entry.shape) for entry, _ in mine]
+        if len({(entry.dtype, len(entry.shape)) for entry, _ in mine}) > 1:
+            raise Damage(f"the shards of '{name}' are of different kinds")
+        ends = [[at + n for at, n in zip(o, entry.shape)] for o, (entry, _) in zip(offsets, mine)]
+        shape = [max(column) for column in zip(*ends)]
+        if math.prod(shape) != sum(math.prod(entry.shape) for entry, _ in mine):
+            raise Damage(f"the shards of '{name}' do not fill it")
+        found[name] = torch.empty(shape, dtype=mine[0][0].dtype)
+        for start, stop, (_, tensor) in zip(offsets, ends, mine):
+            found[name][tuple(slice(a, b) for a, b in zip(start, stop))] = tensor
+    return found

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from thalweg import __version__
+from thalweg.cli import checkpoint
 from thalweg.core import RecipeError, RunFolderError, ThalwegError
 
 
@@ -18,8 +19,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command.
 
     Returns:
-        The exit code: 0 done, 2 a mistake in what was asked, 3 the run diverged, 4 it could not be saved; 128 and the
-        number of the signal that ended it, saved.
+        The exit code: 0 done, 1 a checkpoint is damaged, 2 a mistake in what was asked, 3 the run diverged, 4 it could not
+        be saved; 128 and the number of the signal that ended it, saved.
     """
     asked = _parser().parse_args(_joined(sys.argv[1:] if arguments is None else list(arguments)))
     try:
@@ -83,6 +84,7 @@ def _parser() -> argparse.ArgumentParser:
         metavar="SCHEDULE",
         help="with --from: the rate's schedule (default: cooldown())",
     )
+    checkpoint.add_start(train)
     train.set_defaults(run=_train)
 
     plan = commands.add_parser(
@@ -135,6 +137,7 @@ def _parser() -> argparse.ArgumentParser:
         "--set", metavar="PATH=VALUE", action="append", default=[], help="override one value of the recipe"
     )
     preview.set_defaults(run=_preview)
+    checkpoint.add(commands)
     doctor = commands.add_parser("doctor", help="say what this machine is and what it gains by half precision")
     doctor.set_defaults(run=_doctor)
     report = commands.add_parser("report", help="write the report of a run folder again")
@@ -144,7 +147,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _train(asked: argparse.Namespace) -> int:
-    changes = dict(_pair(text) for text in asked.set)
+    changes = dict(_pair(text) for text in asked.set) | checkpoint.start_changes(asked)
     from thalweg.recipes import find_task, short_name
 
     task = find_task(asked.task)
@@ -224,10 +227,10 @@ def _recipe_of(task: Any, file: str | None) -> Any:
 
 def _train_on(asked: argparse.Namespace, task: Any, name: str) -> int:
     """A new run that goes on from a checkpoint of another."""
-    if asked.set or asked.recipe or asked.resume is not None:
+    if asked.set or asked.recipe or asked.resume is not None or checkpoint.start_changes(asked):
         raise RecipeError(
             "--from goes on with the other run's recipe.",
-            "--set, --recipe or --resume was given too.",
+            "--set, --recipe, --resume or --weights was given too.",
             "Leave them out; --then changes the schedule of the rate.",
         )
     if asked.more is None:

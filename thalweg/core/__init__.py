@@ -15,9 +15,10 @@ from thalweg.core.errors import (
     did_you_mean,
 )
 from thalweg.core.groups import ParameterGroup, parameter_groups
+from thalweg.core.guard import Guard
 from thalweg.core.ledger import Change, Forecast, Ledger, ModuleBytes
 from thalweg.core.plan import Decision, ParameterRow, Plan
-from thalweg.core.protocols import Feed, Gather, Loss, Sink, Split, Task
+from thalweg.core.protocols import Feed, FeedState, Gather, Loss, Sink, Split, Task, Tell
 from thalweg.core.recipe import Recipe, divisors
 from thalweg.core.record import Evaluation, Event, Record, StopReason, read_lines
 from thalweg.core.registry import Registry
@@ -33,8 +34,10 @@ __all__ = [
     "Evaluation",
     "Event",
     "Feed",
+    "FeedState",
     "Forecast",
     "Gather",
+    "Guard",
     "Ledger",
     "Loss",
     "LossError",
@@ -53,6 +56,7 @@ __all__ = [
     "Split",
     "StopReason",
     "Task",
+    "Tell",
     "TaskError",
     "ThalwegError",
     "ParameterGroup",

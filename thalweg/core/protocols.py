@@ -94,13 +94,48 @@ class Gather(Protocol):
         """
 
 
-class Feed(Protocol):
-    """Windows of micro-batches for the steps from ``start`` on; the same for the same seed, whoever asks."""
+#: ``tell(name, text, detail)``: something that a person should know, as ``Event`` has it.
+Tell = Callable[[str, str, dict[str, Any]], None]
 
-    def windows(self, start: int, stop: int) -> Iterator[list[Any]]: ...
+
+@dataclass(frozen=True)
+class FeedState:
+    """Where a feed stands between two windows, for one that cannot be asked for any step.
+
+    Attributes:
+        facts: plain data that JSON holds.
+        tensors: by name.
+    """
+
+    facts: dict[str, Any]
+    tensors: dict[str, Any]
+
+
+class Feed(Protocol):
+    """Windows of micro-batches for the steps from ``start`` on; the same for the same seed, whoever asks.
+
+    Attributes:
+        tell: told what a person should know of the data, such as a worker that was started again.
+        stop: asked while data is waited for: whether someone wants the run to end.
+    """
+
+    tell: Tell
+    stop: Callable[[], bool]
+
+    def windows(self, start: int, stop: int) -> Iterator[list[Any]]:
+        """The windows of steps ``start`` to ``stop - 1``; fewer where ``self.stop()`` was true while data was waited for."""
 
     def epoch_of(self, step: int) -> int:
         """The epoch that step ``step`` (from 0) draws from; 0 where the length of an epoch is not known."""
+
+    def samples(self, step: int) -> list[int] | None:
+        """The data set's indices of the samples in the window of step ``step`` (from 0); None for a stream."""
+
+    def state(self, step: int) -> FeedState | None:
+        """Where this feed stands when ``step`` windows have been taken; asked just then. None: ``windows`` does without."""
+
+    def restore(self, step: int, state: FeedState) -> None:
+        """``windows(step, ...)`` is to go on from what ``self.state(step)`` gave, in another process maybe."""
 
 
 class Sink(Protocol):

@@ -5,6 +5,7 @@ A field that is None was left to the plan, which derives it before step 1 and sa
 
 from __future__ import annotations
 
+import math
 import tomllib
 import typing
 from collections.abc import Mapping
@@ -13,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from thalweg.core.errors import RecipeError, did_you_mean
+from thalweg.core.guard import Guard
 from thalweg.core.tree import build, check_options, merge, plain, set_path, walk
 from thalweg.core.units import to_bytes
 
@@ -405,13 +407,21 @@ class Data:
 
     Args:
         workers: processes that read a ``Dataset``; 0 reads in this one. In-memory data needs none.
+        timeout: seconds after which a worker that is waited for counts as hung; it is ended and started again once. 0: never.
         options: arguments for the task's data function.
     """
 
     workers: int = 0
+    timeout: float = 600.0
     options: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
+        _check(
+            0 <= self.timeout < math.inf,
+            f"data.timeout={self.timeout} is no number of seconds.",
+            "It is how long a worker may take over one micro-batch.",
+            "Give 600, or more for slow data; 0 waits for ever.",
+        )
         _check(
             self.workers >= 0,
             f"data.workers={self.workers} is negative.",
@@ -529,6 +539,9 @@ class Recipe:
         recompute: which activations are not kept but computed again in the backward pass: "none"; "blocks": those
             inside the model's repeated blocks; "ops": all but the products of matrices; "compiled": what torch.compile's
             activation memory budget leaves out; None: "none", unless ``memory_budget`` asks for more.
+        weights: what a new run begins with: a run folder, a checkpoint, a file of torch, safetensors or Lightning, a
+            Hugging Face folder; None: what the model is made with. A resumed run does not read it again.
+        weights_rename: ``OLD=NEW`` names of modules or tensors in it; the first that fits a name changes it.
         model, loss: arguments for the task's model and loss functions, by name.
 
     >>> Recipe().override({"optimizer.lr": "3e-4"}).optimizer.lr
@@ -541,6 +554,8 @@ class Recipe:
     islands: tuple[str, ...] | None = None
     memory_budget: str | None = None
     recompute: str | None = None
+    weights: str | None = None
+    weights_rename: tuple[str, ...] = ()
     model: dict[str, Any] = field(default_factory=dict)
     loss: dict[str, Any] = field(default_factory=dict)
     train: Train = field(default_factory=Train)
@@ -550,6 +565,7 @@ class Recipe:
     data: Data = field(default_factory=Data)
     evaluate: Evaluate = field(default_factory=Evaluate)
     checkpoint: Checkpoint = field(default_factory=Checkpoint)
+    guard: Guard = field(default_factory=Guard)
 
     def __post_init__(self) -> None:
         for path, table in (
@@ -578,6 +594,17 @@ class Recipe:
             )
         if self.memory_budget is not None:
             to_bytes(self.memory_budget, "memory_budget")
+        for text in self.weights_rename:
+            _check(
+                "=" in text, f"weights_rename={text!r} renames nothing.", "It is OLD=NEW.", "Give such as 'model=net'."
+            )
+        _check(
+            self.weights is not None or not self.weights_rename,
+            "weights_rename is given without weights.",
+            f"It is {', '.join(self.weights_rename)}.",
+            "Give weights too.",
+        )
+        _check(self.weights != "", "weights='' names no file.", "It is empty.", "Name one, or leave it out.")
 
     def override(self, changes: Mapping[str, Any]) -> Recipe:
         """A recipe with values replaced by path.

@@ -27,8 +27,9 @@ class StopReason(enum.Enum):
             StopReason.FINISHED: "All steps are done.",
             StopReason.STOPPED_EARLY: "Evaluations stopped improving (evaluate.patience); the model is the best of them.",
             StopReason.INTERRUPTED: "Stopped between two steps. With a run folder, the state is saved and --resume goes on.",
-            StopReason.DIVERGED: "Gradients were not finite for many steps in a row, and none of those steps was applied. "
-            "Lower optimizer.lr, lengthen the warm-up, or look for NaN or infinity in the data.",
+            StopReason.DIVERGED: "There were more steps that are not finite or far out of line than the recipe's guard allows, "
+            "and none of those steps was applied. Lower optimizer.lr, lengthen the warm-up, or look for NaN or infinity in the "
+            "data.",
             StopReason.UNSAVED: "The state could not be saved, and is in memory alone. Mend what the message above names; "
             "--resume goes on from the newest checkpoint.",
             StopReason.FAILED: "The run broke off. With a run folder, --resume goes on from its newest checkpoint.",
@@ -53,7 +54,7 @@ class Record:
         grad_norm: global norm of the mean gradient, before clipping.
         lr: the learning rate of this step.
         applied: updates applied so far; smaller than ``step`` by the number of skipped steps.
-        skipped: whether this step's gradient was not finite, so that nothing was moved.
+        skipped: whether this step was not applied, because its loss or gradient was not finite, or a spike (``guard``).
         scale: the loss scale; 1 but for fp16.
         seconds: wall time since the run (this attempt) began; the one field that two equal runs do not share.
         values: what else is scheduled, by name.

@@ -95,11 +95,20 @@ class Items:
 
 
 class Stream:
-    """An iterable of samples that cannot be asked for one by place; each epoch asks it for a new iterator."""
+    """An iterable of samples that cannot be asked for one by place; each epoch asks it for a new iterator.
 
-    def __init__(self, iterable: Iterable[Any], collate: Callable[[list[Any]], Any] = default_collate) -> None:
+    Attributes:
+        stateful: whether it has ``state_dict()``, where its newest iterator stands, and ``load_state_dict(state)``, after
+            which the next iterator goes on from there.
+        passes: iterators it was asked for.
+    """
+
+    def __init__(self, iterable: Any, collate: Callable[[list[Any]], Any] = default_collate) -> None:
         self.iterable, self.collate = iterable, collate
-        self.num = len(iterable) if isinstance(iterable, Sized) else 0
+        counted = iterable.dataset if isinstance(iterable, DataLoader) else iterable
+        self.num = len(counted) if isinstance(counted, Sized) else 0
+        self.stateful = _is_stateful(iterable)
+        self.passes = 0
 
 
 Source = Gather | Items | Stream
@@ -111,7 +120,8 @@ def as_source(data: Any) -> Source:
     Args:
         data: a tensor or array, a dict or tuple of them; an object with ``__len__`` and ``gather``; a map-style or
             iterable ``Dataset``; a ``DataLoader`` (its data set and collate function are used; batch size and order come
-            from the recipe); a list of samples; any other iterable.
+            from the recipe; one with a state of its own over an iterable is read as it is, sample by sample); a list of
+            samples; any other iterable.
 
     Raises:
         DataError: for empty data, or for what is none of these.
@@ -121,7 +131,7 @@ def as_source(data: Any) -> Source:
     if isinstance(data, DataLoader):
         collate = data.collate_fn if data.batch_size is not None else default_collate
         if isinstance(data.dataset, IterableDataset):
-            return Stream(data.dataset, collate)
+            return Stream(data, default_collate) if _gives_samples(data) else Stream(data.dataset, collate)
         if not isinstance(data.sampler, (SequentialSampler, RandomSampler)):
             raise DataError(
                 "The DataLoader has a sampler of its own, and the order of the data is the run's.",
@@ -158,6 +168,24 @@ def as_source(data: Any) -> Source:
         f"Got {type(data).__name__}.",
         "Give a dict of tensors, a torch Dataset or DataLoader, or an iterable of samples.",
     )
+
+
+def _is_stateful(data: Any) -> bool:
+    return callable(getattr(data, "state_dict", None)) and callable(getattr(data, "load_state_dict", None))
+
+
+def _gives_samples(loader: DataLoader[Any]) -> bool:
+    """Whether a loader over an iterable is read itself, because it knows where its workers stand in their shards."""
+    if not _is_stateful(loader):
+        return False
+    if loader.batch_size is not None:
+        raise DataError(
+            "The DataLoader with a state makes batches, and the recipe says what a batch is.",
+            f"{type(loader).__name__}(batch_size={loader.batch_size}) over a {type(loader.dataset).__name__}.",
+            "Give it batch_size=None, so that it gives samples; to collate them otherwise than torch does, give "
+            "thalweg.data.Stream(loader, collate).",
+        )
+    return True
 
 
 def _is_tensor_tree(data: Any) -> bool:

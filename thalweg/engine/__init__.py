@@ -2,7 +2,7 @@
 
 from thalweg.engine.build import average_times, build, run_span
 from thalweg.engine.evaluate import evaluate, evaluated_weights
-from thalweg.engine.loop import GIVE_UP_AFTER, Loop
+from thalweg.engine.loop import Loop
 from thalweg.engine.preflight import preflight
 from thalweg.engine.resolve import Resolved, resolve
 from thalweg.engine.state import State
@@ -10,7 +10,6 @@ from thalweg.engine.step import Step, StepOptions
 from thalweg.engine.trainstep import TrainStep
 
 __all__ = [
-    "GIVE_UP_AFTER",
     "Loop",
     "Resolved",
     "State",

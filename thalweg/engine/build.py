@@ -63,6 +63,7 @@ def build(plan: Plan, model: nn.Module, loss: ModelLoss, device: Device, policy:
         average=in_update,
         clip_history=recipe.train.clip_history,
         window=average_times(plan, span) if regularize.average_form == "window" else None,
+        guard=recipe.guard,
     )
     if isinstance(loss, TaskLoss):
         loss.move(timetable.now)

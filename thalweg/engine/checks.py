@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -13,6 +13,7 @@ from thalweg.data import Order, Source, held_out, shortened, tensors
 from thalweg.device import Device
 from thalweg.engine.preflight import ModelLoss, as_written, in_evaluation_mode, untouched
 from thalweg.engine.scheduled import Scheduled, average_lengths
+from thalweg.precision import POLICIES
 from thalweg.regularize import check_batch
 from thalweg.schedules import Span
 
@@ -58,6 +59,19 @@ def check_heard(moved: list[Scheduled], recipe: Recipe, held_out: bool) -> None:
         raise RecipeError(
             f"{wants[0]}, and there are no evaluations to follow.", why, "Give held-out data, and evaluate.every."
         )
+
+
+def tell_guard(recipe: Recipe, tell: Callable[[str, Any, str], Any]) -> None:
+    """What the guard takes, and what it does not count; ``tell`` is ``Decisions.take``."""
+    guard = recipe.guard
+    if guard.rewinding:
+        tell(
+            "guard.every",
+            guard.every,
+            "two copies of weights, slots and averages lie in the CPU's memory; the predicted peak does not count them",
+        )
+    if guard.nonfinite != "skip" and recipe.precision != "auto" and POLICIES[recipe.precision].scaled:
+        tell("guard.nonfinite", guard.nonfinite, "a gradient that a smaller loss scale may bring into range is skipped")
 
 
 def check_average(recipe: Recipe, span: Span) -> None:

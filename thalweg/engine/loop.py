@@ -11,13 +11,13 @@ import torch
 from thalweg.core import Evaluation, Event, Feed, Plan, Record, Sink, StopReason, ThalwegError
 from thalweg.device import ran_out
 from thalweg.engine.evaluate import Interrupted
+from thalweg.engine.guard import Tripped, Warden
 from thalweg.engine.memory.measured import STEPS
 from thalweg.engine.portions import Failure, in_update, spoken
 from thalweg.engine.step import FIELDS, RING, Step
 from thalweg.engine.stopping import EarlyStop
 
 _FLUSH_SECONDS = 0.25
-GIVE_UP_AFTER = 50  # steps in a row without a finite gradient
 
 
 class Loop:
@@ -49,7 +49,8 @@ class Loop:
         wanted = plan.recipe.evaluate
         self.early = EarlyStop(wanted.patience, wanted.goal or "min", wanted.min_delta)
         self.ranking: list[tuple[float, int]] = []  # (value of the chosen metric, step), best first
-        self.streak = 0  # skipped steps in a row
+        self.streak = 0  # bad steps in a row
+        self.guard = Warden(step, feed, self.tell, plan.recipe.guard)
         self._began = time.perf_counter()
         self._flushed_at = self._began
         self._pending: list[float] = []  # seconds of the steps whose rows are still on the device
@@ -61,40 +62,55 @@ class Loop:
         """Train up to step ``until`` (the plan's end if None)."""
         state = self.step.state
         last = self.plan.steps if until is None else min(until, self.plan.steps)
-
-        settled = state.step + STEPS
+        settled, tripped = state.step + STEPS, None
         if self.early.is_over():  # a run that stopped early is at its end
             return self._end(StopReason.STOPPED_EARLY)
         for limit in state.limits():
             if limit.most:
                 self.tell("out of memory", f"Memory ran out earlier: a {limit.what} has at most {limit.most} samples.")
-        try:
-            if self.owed and (reason := self._after_step()):
-                return self._end(reason)
-            for window in self.feed.windows(state.step, last):
-                self.step.run(window)
-                self._note()
-                if state.limit.news:
-                    self._tell_of_memory()
-                if state.step == settled and (text := self.measured()):
-                    self.tell("memory", text)
-                self.owed = self.evaluate is not None and self._is_due(self.plan.recipe.evaluate.every)
-                if reason := self._after_step():
+        self.guard.begin()
+        while True:
+            try:
+                if tripped is not None:
+                    if reason := self.guard.act(tripped):
+                        return self._end(reason)
+                    tripped, self.owed = None, self._evaluation_is_due()
+                    if reason := self._after_step():
+                        return self._end(reason)
+                elif self.owed and (reason := self._after_step()):
                     return self._end(reason)
-            if self.stop() and state.step < last:  # the feed ended early, because it was asked to
-                self._save(must=True)
-                return self._end(StopReason.INTERRUPTED)
-        except Exception as err:
-            self._rescue()
-            if not ran_out(err):
-                raise
-            failure = Failure.of(err, "the run, outside of its steps")
-        else:
-            return self._end(StopReason.FINISHED)
+                for window in self.feed.windows(state.step, last):
+                    self.step.run(window)
+                    self._note()
+                    if state.limit.news:
+                        self._tell_of_memory()
+                    if state.step == settled and (text := self.measured()):
+                        self.tell("memory", text)
+                    if self.guard.is_due():
+                        self.flush()
+                        self.guard.copy()
+                    self.owed = self._evaluation_is_due()
+                    if reason := self._after_step():
+                        return self._end(reason)
+                if state.step < last and self.stop():  # heard while the feed waited for data
+                    self._save(must=True)
+                    return self._end(StopReason.INTERRUPTED)
+                return self._end(StopReason.FINISHED)
+            except Tripped as trip:
+                tripped = trip.bad
+            except Exception as err:
+                self._rescue()
+                if not ran_out(err):
+                    raise
+                failure = Failure.of(err, "the run, outside of its steps")
+                break
         raise in_update(failure, moved=False)
 
     def _is_due(self, every: int | None) -> bool:
         return self.step.state.step == self.plan.steps or bool(every and self.step.state.step % every == 0)
+
+    def _evaluation_is_due(self) -> bool:
+        return self.evaluate is not None and self._is_due(self.plan.recipe.evaluate.every)
 
     def _after_step(self) -> StopReason | None:
         """What is due between this step and the next; a reason where there is to be no next."""
@@ -111,7 +127,7 @@ class Loop:
         if self.early.is_over() and going_on:
             self._save(must=True)
             return StopReason.STOPPED_EARLY
-        if self.streak >= GIVE_UP_AFTER:
+        if self.streak >= self.plan.recipe.guard.patience:
             return StopReason.DIVERGED
         if self.stop() and going_on:
             self._save(must=True)
@@ -119,25 +135,30 @@ class Loop:
         return self.watch()
 
     def flush(self) -> None:
-        """Read the rows of all steps since the last flush, in one copy, and pass them on."""
+        """Read the rows of all steps since the last flush, in one copy, and pass them on.
+
+        Raises:
+            Tripped: where one of them holds up the run; what came after it is thrown away.
+        """
         if not self._pending:
             return
         count, end = len(self._pending), self.step.state.step
         rows = self.step.ring.tolist()
-        records = [
-            self._record(i, rows[(i - 1) % RING], s) for i, s in zip(range(end - count + 1, end + 1), self._pending)
-        ]
+        rows = [rows[(i - 1) % RING] for i in range(end - count + 1, end + 1)]
+        records = [self._record(end - count + 1 + k, row, self._pending[k]) for k, row in enumerate(rows)]
         self._pending.clear()
         self._flushed_at = time.perf_counter()
-        for record in records:
-            self.streak = self.streak + 1 if record.skipped else 0
+        records = self.guard.look(records, rows)
+        for record, row in zip(records, rows):
+            self.streak = self.guard.in_a_row(self.streak, record, row)
         for sink in self.sinks:
             sink.steps(records)
+        self.guard.after()
 
-    def tell(self, name: str, text: str, detail: dict[str, Any] | None = None) -> None:
-        """Something that a person should know goes to every sink."""
+    def tell(self, name: str, text: str, detail: dict[str, Any] | None = None, step: int | None = None) -> None:
+        """Something that a person should know goes to every sink; of ``step``, or of the last one."""
         for sink in self.sinks:
-            sink.event(Event(self.step.state.step, name, text, detail or {}))
+            sink.event(Event(self.step.state.step if step is None else step, name, text, detail or {}))
 
     def _tell_of_memory(self) -> None:
         """Passes that memory did not suffice for, in their place among the records."""
@@ -215,7 +236,11 @@ class Loop:
     def _rescue(self) -> None:
         """A step broke off before its update: the state is that of the step before, and is kept; a half moved one is not."""
         self.step.state.statistics.restore()
-        self._tell_of_memory()
+        try:
+            self._tell_of_memory()
+        except Tripped as trip:
+            if self.guard.act(trip.bad) is not None:
+                return  # the newest checkpoint is from before the step that holds up the run
         if self.step.state.step:
             try:
                 self._save(must=True)

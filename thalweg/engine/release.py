@@ -194,6 +194,13 @@ def why_not_released(recipe: Recipe, passes: str, rows: Sequence[ParameterRow]) 
         )
     if passes == "two-pass":
         return None
+    if recipe.guard.active:
+        return RecipeError(
+            f"{asked} with this guard.",
+            f"guard.nonfinite='{recipe.guard.nonfinite}', guard.spike='{recipe.guard.spike}': a step that must not be applied is "
+            "known after all of its gradients.",
+            "Leave out the table guard, or give optimizer.release_gradients='two-pass'.",
+        )
     late = {"train.clip": train.clip, "train.clip_history": train.clip_history}
     for path, value in late.items():
         if value:

@@ -46,7 +46,7 @@ class ReleasedStep(Step):
             with torch.no_grad():
                 mass = self._mass()
                 norm = release.norm() / mass
-                ok = torch.isfinite(norm + self.sum_of_losses)
+                ok = self._allowed(norm)
                 state.updating = state.history is not None  # which takes in the norm now
                 given = self._numbers(mass, norm, ok)
             if state.statistics.layers:

@@ -22,6 +22,7 @@ from thalweg.data import (
     ChangedFeed,
     Items,
     Source,
+    Stream,
     Tensors,
     as_source,
     batch_size,
@@ -31,6 +32,7 @@ from thalweg.data import (
 )
 from thalweg.data import split as split_batch
 from thalweg.device import Device, choose, facts
+from thalweg.engine.begin import take_weights
 from thalweg.engine.checks import (
     check_average,
     check_heard,
@@ -38,6 +40,7 @@ from thalweg.engine.checks import (
     check_same_data,
     check_sequences,
     check_smallest_batch,
+    tell_guard,
     try_shortest,
     whole_of,
 )
@@ -95,7 +98,13 @@ class Resolved:
 
 
 def resolve(
-    task: Task, recipe: Recipe, *, saved: Plan | None = None, most: int | None = None, planning: bool = False
+    task: Task,
+    recipe: Recipe,
+    *,
+    saved: Plan | None = None,
+    most: int | None = None,
+    planning: bool = False,
+    begins: bool = True,
 ) -> Resolved:
     """Fill every gap of a recipe, try the model on one micro-batch, and say what was decided.
 
@@ -103,20 +112,27 @@ def resolve(
         saved: the plan of the run that is resumed: what was measured then is not measured again.
         most: bytes of memory to plan with; None: what is there.
         planning: whether a bench is wanted, on which variants can be tried.
+        begins: whether the run begins with the recipe's weights; one that goes on from a checkpoint does not read them.
 
     Raises:
         ThalwegError: for anything that would fail later; the model has its own dtypes then, and no hooks of ours.
     """
     undo = ExitStack()
     try:
-        return _resolve(task, recipe, saved, most, planning, undo)
+        return _resolve(task, recipe, saved, most, planning, undo, begins)
     except BaseException:
         undo.close()
         raise
 
 
 def _resolve(
-    task: Task, recipe: Recipe, saved: Plan | None, most: int | None, planning: bool, undo: ExitStack
+    task: Task,
+    recipe: Recipe,
+    saved: Plan | None,
+    most: int | None,
+    planning: bool,
+    undo: ExitStack,
+    begins: bool,
 ) -> Resolved:
     decide = Decisions()
     if saved is not None:
@@ -142,13 +158,18 @@ def _resolve(
         decide.take("evaluate.every", recipe.evaluate.every, "not used: the task has no held-out data")
     if recipe.evaluate.best != "loss" and test is None:
         decide.take("evaluate.best", recipe.evaluate.best, "not used: the task has no held-out data")
-    if isinstance(split.train, DataLoader):
+    if isinstance(source, Stream) and source.iterable is split.train and source.stateful:
+        decide.take("data", type(split.train).__name__, "a resumed run goes on through its state_dict()")
+    elif isinstance(split.train, DataLoader):
         decide.take(
             "data",
             "DataLoader",
             "its data set and collate function are used; batch, order and workers are the recipe's",
         )
-    model = made_model(task, recipe).to(device.torch_device)
+    model = made_model(task, recipe)
+    if begins:
+        take_weights(model, recipe, decide.take, saved)
+    model = model.to(device.torch_device)
     recipe, early = begin_precision(recipe, model, device, decide.take)
     if early is not None:
         undo.callback(early.undo)
@@ -162,6 +183,7 @@ def _resolve(
         keep_last=recipe.train.last == "keep",
         device=device.torch_device,
         workers=recipe.data.workers,
+        timeout=recipe.data.timeout,
         augment=augmentation(recipe, task, split.augment),
         sizes=sizes,
     )
@@ -236,6 +258,7 @@ def _resolve(
     tell_gradients(recipe, decide.take)
     tell_split(model, recipe, decide)
     recipe = settle_evaluation(recipe, task, test is not None, steps, decide)
+    tell_guard(recipe, decide.take)
     check_heard(moved, recipe, test is not None)
     check_average(recipe, span)
     if test is not None:

@@ -11,10 +11,11 @@ import torch
 from torch import Tensor, nn
 
 from thalweg.checkpoint import Snapshot
-from thalweg.core import CheckpointError, Decision
+from thalweg.core import CheckpointError, Decision, Guard
 from thalweg.device import Device
 from thalweg.device.kept import restored
 from thalweg.engine.portions import EVALUATED, TRAINED, Limit
+from thalweg.engine.spikes import Watch
 from thalweg.engine.timetable import Timetable
 from thalweg.optim import Arena, plain_name
 from thalweg.optim.history import NormHistory
@@ -31,6 +32,7 @@ class State:
         t: the number of the next update, from 1, 0-dim float32.
         timetable: the scheduled values of this step; what its schedules have heard is state.
         window: the last few weights, where their mean is the average.
+        watch: judges steps, where the recipe's guard asks for more than to skip what is not finite.
         limit, evaluation_limit: how many samples a pass may take, as memory has taught.
         updating: whether an update is under way: after an error, some of it may have moved.
     """
@@ -46,8 +48,12 @@ class State:
         average: bool,
         clip_history: float = 0.0,
         window: tuple[int, int, int] | None = None,
+        guard: Guard | None = None,
     ) -> None:
         self.model, self.arenas, self.device, self.timetable = model, arenas, device, timetable
+        self.watch: Watch | None = None
+        if guard is not None and guard.active:
+            self.watch = Watch(guard, device.torch_device, device.exact, scaled=scaled)
         self.statistics = PooledStatistics(model, device.exact)
         self.history = NormHistory(clip_history, device.torch_device, device.exact) if clip_history else None
         self.scale = LossScale.start(device) if scaled else None
@@ -106,7 +112,24 @@ class State:
         if averages := self._averages():
             groups["average"] = {**weights, **averages}
         most = {limit.what: limit.most for limit in self.limits() if limit.most}
-        return Snapshot(groups, {**facts, "step": self.step, **({"most_samples": most} if most else {})})
+        plain = {**facts, "step": self.step, **({"most_samples": most} if most else {})}
+        return Snapshot(groups, {**plain, "tied": tied} if (tied := self.tied()) else plain)
+
+    def copied(self) -> Snapshot:
+        """A copy in the CPU's memory of all that ``load`` takes over; of this moment, whatever moves later."""
+        groups = {"weights": self.weights(), "state": dict(self._slots())}
+        if self.window is None and (averages := self._averages()):
+            groups["average"] = averages
+        copies = {stem: {name: t.to("cpu", copy=True) for name, t in group.items()} for stem, group in groups.items()}
+        return Snapshot(copies, {"step": self.step})
+
+    def go_back(self, copy: Snapshot) -> None:
+        """Weights and all that belongs to them are again those of ``copied``; steps count on, what memory has taught stays."""
+        step, most = self.step, [limit.most for limit in self.limits()]
+        self.load(copy)
+        self.step = step
+        for limit, value in zip(self.limits(), most):
+            limit.most = value
 
     def load(self, snapshot: Snapshot) -> None:
         """Take over a snapshot of a run with the same model and recipe.
@@ -160,6 +183,17 @@ class State:
                 named[plain_name(name)] = tensor.detach()
         return named
 
+    def tied(self) -> dict[str, str]:
+        """Further names of tensors that ``weights`` has once: name to the one that is there."""
+        first: dict[int, str] = {}
+        wanted = self.model.state_dict(keep_vars=True)
+        named = [
+            (plain_name(name), first.setdefault(id(t), plain_name(name)))
+            for name, t in wanted.items()
+            if isinstance(t, Tensor)
+        ]
+        return {name: kept for name, kept in named if name != kept}
+
     def _averages(self) -> dict[str, Tensor]:
         """Averaged parameters and statistics: views of the flat averages, or means of the window."""
         named: dict[str, Tensor] = {}
@@ -195,6 +229,8 @@ class State:
         if self.scale is not None:
             yield "loss_scale", self.scale.scale
             yield "loss_scale_streak", self.scale.streak
+        if self.watch is not None:
+            yield from self.watch.slots().items()
 
     def ways(self) -> list[Decision]:
         """How the updates run, and why."""
@@ -214,6 +250,8 @@ class State:
         if self.window is not None:
             sizes["average"] = sizes.get("average", 0) + sum(ring.nbytes for ring in self.window.rings)
         sizes["buffers"] = sum(buffer.nbytes for buffer in self.model.buffers())
+        if self.watch is not None and self.watch.guard.rewinding:
+            sizes["copies to rewind to"] = 2 * sum(size for purpose, size in sizes.items() if purpose != "gradients")
         return sizes
 
 

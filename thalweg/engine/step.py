@@ -16,6 +16,7 @@ from thalweg.engine.losses import sum_and_weight
 from thalweg.engine.portions import Failure, go_through, in_update
 from thalweg.engine.recompute import Recomputation
 from thalweg.engine.sharpness import Sharpness
+from thalweg.engine.spikes import JUDGED
 from thalweg.engine.state import State
 from thalweg.engine.undo import Undo
 from thalweg.optim.arena import update
@@ -79,9 +80,13 @@ class Step:
         self.lr, self.clip, self.share = now["lr"], now.get("clip", options.clip), now.get("share")
         self.told = [now[name] for name in state.timetable.told]
         self.fields = (*FIELDS, *state.timetable.told)
+        num = len(self.fields)
+        if state.watch is not None:
+            self.told.append(state.watch.told)
+            self.fields = (*self.fields, *JUDGED)
         self.ring = torch.zeros(RING, len(self.fields), dtype=exact, device=device)
         self.rows: list[tuple[Tensor, tuple[Tensor, ...]]] = [
-            (row, (row[:2], *row[2:6].unbind(), row[6:7], *row[7:].unbind())) for row in self.ring
+            (row, (row[:2], *row[2:6].unbind(), row[6:7], *row[7:num].unbind(), row[num:])) for row in self.ring
         ]
         self._seeds: dict[torch.dtype, Tensor] = {}
         self.undo = Undo(state.model, state.arenas, self.sums, state.statistics)
@@ -123,7 +128,7 @@ class Step:
         return row
 
     def _move(self, window: Sequence[Any]) -> tuple[Tensor, Tensor, Tensor]:
-        """The update by the gradient of a window: (global norm of the mean gradient, whether it is finite, 1.0 where not)."""
+        """The update by the gradient of a window: (global norm of the mean gradient, whether it was applied, 1.0 where not)."""
         state = self.state
         parts = self._accumulate(state.limit.cut(window))
         if self.sharpness is not None:
@@ -131,11 +136,18 @@ class Step:
         with torch.no_grad():
             mass = self._mass()
             norm = self._gradient_norm() / mass
-            ok = torch.isfinite(norm + self.sum_of_losses)
+            ok = self._allowed(norm)
             state.updating = True
             numbers = self._numbers(mass, norm, ok)
             update(state.arenas, **numbers, due=state.step)
         return norm, ok, numbers["skipped"]
+
+    def _allowed(self, norm: Tensor) -> Tensor:
+        """Whether a step with this norm of its gradient may be applied, 0-dim bool."""
+        finite, watch = torch.isfinite(norm + self.sum_of_losses), self.state.watch
+        if watch is None:
+            return finite
+        return watch.judge(finite, norm, self.sum_of_losses, self.sum_of_weights, self._scale())
 
     def _accumulate(self, parts: Sequence[Any], *, counted: bool = True) -> Sequence[Any]:
         """The summed gradients of all micro-batches; ``counted``: their losses, weights and statistics too.
@@ -262,5 +274,7 @@ class Step:
         state.step += 1
         if state.window is not None:
             state.window.keep(state.step, ok)
+        if state.watch is not None:
+            state.watch.end(ok, state.step)
         if state.scale is not None:
-            state.scale.update(skipped)
+            state.scale.update(skipped, None if state.watch is None else state.watch.still)

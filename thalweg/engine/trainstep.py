@@ -11,9 +11,10 @@ from typing import Any
 from torch import Tensor, nn
 
 from thalweg.checkpoint import Snapshot
-from thalweg.core import Plan, Recipe, RecipeError
+from thalweg.core import Guard, Plan, Recipe, RecipeError
 from thalweg.data import batch_size, split, to_device
 from thalweg.device import choose, facts
+from thalweg.engine.begin import take_weights
 from thalweg.engine.build import build
 from thalweg.engine.given import task_loss
 from thalweg.engine.memory import Bench, fit, settle_memory
@@ -53,6 +54,14 @@ def _check_in_reach(recipe: Recipe) -> None:
                 f"It is {value!r}, and the data and its evaluation are your loop's.",
                 "Use thalweg.train, or do it in your loop: thalweg.regularize has the pieces.",
             )
+    guard = recipe.guard
+    for path, value in (("nonfinite", guard.nonfinite), ("spike", guard.spike), ("patience", guard.patience)):
+        if value not in ("skip", "off", Guard().patience):
+            raise RecipeError(
+                f"guard.{path}={value!r} is out of TrainStep's reach.",
+                "It reads no step back, and to go back or to end is your loop's.",
+                f"Leave guard.{path} out, or use 'skip' and look at StepResult.skipped; thalweg.train does the rest.",
+            )
 
 
 @dataclass(frozen=True)
@@ -81,7 +90,7 @@ class StepResult:
 
     @property
     def skipped(self) -> Tensor:
-        """1.0 where the gradient was not finite and nothing was moved."""
+        """1.0 where the step was not applied and nothing was moved: not finite, or a spike (``guard.spike``)."""
         return self.row[FIELDS.index("skipped")]
 
 
@@ -128,6 +137,7 @@ class TrainStep:
                     f"Give steps=..., or schedule.{one.name}='constant()'.",
                 )
         self.device, _ = choose(self.recipe.device)
+        take_weights(model, self.recipe, self._decide.take, None)
         self.model = model.to(self.device.torch_device)
         self.rows = parameter_table(model, optimizer=self.recipe.optimizer, schedule=self.recipe.schedule)
         span = span_of(self.recipe, self.steps or 1, {}, _WHY_NOT)

@@ -35,7 +35,16 @@ class LossScale:
             torch.zeros((), dtype=torch.int32, device=device.torch_device),
         )
 
-    def update(self, skipped: Tensor) -> None:
-        """Move the scale after a step; ``skipped`` is 1.0 or 0.0, 0-dim."""
+    def update(self, skipped: Tensor, still: Tensor | None = None) -> None:
+        """Move the scale after a step.
+
+        Args:
+            skipped: 1.0 or 0.0, 0-dim.
+            still: 0-dim bool: where true the step says nothing about the scale, which stays.
+        """
+        before = None if still is None else (self.scale.clone(), self.streak.clone())
         torch._amp_update_scale_(self.scale, self.streak, skipped, 2.0, 0.5, self.interval)
         self.scale.clamp_(LEAST, MOST)
+        if still is not None and before is not None:
+            torch.where(still, before[0], self.scale, out=self.scale)
+            torch.where(still, before[1], self.streak, out=self.streak)

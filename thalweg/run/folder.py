@@ -16,10 +16,11 @@ class RunFolder:
 
     Args:
         recipe: of the run that is to be in it; None: the one that is there.
+        own: whether this process holds its lock, and may tidy up.
     """
 
-    def __init__(self, path: Path, recipe: Recipe | None = None) -> None:
-        self.path = path
+    def __init__(self, path: Path, recipe: Recipe | None = None, *, own: bool = True) -> None:
+        self.path, self._own = path, own
         self.recipe_file, self.plan_file = path / "recipe.toml", path / "plan.json"
         self.records_file = path / "records.jsonl"
         self._recipe = recipe
@@ -30,7 +31,7 @@ class RunFolder:
         recipe = self._recipe
         if recipe is None and self.recipe_file.exists():
             recipe = Recipe.from_file(self.recipe_file)
-        return Store((recipe.checkpoint.store if recipe else "") or self.path / "checkpoints")
+        return Store((recipe.checkpoint.store if recipe else "") or self.path / "checkpoints", sweep=self._own)
 
     def holds_run(self) -> bool:
         """Whether a run has begun here; one whose folder is lost, and whose checkpoints lie elsewhere, is fetched first."""

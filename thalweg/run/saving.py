@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from thalweg.checkpoint import Job, Saver, Store
+from thalweg.checkpoint import Job, Saver, Store, Unfit
 from thalweg.core import StopReason
 from thalweg.engine import Loop
+from thalweg.engine.guard import unfit
 from thalweg.engine.signals import Asked
 from thalweg.run.best import BestWeights
 from thalweg.watch import JsonLines
@@ -25,7 +26,8 @@ class Saving:
         self.loop, self.lines, self.keeper, self.asked = loop, lines, keeper, asked
         self.wanted = loop.plan.recipe.checkpoint
         self.saver = Saver(store, before=self._before, retain=self._retain)
-        self._failing = False
+        self._trained = [name for arena in loop.step.state.arenas for name in arena.places]
+        self._failing = self._unfit = False
         self._records_fail = ""
 
     def save(self, must: bool) -> None:
@@ -39,7 +41,12 @@ class Saving:
             "owed": loop.owed,
             "records_bytes": self.lines.length,
         }
-        snapshot = loop.step.state.snapshot(facts)
+        fed = loop.feed.state(loop.step.state.step)
+        if fed is not None:
+            facts["feed"] = fed.facts
+        snapshot = loop.guard.add_to(loop.step.state.snapshot(facts))
+        if fed is not None and fed.tensors:
+            snapshot = replace(snapshot, groups={**snapshot.groups, "feed": fed.tensors})
         if self.keeper is not None and self.keeper.values:
             snapshot = replace(snapshot, groups={**snapshot.groups, "best": self.keeper.values})
         best = loop.best_steps()[: self.wanted.keep_best]
@@ -58,6 +65,8 @@ class Saving:
         if not self.saver.news:
             return None
         self._tell()
+        if self._unfit:  # what is not finite never becomes so again
+            return StopReason.DIVERGED
         return StopReason.UNSAVED if self.saver.failures > self.wanted.failures else None
 
     def finish(self, reason: StopReason) -> StopReason:
@@ -65,6 +74,8 @@ class Saving:
         self.asked.heard()
         saved = self.saver.finish(self.wanted.grace)
         self._tell()
+        if self._unfit and reason is not StopReason.FAILED:
+            return StopReason.DIVERGED
         return reason if saved or reason in (StopReason.DIVERGED, StopReason.FAILED) else StopReason.UNSAVED
 
     def _tell(self) -> None:
@@ -72,6 +83,9 @@ class Saving:
             news = self.saver.news.popleft()
             if news.text:
                 self.loop.tell("checkpoint", f"The checkpoint of step {news.step}: {news.text}.")
+            elif news.unfit:
+                self._unfit = True
+                self.loop.tell("not saved", news.failed, {"failed": news.step})
             elif news.failed:
                 self._failing = True
                 self.loop.tell(
@@ -85,6 +99,12 @@ class Saving:
                 self.loop.tell("saved again", f"Checkpoints are saved again: step {news.step}.")
 
     def _before(self, job: Job) -> None:
+        if fault := unfit(job.snapshot, self._trained):
+            raise Unfit(
+                f"The state of step {job.step} is not saved.",
+                f"{fault}.",
+                "The checkpoints before it stay as they are; lower optimizer.lr.",
+            )
         self.lines.make_durable(int(job.snapshot.facts["records_bytes"]))
 
     def _retain(self, job: Job) -> None:

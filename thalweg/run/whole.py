@@ -16,6 +16,7 @@ from thalweg.checkpoint import FolderLock, Snapshot, write_file
 from thalweg.core import (
     CheckpointError,
     Evaluation,
+    FeedState,
     Plan,
     Recipe,
     Record,
@@ -24,7 +25,7 @@ from thalweg.core import (
     StopReason,
     Task,
 )
-from thalweg.engine import GIVE_UP_AFTER, Loop, Resolved, build, evaluate, resolve
+from thalweg.engine import Loop, Resolved, build, evaluate, resolve
 from thalweg.engine.memory import PeakWatch, begun
 from thalweg.engine.signals import Asked, asked_to_end, exit_code
 from thalweg.regularize import PreciseStatistics, set_factors
@@ -160,7 +161,7 @@ class _Run:
 
     def go(self, resume: Resume = False, accept: Sequence[str] = ()) -> Result:
         earlier = self._open(resume, accept)
-        resolved = resolve(self.task, self.recipe, saved=earlier.plan)
+        resolved = resolve(self.task, self.recipe, saved=earlier.plan, begins=earlier.snapshot is None)
         try:
             with asked_to_end(resolved.plan.recipe.checkpoint.grace) as asked:
                 return self._train(resolved, earlier, asked)
@@ -189,6 +190,7 @@ class _Run:
         precise = self._precise(resolved)
         evaluation = self._evaluation(resolved, step, precise, asked)
         loop = Loop(plan, step, resolved.feed, sinks, evaluate=evaluation, stop=asked)
+        resolved.feed.tell, resolved.feed.stop = loop.tell, asked
         keeper = BestWeights(step.state, precise) if plan.recipe.evaluate.patience else None
         saving = None
         if self.folder and self.lines is not None:
@@ -290,9 +292,13 @@ class _Run:
         loop.ranking = [(value, at) for value, at in facts["ranking"]]
         loop.early.restore(facts["early"])
         loop.owed = bool(facts.get("owed", False)) and loop.evaluate is not None
-        loop.streak = facts["streak"] % GIVE_UP_AFTER  # one that gave up gets another try
+        loop.streak = facts["streak"] % loop.plan.recipe.guard.patience  # one that gave up gets another try
         if keeper is not None:
             keeper.values = dict(snapshot.groups.get("best", {}))
+        loop.guard.restore(snapshot)
+        if "feed" in facts:
+            state = FeedState(facts["feed"], dict(snapshot.groups.get("feed", {})))
+            loop.feed.restore(loop.step.state.step, state)
 
     def _sinks(self, snapshot: Snapshot | None) -> list[Sink]:
         sinks: list[Sink] = [self.memory]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import sys
 import time
@@ -99,9 +100,11 @@ class Terminal:
         elif time.monotonic() - self._line_at > _LINE_SECONDS or last.step == self.plan.steps:
             self._line_at = time.monotonic()
             self.console.print(f"step {last.step}/{self.plan.steps}  {figures}", soft_wrap=True)
-        skipped = [r.step for r in records if r.skipped]
-        if skipped and self.plan.recipe.precision != "fp16":
-            self.console.print(f"[yellow]step {skipped[0]}: the gradient is not finite; the step is skipped[/yellow]")
+        skipped = next((r for r in records if r.skipped), None)
+        if skipped is not None and self.plan.recipe.precision != "fp16":
+            finite = math.isfinite(skipped.loss) and math.isfinite(skipped.grad_norm)
+            why = "the loss or the gradient is far out of line" if finite else "the gradient is not finite"
+            self.console.print(f"[yellow]step {skipped.step}: {why}; the step is skipped[/yellow]")
 
     def evaluation(self, evaluation: Evaluation) -> None:
         if evaluation.best:

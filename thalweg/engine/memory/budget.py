@@ -93,7 +93,7 @@ def fit(
 def ways(recipe: Recipe) -> Iterator[Recipe]:
     """Every way to fill what is open, possible or not. Without a budget that is the micro-batch alone."""
     budget, optimizer, micro = recipe.memory_budget is not None, recipe.optimizer, recipe.train.micro_batch
-    clips = bool(recipe.train.clip or recipe.train.clip_history) or recipe.precision == "fp16"
+    clips = bool(recipe.train.clip or recipe.train.clip_history) or recipe.precision == "fp16" or recipe.guard.active
 
     def open_(given: Any, plain: Any, *others: Any) -> list[Any]:
         return [given] if given is not None else [plain, *others] if budget else [plain]

@@ -1,0 +1,96 @@
+"""What a worker sends comes as it was, and is whole whatever becomes of the sender."""
+
+from __future__ import annotations
+
+import os
+import socket
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import numpy as np
+import pytest
+import torch
+
+from thalweg.data import parcels
+
+
+class Pair(NamedTuple):
+    x: Any
+    y: Any
+
+
+class Bag(dict):
+    """A mapping of a user's own."""
+
+
+@pytest.fixture
+def link() -> Iterator[tuple[socket.socket, socket.socket]]:
+    ours, theirs = socket.socketpair()
+    with ours, theirs:
+        yield ours, theirs
+
+
+TENSORS = [
+    torch.arange(6).reshape(2, 3),
+    torch.tensor(2.5, dtype=torch.float64),
+    torch.zeros(0, 3),
+    torch.tensor([True, False]),
+    torch.tensor([1, 65535], dtype=torch.uint16),
+    torch.arange(3).to(torch.bfloat16),
+    torch.tensor([1 + 2j]),
+    torch.tensor([1 + 2j]).conj(),
+    torch.arange(12.0).reshape(3, 4).t(),
+    torch.arange(10)[1::2],
+    torch.zeros(1, 3).expand(4, 3),
+    torch.randn(2, 3, 4, 5, generator=torch.Generator().manual_seed(0)).to(memory_format=torch.channels_last),
+    torch.randn(3, generator=torch.Generator().manual_seed(0)).to(torch.float8_e4m3fn),
+    torch.eye(3).to_sparse(),
+]
+
+
+@pytest.mark.parametrize("tensor", TENSORS, ids=range(len(TENSORS)))
+def test_tensors_come_as_they_were(tensor: torch.Tensor, link: Any) -> None:
+    parcels.send(link[0], {"x": tensor})
+    got = parcels.receive(link[1])["x"]
+    assert got.dtype == tensor.dtype and got.shape == tensor.shape and got.layout == tensor.layout
+    assert str(got.to_dense()) == str(tensor.to_dense())
+    if (
+        tensor.layout == torch.strided
+        and tensor.numel()
+        and 0 not in tensor.stride()
+        and tensor.clone().stride() == tensor.stride()
+    ):
+        assert got.stride() == tensor.stride()  # other strides are other kernels, and other bits
+
+
+def test_trees_of_all_kinds_come_as_they_were(link: Any) -> None:
+    batch = Bag(a=Pair(torch.ones(3), [np.arange(4), "text"]), b=(None, np.array(["x", "yz"]), b"raw" * 1000))
+    parcels.send(link[0], batch)
+    got = parcels.receive(link[1])
+    assert type(got) is Bag and type(got["a"]) is Pair and got["a"].x.tolist() == [1, 1, 1]
+    assert (
+        got["a"].y[0].tolist() == [0, 1, 2, 3] and got["b"][1].tolist() == ["x", "yz"] and got["b"][2] == b"raw" * 1000
+    )
+    got["a"].x[0] = 7  # a loss may change what it is given
+    got["a"].y[0][0] = 7
+    assert got["a"].x.tolist() == [7, 1, 1] and got["a"].y[0].tolist() == [7, 1, 2, 3]
+    assert batch["a"].x.tolist() == [1, 1, 1]
+
+
+def test_what_was_sent_is_whole_when_the_sender_is_gone(link: Any) -> None:
+    """Larger than any socket's buffer; the sender need not wait for the receiver."""
+    for number in range(3):
+        parcels.send(link[0], torch.full((1_000_000,), number))
+    link[0].close()
+    assert [int(parcels.receive(link[1])[-1]) for _ in range(3)] == [0, 1, 2]
+    with pytest.raises(EOFError):
+        parcels.receive(link[1])
+
+
+def test_batches_that_are_kept_hold_no_file_descriptors(link: Any) -> None:
+    before = len(os.listdir("/dev/fd"))
+    kept = []
+    for _ in range(20):
+        parcels.send(link[0], torch.zeros(10))
+        kept.append(parcels.receive(link[1]))
+    assert len(os.listdir("/dev/fd")) == before
