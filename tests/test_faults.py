@@ -55,11 +55,18 @@ def test_one_failure_in_many_is_told(
 ) -> None:
     """What the table says, what is kept, and the exit code."""
     kept: list[Any] = []
-    monkeypatch.setattr(command, "FAULTS", [Fault("kill", "made for this test", _broken, 3, 2)])
+    monkeypatch.setattr(
+        command,
+        "FAULTS",
+        [Fault("kill", "made for this test", _broken, 3, 2), Fault("rot", "of another day", _broken, 1, 1)],
+    )
+    monkeypatch.setattr(command, "RESULTS", tmp_path)
+    (tmp_path / "faults.json").write_text(json.dumps({"rows": [{"family": "rot", "fault": "of another day", "n": 7}]}))
     monkeypatch.setattr(command, "keep", lambda name, rows, line: kept.append((name, rows, line)))
     assert command.main(["kill"]) == 1
     assert "2 of 3" in (out := capsys.readouterr().out) and "try 1: AssertionError: lost" in out
     name, rows, line = json.loads(json.dumps(kept[0]))
+    assert [row["n"] for row in rows] == [3, 7] and rows[0]["command"] == line, "what was kept of others stays"
     assert (name, line) == ("faults", "python -m tests.faults kill")
     assert (rows[0]["n"], rows[0]["passed"], len(rows[0]["failures"])) == (3, 2, 1)
     assert rows[0]["failures"][0].startswith("try 1: AssertionError: lost")

@@ -3,12 +3,27 @@
 from __future__ import annotations
 
 import argparse
+import json
+import subprocess
 import sys
+from datetime import date
+from typing import Any
 
-from benchmarks.keep import keep
+from benchmarks.keep import RESULTS, keep
 from tests.faults.core import FAULTS, Row
 from tests.faults.server import close_shared_server
 from tests.faults.table import FAMILIES, printed
+
+
+def merged(rows: list[Row], command: str) -> list[dict[str, Any]]:
+    """These rows in the place of the kept ones of the same faults; each says when and how it came to be."""
+    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False)
+    how = {"command": command, "commit": commit.stdout.strip(), "date": date.today().isoformat()}
+    file = RESULTS / "faults.json"
+    kept = json.loads(file.read_text())["rows"] if file.exists() else []
+    by_fault = {(row["family"], row["fault"]): row for row in [*kept, *({**vars(row), **how} for row in rows)]}
+    order = [(fault.family, fault.name) for fault in FAULTS]
+    return [by_fault[name] for name in order if name in by_fault]
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -33,7 +48,7 @@ def main(arguments: list[str] | None = None) -> int:
         close_shared_server()
     if not asked.no_keep:
         command = " ".join(["python -m tests.faults", *(sys.argv[1:] if arguments is None else arguments)])
-        keep("faults", [vars(row) for row in rows], command)
+        keep("faults", merged(rows, command), command)
     return 0 if all(row.good for row in rows) else 1
 
 

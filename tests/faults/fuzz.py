@@ -7,6 +7,7 @@ import json
 import shutil
 import string
 import traceback
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -18,13 +19,15 @@ from hypothesis import strategies as st
 from tests.faults.core import Given, Row, fault
 from tests.faults.crafted import sign, with_header
 from tests.faults.hostile import SMALL, TASK, bounded, read_or_refused
-from tests.faults.runs import command
+from tests.faults.runs import SETTINGS, command
 from tests.faults.samples import snapshot
 from tests.faults.server import shared_server
+from tests.faults.tasks import items
 from thalweg.checkpoint import Store
 from thalweg.core import Recipe
+from thalweg.recipes import recipe_for
 from thalweg.report import write_report
-from thalweg.run import RunFolder
+from thalweg.run import RunFolder, train_task
 from thalweg.run.facts import check_snapshot
 
 NAMES = st.one_of(
@@ -246,3 +249,26 @@ def facts(row: Row, given: Given) -> None:
         sign(folder)
 
     _checkpoint(row, given, "state.json", texts(tree), make)
+
+
+@fault("state.json of a run, signed, resumed", times=300, quick=20)
+def resumed(row: Row, given: Given) -> None:
+    changes = {**SMALL, "guard.nonfinite": "rewind", "guard.every": 2}
+    running = shared_server().start(command(TASK, given.folder, "good", **changes), given.folder / "good.log")
+    assert running.ended() == 0, running.text()
+    folder, kept = given.folder / "good", given.folder / "kept"
+    shutil.copytree(folder, kept)
+    one = folder / "checkpoints" / "step-00000006"
+    tree = json.loads((one / "state.json").read_text())
+
+    def act(data: bytes) -> None:
+        shutil.rmtree(folder)
+        shutil.copytree(kept, folder)
+        (one / "state.json").write_bytes(data)
+        sign(one)
+        recipe = recipe_for(items).override({**SETTINGS[TASK], **changes})
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            train_task(items, recipe, folder=folder, resume=True)
+
+    fuzz(row, given, texts(tree), act)

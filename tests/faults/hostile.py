@@ -142,7 +142,7 @@ def _a_run(given: Given) -> Path:
     return given.folder / "good"
 
 
-@fault("a run resumed from hostile checkpoints, by the command line", times=1, quick=1)
+@fault("hostile checkpoints, resumed, shown, verified, pruned, converted by the command line", times=1, quick=1)
 def resumed(row: Row, given: Given) -> None:
     """Exit code 2 and an error, or the good one is taken: never a traceback."""
     good = _a_run(given)
@@ -155,11 +155,25 @@ def resumed(row: Row, given: Given) -> None:
         shutil.copytree(good, folder)
         with row.trial(what), bounded(60):
             attack(folder / "checkpoints" / "step-00000006")
-            code, text = said(command(TASK, given.folder, "attacked", **SMALL))
-            assert code in (0, 2) and "Traceback" not in text, (code, text)
-            assert code == 0 or text.count("\n  ") >= 2, text
-            assert MARK not in tree_of(given.folder), "a pickle was run"
-            row.count(f"exit code {code}")
+            where, one = str(folder), str(folder / "checkpoints" / "step-00000006")
+            out = str(given.folder / "converted.safetensors")
+            looks = {
+                "show": ["checkpoint", "show", where],
+                "show one": ["checkpoint", "show", one],
+                "verify": ["checkpoint", "verify", where],
+                "convert": ["checkpoint", "convert", one, out, "--force"],
+                "prune": ["checkpoint", "prune", where, "--last", "1", "--dry-run"],
+                "weights": ["train", TASK, "--weights", one, "--set", "train.steps=1", "--name", "new"],
+            }
+            looks["weights"] += ["--runs", str(given.folder / f"with-{row.n}"), "--quiet"]
+            chosen_looks = given.draw.sample(list(looks), 1) if given.quick else looks
+            for name in [*chosen_looks, "train"]:
+                code, text = said(looks.get(name) or command(TASK, given.folder, "attacked", **SMALL))
+                assert code in (0, 1, 2) and "Traceback" not in text, (name, code, text)
+                assert code != 2 or text.count("\n  ") >= 2, (name, text)
+                assert code != 1 or name == "verify", (name, text)  # 1: it has found one that is damaged
+                assert MARK not in tree_of(given.folder), f"a pickle was run by {name}"
+                row.count(f"exit code {code}")
         shutil.rmtree(folder)
 
 

@@ -6,7 +6,20 @@ import importlib
 
 from tests.faults.core import Row
 
-FAMILIES = ("kill", "power", "powercut", "rot", "full", "signals", "poison", "owner", "workers", "hostile", "fuzz", "order")
+FAMILIES = (
+    "kill",
+    "power",
+    "powercut",
+    "rot",
+    "full",
+    "signals",
+    "poison",
+    "owner",
+    "workers",
+    "hostile",
+    "fuzz",
+    "order",
+)
 
 for _name in FAMILIES:
     importlib.import_module(f"tests.faults.{_name}")

@@ -28,6 +28,10 @@ def check_snapshot(snapshot: Snapshot, folder: Path) -> None:
         raise _not_ours(folder, f"early is {str(facts.get('early'))[:60]!r}")
     if not isinstance(most, dict) or not all(map(_is_count, most.values())):
         raise _not_ours(folder, f"most_samples is {str(most)[:60]!r}")
+    guard = facts.get("guard", {"rewinds": 0, "steps": {}})
+    steps = guard.get("steps") if isinstance(guard, dict) and _is_count(guard.get("rewinds")) else None
+    if not isinstance(steps, dict) or not all(stem in snapshot.groups and _is_count(at) for stem, at in steps.items()):
+        raise _not_ours(folder, f"guard is {str(guard)[:60]!r}")
 
 
 def _is_count(value: Any) -> bool:
