@@ -12,10 +12,12 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 
 from thalweg.checkpoint import FolderLock, Snapshot, Store, write_file
 from thalweg.core import (
+    VERSION,
     CheckpointError,
     Evaluation,
     Plan,
@@ -28,6 +30,8 @@ from thalweg.core import (
 )
 from thalweg.engine import GIVE_UP_AFTER, Loop, Resolved, build, evaluate, evaluated_weights, resolve
 from thalweg.engine.memory import PeakWatch, begun
+from thalweg.engine.together import same_state
+from thalweg.parallel import Ranks, check_equal, join, on_first
 from thalweg.regularize import PreciseStatistics, set_factors
 from thalweg.report import write_report
 from thalweg.watch import JsonLines, Memory
@@ -102,17 +106,26 @@ def train_task(
     sinks: Sequence[Sink] = (),
 ) -> Result:
     """Train a task; see ``train``."""
+    ranks = join()
+    if folder is None and resume:
+        raise RunFolderError("resume needs a run folder.", "folder is None.", "Give the folder of the run.")
+    if ranks.world > 1:
+        check_equal(ranks, "another recipe or program", _held(recipe), "Start all ranks with the same command.")
     if folder is None:
-        if resume:
-            raise RunFolderError("resume needs a run folder.", "folder is None.", "Give the folder of the run.")
-        return _Run(task, recipe, None, sinks).go()
+        return _Run(task, recipe, None, sinks, ranks, None).go()
     path = Path(folder)
     lock = FolderLock(path)
-    lock.acquire()
     try:
-        return _Run(task, recipe, RunFolder(path), sinks).go(resume)
+        on_first(ranks, lock.acquire)
+        here = RunFolder(path) if ranks.is_first else None  # the other ranks write nothing, and read nothing there
+        return _Run(task, recipe, here, sinks, ranks, path).go(resume)
     finally:
         lock.release()
+
+
+def _held(recipe: Recipe) -> list[str]:
+    """What ranks must have in common, one thing a line."""
+    return [f"thalweg {VERSION}", f"torch {torch.__version__}", *recipe.to_toml().splitlines()]
 
 
 class RunFolder:
@@ -191,27 +204,58 @@ def choose_folder(runs: Path, name: str | None, task: str, *, resume: bool) -> P
 
 
 class _Run:
-    """One process's part of a run."""
+    """One process's part of a run.
 
-    def __init__(self, task: Task, recipe: Recipe, folder: RunFolder | None, sinks: Sequence[Sink]) -> None:
-        self.task, self.recipe, self.folder = task, recipe, folder
+    Args:
+        folder: where it writes; None on all ranks but the first.
+        path: of the run's folder, which all may know.
+    """
+
+    def __init__(
+        self,
+        task: Task,
+        recipe: Recipe,
+        folder: RunFolder | None,
+        sinks: Sequence[Sink],
+        ranks: Ranks,
+        path: Path | None,
+    ) -> None:
+        self.task, self.recipe, self.folder, self.ranks, self.path = task, recipe, folder, ranks, path
         self.memory = Memory()
         self.lines: JsonLines | None = None
-        self.given_sinks = list(sinks)
+        self.given_sinks = list(sinks) if ranks.is_first else []
 
     def go(self, resume: Resume = False) -> Result:
-        snapshot, told = self._open(resume)
-        saved = self.folder.saved_plan() if self.folder and resume is not False else None
-        resolved = resolve(self.task, self.recipe, saved=saved)
+        ranks = self.ranks
+        snapshot, told = ranks.together(lambda: self._open(resume))
+        saved = ranks.together(
+            lambda: self.folder.saved_plan() if self.folder and resume is not False else None,
+        )
+        resolved = self._resolved(saved)
+        ranks.use(resolved.device)
         try:
             return self._train(resolved, saved, snapshot, told, resume)
         finally:
             resolved.prepared.undo()
 
+    def _resolved(self, saved: Plan | None) -> Resolved:
+        """The plan; on ranks the first one measures and decides, and the others take it over."""
+        ranks = self.ranks
+        decided = on_first(ranks, lambda: resolve(self.task, self.recipe, saved=saved, ranks=ranks))
+        if ranks.world == 1:
+            assert decided is not None
+            return decided
+        plan = Plan.from_json(ranks.from_first("" if decided is None else decided.plan.to_json()))
+        resolved = ranks.together(lambda: decided or resolve(self.task, self.recipe, saved=plan, ranks=ranks))
+        rows = [f"{row.name} {list(row.shape)} by {row.rule}" for row in resolved.plan.parameters]
+        check_equal(ranks, "another model", rows, "Let the model not hang on the rank.")
+        return resolved
+
     def _train(
         self, resolved: Resolved, saved: Plan | None, snapshot: Snapshot | None, told: list[str], resume: Resume
     ) -> Result:
-        step = build(resolved.plan, resolved.model, resolved.loss, resolved.device, resolved.policy)
+        ranks = self.ranks
+        step = build(resolved.plan, resolved.model, resolved.loss, resolved.device, resolved.policy, ranks)
         plan = replace(resolved.plan, sizes=step.state.nbytes())
         if saved is None:
             if plan.ledger is not None:
@@ -222,6 +266,7 @@ class _Run:
             write_file(self.folder.recipe_file, self.recipe.to_toml().encode())
         if snapshot is not None:
             step.state.load(snapshot)
+        snapshot, others = same_state(step.state, snapshot, ranks)
         if self.folder:
             # All checks are behind us and the run goes on from here: what lies ahead of it is another's.
             self.folder.store.remove_after(step.state.step)
@@ -230,7 +275,8 @@ class _Run:
         watch = None if plan.ledger is None else PeakWatch(plan.ledger, resolved.device)
         with _asked_to_stop() as stop:
             precise = self._precise(resolved)
-            loop = Loop(plan, step, resolved.feed, sinks, evaluate=self._evaluation(resolved, step, precise), stop=stop)
+            evaluation = self._evaluation(resolved, step, precise)
+            loop = Loop(plan, step, resolved.feed, sinks, evaluate=evaluation, stop=stop, ranks=ranks)
             keeper = BestWeights(step.state, precise) if plan.recipe.evaluate.patience else None
             loop.save = lambda: self._save(loop, keeper)
             if keeper is not None:
@@ -248,6 +294,8 @@ class _Run:
                 loop.measured = watch.told
             for text in told:
                 loop.tell("checkpoint passed over", text)
+            for text in others:
+                loop.tell("ranks", text)
             reason = StopReason.FAILED
             try:
                 reason = loop.run()
@@ -271,8 +319,8 @@ class _Run:
             outcome = {"reason": reason.value, "advice": reason.advice, "sample": sample}
             write_file(self.folder.path / "outcome.json", json.dumps(outcome).encode())
             write_report(self.folder.path)
-        path = self.folder.path if self.folder else None
-        return Result(reason, step.state.model, plan, self.memory.records, self.memory.evaluations, path, sample)
+        ranks.wait()  # what the first rank writes is there
+        return Result(reason, step.state.model, plan, self.memory.records, self.memory.evaluations, self.path, sample)
 
     def _open(self, resume: Resume) -> tuple[Snapshot | None, list[str]]:
         """The snapshot to go on from, and what to tell of damaged ones."""
@@ -321,7 +369,7 @@ class _Run:
             with resolved.policy.context(resolved.device):
                 resolved.loss(model, batch)
 
-        return PreciseStatistics(resolved.model, batches, forward, seed=recipe.seed)
+        return PreciseStatistics(resolved.model, batches, forward, seed=recipe.seed, group=self.ranks.group)
 
     def _evaluation(
         self, resolved: Resolved, step: Any, precise: PreciseStatistics | None
@@ -329,9 +377,16 @@ class _Run:
         test, wanted = resolved.test, resolved.plan.recipe.evaluate
         if test is None:
             return None
-        batch = wanted.batch or 1
+        batch, ranks = wanted.batch or 1, self.ranks
         return lambda: evaluate(
-            step.state, test, resolved.loss, self.task.metrics, resolved.policy, batch=batch, precise=precise
+            step.state,
+            test,
+            resolved.loss,
+            self.task.metrics,
+            resolved.policy,
+            batch=batch,
+            precise=precise,
+            ranks=ranks,
         )
 
     def _save(self, loop: Loop, keeper: BestWeights | None) -> None:
@@ -353,7 +408,7 @@ class _Run:
         )
 
     def _sample(self, model: nn.Module, reason: StopReason) -> str:
-        if self.task.sample is None or reason is not StopReason.FINISHED:
+        if self.task.sample is None or reason is not StopReason.FINISHED or not self.ranks.is_first:
             return ""
         model.eval()
         return self.task.sample(model)

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from thalweg import __version__
-from thalweg.core import RecipeError, RunFolderError, ThalwegError
+from thalweg.core import RanksError, RecipeError, RunFolderError, ThalwegError
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -20,13 +20,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     Returns:
         The exit code: 0 done, 2 a mistake in what was asked, 3 the run diverged, 130 interrupted and saved.
     """
-    asked = _parser().parse_args(_joined(sys.argv[1:] if arguments is None else list(arguments)))
+    words = sys.argv[1:] if arguments is None else list(arguments)
+    asked = _parser().parse_args(_joined(words))
+    asked.words = words
     try:
         code = int(asked.run(asked))
         sys.stdout.flush()  # a reader who has gone is noticed here, not when Python ends
         return code
     except ThalwegError as err:
-        print(f"error: {err}", file=sys.stderr)
+        if not (isinstance(err, RanksError) and err.told):  # another rank says it
+            print(f"error: {err}", file=sys.stderr)
         return 2
     except BrokenPipeError:  # nobody reads our output any more; Python would complain once more when it flushes
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -73,6 +76,10 @@ def _parser() -> argparse.ArgumentParser:
         "--then",
         metavar="SCHEDULE",
         help="with --from: the rate's schedule (default: cooldown())",
+    )
+    train.add_argument("--ranks", metavar="N", help="train in N processes on this machine (docs/ranks.md)")
+    train.add_argument(
+        "--ranks-timeout", metavar="SECONDS", help="give up a rank that does not answer for so long (default: 300)"
     )
     train.set_defaults(run=_train)
 
@@ -135,28 +142,76 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _train(asked: argparse.Namespace) -> int:
+    _check_words(asked)
+    num = None if asked.ranks is None else _whole(asked.ranks, "--ranks", "number of processes")
+    timeout = 300 if asked.ranks_timeout is None else _whole(asked.ranks_timeout, "--ranks-timeout", "time")
+    if num is not None and "RANK" not in os.environ:
+        from thalweg.parallel import launch
+
+        return launch(asked.words, num)
+    from thalweg.parallel import join
+
+    ranks = join(timeout)
+    if num is not None and num != ranks.world:
+        raise RecipeError(
+            f"--ranks {num} is not what was started.",
+            f"A launcher made this process one of {ranks.world} ranks.",
+            "Leave --ranks out under torchrun.",
+        )
+    code = _train_here(asked, ranks)
+    ranks.leave()
+    return code
+
+
+def _check_words(asked: argparse.Namespace) -> None:
+    """Refuse what does not go together, before any process is started."""
+    for text in asked.set:
+        _pair(text)
+    if asked.resume not in (None, "newest"):
+        _whole(asked.resume)
+    if asked.source is None:
+        if asked.more or asked.from_step or asked.then:
+            raise RecipeError(
+                "--more, --from-step and --then go with --from.",
+                "No other run is named.",
+                "Name it: --from runs/digits.",
+            )
+        return
+    if asked.set or asked.recipe or asked.resume is not None:
+        raise RecipeError(
+            "--from goes on with the other run's recipe.",
+            "--set, --recipe or --resume was given too.",
+            "Leave them out; --then changes the schedule of the rate.",
+        )
+    if asked.more is None:
+        raise RecipeError("--from does not say for how long.", "--more is missing.", "Add --more 100.")
+
+
+def _train_here(asked: argparse.Namespace, ranks: Any) -> int:
+    """This process's part of a run: all of it, where there is one rank."""
     changes = dict(_pair(text) for text in asked.set)
     from thalweg.recipes import find_task, short_name
 
-    task = find_task(asked.task)
+    task = ranks.together(lambda: find_task(asked.task))
     if asked.source is not None:
-        return _train_on(asked, task, short_name(asked.task))
-    if asked.more or asked.from_step or asked.then:
-        raise RecipeError(
-            "--more, --from-step and --then go with --from.", "No other run is named.", "Name it: --from runs/digits."
-        )
-    recipe = _recipe_of(task, asked.recipe).override(changes)
+        return _train_on(asked, task, short_name(asked.task), ranks)
+    recipe = ranks.together(lambda: _recipe_of(task, asked.recipe).override(changes))
+    from thalweg.parallel import on_first
     from thalweg.run import RunFolder, choose_folder, train_task
     from thalweg.watch import Terminal
 
     resume: bool | int = False
     if asked.resume is not None:
         resume = True if asked.resume == "newest" else _whole(asked.resume)
-    folder = choose_folder(Path(asked.runs), asked.name, short_name(asked.task), resume=resume is not False)
-    if resume is not False and not asked.recipe and not changes:
-        recipe = RunFolder.recipe_in(folder)
+
+    def chosen() -> tuple[Path, Any]:
+        folder = choose_folder(Path(asked.runs), asked.name, short_name(asked.task), resume=resume is not False)
+        own = resume is not False and not asked.recipe and not changes
+        return folder, RunFolder.recipe_in(folder) if own else recipe
+
+    folder, recipe = ranks.from_first(on_first(ranks, chosen))
     result = train_task(task, recipe, folder=folder, resume=resume, sinks=[Terminal(verbose=not asked.quiet)])
-    return _ended(asked, result, folder)
+    return _ended(asked, result, folder, ranks)
 
 
 def _plan(asked: argparse.Namespace) -> int:
@@ -204,21 +259,13 @@ def _recipe_of(task: Any, file: str | None) -> Any:
     return Recipe.from_file(file, base=recipe_for(task)) if file else recipe_for(task)
 
 
-def _train_on(asked: argparse.Namespace, task: Any, name: str) -> int:
+def _train_on(asked: argparse.Namespace, task: Any, name: str, ranks: Any) -> int:
     """A new run that goes on from a checkpoint of another."""
-    if asked.set or asked.recipe or asked.resume is not None:
-        raise RecipeError(
-            "--from goes on with the other run's recipe.",
-            "--set, --recipe or --resume was given too.",
-            "Leave them out; --then changes the schedule of the rate.",
-        )
-    if asked.more is None:
-        raise RecipeError("--from does not say for how long.", "--more is missing.", "Add --more 100.")
     from thalweg.branch import continue_run
     from thalweg.run import choose_folder
     from thalweg.watch import Terminal
 
-    folder = choose_folder(Path(asked.runs), asked.name, name, resume=False)
+    folder = ranks.from_first(choose_folder(Path(asked.runs), asked.name, name, resume=False))
     result = continue_run(
         task,
         asked.source,
@@ -228,11 +275,13 @@ def _train_on(asked: argparse.Namespace, task: Any, name: str) -> int:
         at=None if asked.from_step is None else _whole(asked.from_step, "--from-step"),
         sinks=[Terminal(verbose=not asked.quiet)],
     )
-    return _ended(asked, result, folder)
+    return _ended(asked, result, folder, ranks)
 
 
-def _ended(asked: argparse.Namespace, result: Any, folder: Path) -> int:
+def _ended(asked: argparse.Namespace, result: Any, folder: Path, ranks: Any) -> int:
     """What is left to say of a run."""
+    if not ranks.is_first:
+        return int(result.reason.exit_code)
     if result.sample:
         print(f"\n{result.sample}\n")
     print(f"report: {folder / 'report.html'}")
@@ -240,6 +289,7 @@ def _ended(asked: argparse.Namespace, result: Any, folder: Path) -> int:
         again = ["thalweg", "train", asked.task, "--resume"]
         again += ["--name", asked.name] if asked.name else []
         again += ["--runs", asked.runs] if asked.runs != "runs" else []
+        again += ["--ranks", asked.ranks] if asked.ranks else []
         print(f"to go on: {' '.join(again)}")
     return int(result.reason.exit_code)
 
@@ -253,10 +303,10 @@ def _pair(text: str) -> tuple[str, str]:
     return path.strip(), value.strip()
 
 
-def _whole(text: str, option: str = "--resume") -> int:
+def _whole(text: str, option: str = "--resume", what: str = "step") -> int:
     if not text.isdecimal():
         raise RunFolderError(
-            f"{option} {text} names no step.", "A step is a whole number.", f"Give one, such as {option} 120."
+            f"{option} {text} names no {what}.", f"A {what} is a whole number.", f"Give one, such as {option} 120."
         )
     return int(text)
 

@@ -8,6 +8,7 @@ from thalweg.core.errors import (
     MissingExtra,
     ModelError,
     OutOfMemoryError,
+    RanksError,
     RecipeError,
     RunFolderError,
     TaskError,
@@ -23,6 +24,7 @@ from thalweg.core.record import Evaluation, Event, Record, StopReason, read_line
 from thalweg.core.registry import Registry
 from thalweg.core.streams import seed_for
 from thalweg.core.units import human_bytes, human_count, human_seconds, to_bytes
+from thalweg.core.version import VERSION
 
 __all__ = [
     "Change",
@@ -44,6 +46,7 @@ __all__ = [
     "OutOfMemoryError",
     "ParameterRow",
     "Plan",
+    "RanksError",
     "Recipe",
     "RecipeError",
     "Record",
@@ -55,6 +58,7 @@ __all__ = [
     "Task",
     "TaskError",
     "ThalwegError",
+    "VERSION",
     "ParameterGroup",
     "did_you_mean",
     "divisors",

@@ -20,6 +20,9 @@ from thalweg.data.sources import Items, Source, Stream
 from thalweg.data.trees import split, tensors, to_device, tree_map
 
 Augment = Callable[[Any, Callable[[int], Tensor]], Any]
+#: (which, of how many): of the micro-batches of each window, every ``of how many``-th from number ``which`` on.
+Share = tuple[int, int]
+WHOLE: Share = (0, 1)
 _AHEAD_BYTES = 4 << 20  # gathered at once from memory, then handed out as slices
 
 
@@ -34,11 +37,13 @@ def make_feed(
     workers: int = 0,
     augment: Augment | None = None,
     sizes: Sequence[int] | None = None,
+    share: Share = WHOLE,
 ) -> Feed:
     """The feed for a source. Equal arguments give equal windows, from whatever step they are asked.
 
     Args:
         sizes: samples in the window of each step, where they change; none is larger than ``batch``.
+        share: which micro-batches of each window are read; a window may have none of them.
 
     Raises:
         DataError: for ``augment`` with data that is read sample by sample.
@@ -51,12 +56,29 @@ def make_feed(
         )
     if isinstance(source, Stream):
         return StreamFeed(
-            source, batch=batch, micro_batch=micro_batch, seed=seed, keep_last=keep_last, device=device, sizes=sizes
+            source,
+            batch=batch,
+            micro_batch=micro_batch,
+            seed=seed,
+            keep_last=keep_last,
+            device=device,
+            sizes=sizes,
+            share=share,
         )
     order = Order(len(source), batch, seed=seed, keep_last=keep_last, sizes=sizes)
     if isinstance(source, Items):
-        return ItemFeed(source, order, micro_batch=micro_batch, seed=seed, device=device, workers=workers)
-    return MemoryFeed(source, order, micro_batch=micro_batch, seed=seed, device=device, augment=augment)
+        return ItemFeed(source, order, micro_batch=micro_batch, seed=seed, device=device, workers=workers, share=share)
+    return MemoryFeed(source, order, micro_batch=micro_batch, seed=seed, device=device, augment=augment, share=share)
+
+
+def micro_batches(num: int, micro_batch: int, share: Share) -> range:
+    """Where the micro-batches of a share begin, in a window of ``num`` samples.
+
+    >>> [list(micro_batches(10, 4, (rank, 2))) for rank in (0, 1)]
+    [[0, 8], [4]]
+    """
+    which, of = share
+    return range(which * micro_batch, num, of * micro_batch)
 
 
 class MemoryFeed:
@@ -71,9 +93,10 @@ class MemoryFeed:
         seed: int,
         device: torch.device,
         augment: Augment | None = None,
+        share: Share = WHOLE,
     ) -> None:
         self.source, self.order, self.micro_batch, self.seed = source, order, micro_batch, seed
-        self.device, self.augment = device, augment
+        self.device, self.augment, self.share = device, augment, share
         one = source.gather(torch.zeros(1, dtype=torch.int64))
         sample_bytes = max(1, sum(t.numel() * t.element_size() for _, t in tensors(one)))
         self.ahead = max(1, min(64, _AHEAD_BYTES // (sample_bytes * order.batch)))
@@ -85,16 +108,26 @@ class MemoryFeed:
         step = start
         while step < stop:
             epoch, first = self.order.window(step)
-            parts = [first]
+            parts = [self._mine(first)]
             for later in range(step + 1, min(step + self.ahead, stop)):
                 if self.order.epoch_of(later) != epoch:
                     break
-                parts.append(self.order.window(later)[1])
+                parts.append(self._mine(self.order.window(later)[1]))
             yield from self._cut(epoch, parts)
             step += len(parts)
 
+    def _mine(self, indices: Indices) -> Indices:
+        """Those of a window's samples that lie in the micro-batches of the share: only the last of these may be short."""
+        if self.share == WHOLE:
+            return indices
+        starts = micro_batches(len(indices), self.micro_batch, self.share)
+        return np.concatenate([indices[:0], *(indices[at : at + self.micro_batch] for at in starts)])
+
     def _cut(self, epoch: int, parts: list[Indices]) -> Iterator[list[Any]]:
         indices = np.concatenate(parts)
+        if not len(indices):
+            yield from ([] for _ in parts)
+            return
         batch = self.source.gather(torch.from_numpy(indices))
         if self.augment is not None:
             key = seed_for(self.seed, "augment", epoch)
@@ -102,7 +135,7 @@ class MemoryFeed:
         batch = to_device(batch, self.device)
         at = 0
         for part in parts:
-            yield split(_slice(batch, at, at + len(part)), self.micro_batch)
+            yield split(_slice(batch, at, at + len(part)), self.micro_batch) if len(part) else []
             at += len(part)
 
 
@@ -182,10 +215,18 @@ class ItemFeed:
     """A map-style data set behind torch's own ``DataLoader``: one worker task is one micro-batch."""
 
     def __init__(
-        self, source: Items, order: Order, *, micro_batch: int, seed: int, device: torch.device, workers: int
+        self,
+        source: Items,
+        order: Order,
+        *,
+        micro_batch: int,
+        seed: int,
+        device: torch.device,
+        workers: int,
+        share: Share = WHOLE,
     ) -> None:
         self.source, self.order, self.micro_batch, self.seed = source, order, micro_batch, seed
-        self.device, self.workers = device, workers
+        self.device, self.workers, self.share = device, workers, share
 
     def epoch_of(self, step: int) -> int:
         return self.order.epoch_of(step)
@@ -202,7 +243,7 @@ class ItemFeed:
         )
         batches = iter(loader)
         for step in range(start, stop):
-            count = -(-len(self.order.window(step)[1]) // self.micro_batch)
+            count = len(micro_batches(len(self.order.window(step)[1]), self.micro_batch, self.share))
             yield [to_device(next(batches), self.device) for _ in range(count)]
 
 
@@ -211,12 +252,12 @@ class _Keys:
 
     def __init__(self, feed: ItemFeed, start: int, stop: int) -> None:
         self.order = copy.copy(feed.order)
-        self.micro_batch, self.start, self.stop = feed.micro_batch, start, stop
+        self.micro_batch, self.share, self.start, self.stop = feed.micro_batch, feed.share, start, stop
 
     def __iter__(self) -> Iterator[list[tuple[int, int]]]:
         for step in range(self.start, self.stop):
             epoch, indices = self.order.window(step)
-            for at in range(0, len(indices), self.micro_batch):
+            for at in micro_batches(len(indices), self.micro_batch, self.share):
                 yield [(epoch, int(i)) for i in indices[at : at + self.micro_batch]]
 
 
@@ -240,9 +281,10 @@ class StreamFeed:
         keep_last: bool,
         device: torch.device,
         sizes: Sequence[int] | None = None,
+        share: Share = WHOLE,
     ) -> None:
         self.source, self.batch, self.micro_batch, self.keep_last = source, batch, micro_batch, keep_last
-        self.seed, self.device, self.sizes = seed, device, sizes
+        self.seed, self.device, self.sizes, self.share = seed, device, sizes, share
 
     def epoch_of(self, step: int) -> int:
         return 0
@@ -252,7 +294,7 @@ class StreamFeed:
             return
         for step, samples in enumerate(self._cut()):
             if step >= start:
-                parts = range(0, len(samples), self.micro_batch)
+                parts = micro_batches(len(samples), self.micro_batch, self.share)
                 yield [self.collated(step, at, samples[at : at + self.micro_batch]) for at in parts]
             if step + 1 >= stop:
                 return
@@ -287,48 +329,6 @@ class StreamFeed:
         return read_stream(self.source, seed_for(self.seed, "stream", epoch))
 
 
-class ChangedFeed:
-    """A feed whose windows go through functions of (step, window) before they are trained on.
-
-    Args:
-        changes: each takes the step (from 0) and the window's micro-batches, and gives micro-batches.
-    """
-
-    def __init__(self, feed: Feed, changes: Sequence[Callable[[int, list[Any]], list[Any]]]) -> None:
-        self.feed, self.changes = feed, changes
-
-    def epoch_of(self, step: int) -> int:
-        return self.feed.epoch_of(step)
-
-    def windows(self, start: int, stop: int) -> Iterator[list[Any]]:
-        for step, window in enumerate(self.feed.windows(start, stop), start=start):
-            for change in self.changes:
-                window = change(step, window)
-            yield window
-
-
-def shortened(lengths: Sequence[int]) -> Callable[[int, list[Any]], list[Any]]:
-    """A change for ``ChangedFeed``: sequences are cut to ``lengths[step]``.
-
-    Cut are the tensors whose second dimension is that of the first tensor that has two; weights shrink with them.
-    """
-
-    def change(step: int, window: list[Any]) -> list[Any]:
-        return [_cut_sequences(batch, lengths[min(step, len(lengths) - 1)]) for batch in window]
-
-    return change
-
-
-def sequence_length(batch: Any) -> int:
-    """The second dimension of the first tensor that has two or more; 0 where none has."""
-    return next((t.shape[1] for _, t in tensors(batch) if t.ndim >= 2), 0)
-
-
-def _cut_sequences(batch: Any, length: int) -> Any:
-    whole = sequence_length(batch)
-    return tree_map(lambda t: t[:, :length] if t.ndim >= 2 and t.shape[1] == whole else t, batch)
-
-
 def read_stream(source: Stream, name: int) -> Iterator[Any]:
     """One pass over a stream; what it draws comes from the stream of random numbers called ``name``."""
     own = _OwnRandom(name)
@@ -343,12 +343,16 @@ def read_stream(source: Stream, name: int) -> Iterator[Any]:
         yield sample
 
 
-def held_out(source: Source, batch: int, device: torch.device) -> Iterator[Any]:
-    """All of a source once, in its own order, in batches; the last one may be short. The same each time it is asked."""
+def held_out(source: Source, batch: int, device: torch.device, share: Share = WHOLE) -> Iterator[Any]:
+    """All of a source once, in its own order, in batches; the last one may be short. The same each time it is asked.
+
+    Args:
+        share: which of the batches.
+    """
     if isinstance(source, Stream):
-        yield from _held_out_stream(source, batch, device)
+        yield from _held_out_stream(source, batch, device, share)
         return
-    for start in range(0, len(source), batch):
+    for start in micro_batches(len(source), batch, share):
         indices = range(start, min(start + batch, len(source)))
         if isinstance(source, Items):
             yield to_device(_Seeded(source, 0).__getitems__([(0, i) for i in indices]), device)
@@ -356,10 +360,11 @@ def held_out(source: Source, batch: int, device: torch.device) -> Iterator[Any]:
             yield to_device(source.gather(torch.tensor(indices, dtype=torch.int64)), device)
 
 
-def _held_out_stream(source: Stream, batch: int, device: torch.device) -> Iterator[Any]:
+def _held_out_stream(source: Stream, batch: int, device: torch.device, share: Share) -> Iterator[Any]:
     feed = StreamFeed(source, batch=batch, micro_batch=batch, seed=0, keep_last=True, device=device)
     samples = read_stream(source, seed_for(0, "held out"))
     place = 0
     while taken := list(itertools.islice(samples, batch)):
-        yield feed.collated(place, 0, taken)
+        if place % share[1] == share[0]:
+            yield feed.collated(place, 0, taken)
         place += 1

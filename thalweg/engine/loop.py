@@ -14,6 +14,7 @@ from thalweg.engine.memory.measured import STEPS
 from thalweg.engine.portions import Failure, in_update, spoken
 from thalweg.engine.step import FIELDS, RING, Step
 from thalweg.engine.stopping import EarlyStop
+from thalweg.parallel import ALONE, Ranks
 
 _FLUSH_SECONDS = 0.25
 GIVE_UP_AFTER = 50  # steps in a row without a finite gradient
@@ -27,6 +28,7 @@ class Loop:
         save: writes a checkpoint of this moment, told the facts to keep.
         stop: asked between steps: whether someone wants the run to end.
         best: told after an evaluation better than all before.
+        ranks: who trains; they end after the same step.
     """
 
     def __init__(
@@ -40,9 +42,11 @@ class Loop:
         save: Callable[[], None] = lambda: None,
         stop: Callable[[], bool] = lambda: False,
         best: Callable[[], None] = lambda: None,
+        ranks: Ranks = ALONE,
     ) -> None:
         self.plan, self.step, self.feed, self.sinks = plan, step, feed, sinks
         self.evaluate, self.save, self.stop, self.best = evaluate, save, stop, best
+        self.ranks, self.talk = ranks, ranks.talk()
         wanted = plan.recipe.evaluate
         self.early = EarlyStop(wanted.patience, wanted.goal or "min", wanted.min_delta)
         self.ranking: list[tuple[float, int]] = []  # (value of the chosen metric, step), best first
@@ -82,9 +86,10 @@ class Loop:
                 if self.early.is_over() and state.step < self.plan.steps:
                     self._save()
                     return self._end(StopReason.STOPPED_EARLY)
-                if self.streak >= GIVE_UP_AFTER:
+                diverged, asked = self._wishes()
+                if diverged:
                     return self._end(StopReason.DIVERGED)
-                if self.stop() and state.step < self.plan.steps:
+                if asked and state.step < self.plan.steps:
                     self._save()
                     return self._end(StopReason.INTERRUPTED)
         except Exception as err:
@@ -95,6 +100,20 @@ class Loop:
         else:
             return self._end(StopReason.FINISHED)
         raise in_update(failure, moved=False)
+
+    def _wishes(self) -> tuple[bool, bool]:
+        """(whether to give up, whether to stop): what any rank wished a step ago, so that all of them end after the same one.
+
+        What memory has taught one rank goes the same way: windows are cut alike on all.
+        """
+        diverged = self.streak >= GIVE_UP_AFTER
+        if self.ranks.world == 1:
+            return diverged, self.stop()
+        limit = self.step.state.limit
+        heard = self.talk.say(diverged, self.stop(), 1 / limit.most if limit.most else 0.0)
+        if heard[2]:
+            limit.lower(round(1 / heard[2]))
+        return bool(heard[0]), bool(heard[1])
 
     def flush(self) -> None:
         """Read the rows of all steps since the last flush, in one copy, and pass them on."""
@@ -203,5 +222,6 @@ class Loop:
                 self.tell("not saved", str(err))
 
     def _end(self, reason: StopReason) -> StopReason:
+        self.talk.end()
         self.flush()
         return reason
