@@ -27,7 +27,7 @@ _LAZY = {
     "train": "thalweg.run",
     "train_task": "thalweg.run",
 }
-_ROOMS = ("memory", "optim", "regularize", "schedules", "watch", "data", "checkpoint", "rules")
+_ROOMS = ("memory", "optim", "parallel", "regularize", "schedules", "watch", "data", "checkpoint", "rules")
 
 __all__ = [
     "Loss",

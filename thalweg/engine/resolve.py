@@ -73,11 +73,12 @@ from thalweg.engine.scheduled import (
     span_of,
 )
 from thalweg.engine.settle import Decisions, settle_evaluation, settle_length, settle_optimizer
-from thalweg.engine.together import check_model, check_ranks, settle_micro_batch
+from thalweg.engine.together import check_buffers, check_layers, check_ranks, settle_micro_batch
 from thalweg.optim import parameter_table
 from thalweg.parallel import ALONE, Ranks
 from thalweg.precision import Policy, Prepared, policy_for
-from thalweg.regularize import Change, alone, watch_batch
+from thalweg.regularize import Change, watch_batch
+from thalweg.regularize.moments import alone
 
 
 @dataclass(frozen=True)
@@ -166,6 +167,8 @@ def _resolve(
             "its data set and collate function are used; batch, order and workers are the recipe's",
         )
     model = made_model(task, recipe).to(device.torch_device)
+    if ranks.world > 1:
+        check_layers(model, ranks.world)
     recipe, early = begin_precision(recipe, model, device, decide.take)
     if early is not None:
         undo.callback(early.undo)
@@ -200,7 +203,7 @@ def _resolve(
         with tried(model, recipe.recompute, decide.take), watch_batch(model, batch_size(first)) as values:
             probe = preflight(model, loss, first, source, device, recipe.seed, mixed=mix is not None)
         if ranks.world > 1:
-            check_model(model, loss, first, device, recipe, ranks.world)
+            check_buffers(model, loss, first, device, recipe, ranks.world)
         if lengths is not None:
             try_shortest(model, loss, raw, min(lengths), device, recipe.seed)
     del raw  # a run holds one window at a time

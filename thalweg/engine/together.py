@@ -88,8 +88,8 @@ def too_many(recipe: Recipe, world: int) -> RecipeError:
     )
 
 
-def check_model(model: nn.Module, loss: ModelLoss, batch: Any, device: Device, recipe: Recipe, world: int) -> None:
-    """Refuse layers that look beyond their micro-batch, and buffers that ranks would each move their own way.
+def check_layers(model: nn.Module, world: int) -> None:
+    """Refuse layers that look beyond their micro-batch.
 
     Raises:
         ModelError: naming them.
@@ -102,6 +102,14 @@ def check_model(model: nn.Module, loss: ModelLoss, batch: Any, device: Device, r
             "there are.",
             "Use plain BatchNorm: its running statistics are pooled over all micro-batches of all ranks.",
         )
+
+
+def check_buffers(model: nn.Module, loss: ModelLoss, batch: Any, device: Device, recipe: Recipe, world: int) -> None:
+    """Refuse buffers that ranks would each move their own way.
+
+    Raises:
+        ModelError: naming them.
+    """
     pooled = {id(b) for m in model.modules() if isinstance(m, _BatchNorm) for b in m.buffers(recurse=False)}
     others = [(name, b) for name, b in model.named_buffers() if id(b) not in pooled]
     if not others:

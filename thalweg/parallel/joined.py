@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import atexit
+import gc
 import os
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -109,8 +111,14 @@ class Joined:
 
     def leave(self) -> None:
         self.wait()
+        self.part()
+
+    def part(self) -> None:
+        """The group is no more, for this process. Left to Python's end, its threads now and then abort the process."""
+        self.words = self.group = None
         if self._dist.is_initialized():
             self._dist.destroy_process_group()
+        gc.collect()  # who else holds the group, in a cycle
 
     @contextmanager
     def _in_touch(self, what: str) -> Iterator[None]:
@@ -212,5 +220,7 @@ def _met(dist: Any, wanted: int, timeout: float) -> Joined:
             "Start them with torchrun, or with thalweg train --ranks; or leave RANK and WORLD_SIZE unset.",
         )
     else:
-        return Joined(dist.group.WORLD, timeout)
+        made = Joined(dist.group.WORLD, timeout)
+        atexit.register(made.part)
+        return made
     raise lost

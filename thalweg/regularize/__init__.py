@@ -20,7 +20,6 @@ from thalweg.regularize.insert import add_dropout, add_stochastic_depth
 from thalweg.regularize.labels import checking, soft_targets
 from thalweg.regularize.losses import accuracy, cross_entropy, distillation, r_drop
 from thalweg.regularize.mixing import Mixing, soft_target_error
-from thalweg.regularize.moments import alone
 from thalweg.regularize.penalties import PENALTIES, penalised
 from thalweg.regularize.policies import pipeline
 from thalweg.regularize.precise import PreciseStatistics, reestimate
@@ -39,7 +38,6 @@ __all__ = [
     "StochasticDepth",
     "Streams",
     "accuracy",
-    "alone",
     "add_dropout",
     "add_stochastic_depth",
     "connect",
