@@ -33,6 +33,7 @@ BASE = {
     "train.clip": 0.5,
     "optimizer.lr": 0.01,
     "optimizer.weight_decay": 0.1,
+    "optimizer.options.eps": 1e-6,  # a bias before BatchNorm has a gradient of rounding alone, and Adam divides it by this
     "schedule.lr": "warmup(2) >> cosine(to=0.1)",
     "regularize.average": 0.9,
     "checkpoint.every": 0,
@@ -313,7 +314,7 @@ def hung(ranks: Joined, folder: Path, seconds: float) -> dict[str, Any]:
     """One rank sleeps in a step for longer than the others wait."""
 
     def sleep(step: int) -> None:
-        if step == 3 and ranks.rank == 1:
+        if step == 5 and ranks.rank == 1:
             time.sleep(seconds)
 
     began = time.monotonic()
@@ -355,7 +356,7 @@ def go_through(rank: int, world: int, port: int, out: str) -> None:
         found["collectives", micro] = on(2, lambda _, micro=micro: collectives_a_step(micro))
     found["memory"] = on(2, lambda ranks: out_of_memory_on(1, ranks.rank))
     found["refused"] = on(3, refusals)
-    found["chosen"] = on(3, lambda _: train(bn_task(), {"train.batch": 24, "train.steps": 1}))
+    found["chosen"] = on(3, lambda _: train(bn_task(), {"train.batch": 24, "train.steps": 3}))
     found["hung"] = on(2, lambda ranks: hung(ranks, folder / "hung", 9.0), short)
     torch.save(found, folder / f"rank {rank}")
     os._exit(0)  # the group of the hung run is broken: nobody waits for it

@@ -85,7 +85,7 @@ def test_another_number_of_ranks_goes_on_with_the_same_run(four: Any) -> None:
     for one in (ranks[0]["resumed on 3"], alone):
         assert before["steps"] + one["steps"] == whole["steps"]
         close({**one, "metrics": []}, {**_from(whole, len(before["steps"])), "metrics": []})
-    wanted_ids = Counter({sample: 2 for sample in range(50)})  # two epochs
+    wanted_ids = Counter(dict.fromkeys(range(50), 2))  # two epochs
     for world in (1, 2, 3):
         later = [alone] if world == 1 else [found[f"resumed on {world}"] for found in ranks[:world]]
         seen = [pair for one in [*(found["interrupted"] for found in ranks[:2]), *later] for pair in one["seen"]]
@@ -135,7 +135,7 @@ def test_a_hung_rank_is_given_up_and_the_last_state_is_kept(four: Any) -> None:
     assert "longer than 4 s" in told[0]["words"] and "--resume" in told[0]["words"]
     assert told[0]["after"] < 15
     steps = sorted(path.name for path in (folder / "hung" / "checkpoints").iterdir())
-    assert steps == ["step-00000002", "step-00000003"], "the state before the step that broke off is saved besides"
+    assert steps[-2:] == ["step-00000004", "step-00000005"], "the state before the step that broke off is saved besides"
     with recorded():
         again = train(counted_task(), {**LONG, "checkpoint.every": 2}, folder / "hung", resume=True)
     assert again["reason"] == "finished"
@@ -173,7 +173,7 @@ def test_a_rank_names_its_micro_batches_as_one_process_would() -> None:
                 for micro in range(rank, 7, world):
                     for part in range(portions):
                         local = (micro // world) * 8 + part * 8 // portions
-                        named.append((*place.of(index, local, portions), micro * portions + part))
+                        named.append((*place.of(index, local, micro // world, portions), micro * portions + part))
                         index += 1
             assert sorted(n for n, _, _ in named) == list(range(7 * portions))
             assert all(n == wanted and first == n * 8 // portions for n, first, wanted in named)

@@ -236,8 +236,10 @@ class Step:
     def _seed(self, index: int, first: int, batch: Any) -> int:
         """Name the random streams of a micro-batch whose samples stand from ``first`` on in the window; how many they are."""
         if self.place is not None:
-            limit = self.state.limit
-            index, first = self.place.of(index, first, num_portions(self.options.micro_batch, limit.most, limit.grain))
+            micro, limit = self.options.micro_batch, self.state.limit
+            portions = num_portions(micro, limit.most, limit.grain)
+            which = index // portions if self.streams is None else first // micro  # who counts samples counts exactly
+            index, first = self.place.of(index, first, which, portions)
         name = seed_for(self.options.seed, "step", self.state.step, index)
         for generator in self.generators:
             generator.manual_seed(name)

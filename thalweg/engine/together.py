@@ -24,9 +24,9 @@ class Place:
     """Names the micro-batches of a rank as one process would: rank ``rank`` has every ``world``-th of a window.
 
     >>> place = Place(rank=1, world=2, micro_batch=8)
-    >>> place.of(0, 0), place.of(1, 8)  # its first and its second are number 1 and number 3
+    >>> place.of(0, 0, 0), place.of(1, 8, 1)  # its first and its second micro-batch are number 1 and number 3
     ((1, 8), (3, 24))
-    >>> place.of(2, 8, portions=2)  # where memory has cut each into two, its third portion is number 6 of all
+    >>> place.of(2, 8, 1, portions=2)  # where memory has cut each into two, the third portion here is number 6 of all
     (6, 24)
     """
 
@@ -34,13 +34,14 @@ class Place:
     world: int
     micro_batch: int
 
-    def of(self, index: int, first: int, portions: int = 1) -> tuple[int, int]:
+    def of(self, index: int, first: int, micro: int, portions: int = 1) -> tuple[int, int]:
         """(number, first sample) in the whole window of what is number ``index`` here, from sample ``first`` on.
 
         Args:
+            micro: which of this rank's micro-batches it lies in.
             portions: into how many a whole micro-batch is cut.
         """
-        others = self.rank + (first // self.micro_batch) * (self.world - 1)  # micro-batches of other ranks before it
+        others = self.rank + micro * (self.world - 1)  # micro-batches of other ranks before it
         return index + others * portions, first + others * self.micro_batch
 
 
