@@ -296,6 +296,9 @@ class _Run:
                 loop.tell("checkpoint passed over", text)
             for text in others:
                 loop.tell("ranks", text)
+            begun_by = next((made.value for made in plan.decisions if made.path == "ranks"), 1)
+            if begun_by != ranks.world:
+                loop.tell("ranks", f"The run began on {begun_by} ranks, and goes on with {ranks.world}.")
             reason = StopReason.FAILED
             try:
                 reason = loop.run()

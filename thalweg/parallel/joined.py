@@ -68,7 +68,8 @@ class Joined:
                 if not tensor.numel():
                     continue
                 whole = tensor.detach().contiguous()
-                self._dist.broadcast(whole.reshape(-1).view(torch.uint8), group=self.group, group_src=0)
+                group = self.words if tensor.device.type == "cpu" else self.group  # slots may lie in the host's memory
+                self._dist.broadcast(whole.reshape(-1).view(torch.uint8), group=group, group_src=0)
                 if whole.data_ptr() != tensor.data_ptr():
                     tensor.copy_(whole)
 

@@ -10,12 +10,13 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from thalweg.core import RecipeError
 
 LAUNCHER = "THALWEG_LAUNCHER"  # its process id, for the ranks to end with it
+_ENDING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT)
 _GRACE = 30.0  # seconds that a rank has to save when its launcher is gone
 
 
@@ -47,15 +48,18 @@ def launch(arguments: Sequence[str], num: int) -> int:
         "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // num))),
         LAUNCHER: str(os.getpid()),
     }
-    with tempfile.TemporaryDirectory(prefix="thalweg-ranks-") as logs:
-        ranks = start_processes(
-            name="thalweg",
-            entrypoint=sys.executable,
-            args=dict.fromkeys(range(num), ("-m", "thalweg", *arguments)),
-            envs={rank: {**shared, "RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(num)},
-            logs_specs=DefaultLogsSpecs(log_dir=logs),
-        )
+    with tempfile.TemporaryDirectory(prefix="thalweg-ranks-") as logs, _handlers_kept():
         result = None
+        try:
+            ranks = start_processes(
+                name="thalweg",
+                entrypoint=sys.executable,
+                args=dict.fromkeys(range(num), ("-m", "thalweg", *arguments)),
+                envs={rank: {**shared, "RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(num)},
+                logs_specs=DefaultLogsSpecs(log_dir=logs),
+            )
+        except SignalException as err:  # those that were started end with this process
+            return 128 + err.sigval
         while result is None:
             try:
                 result = ranks.wait(period=0.1)
@@ -65,6 +69,20 @@ def launch(arguments: Sequence[str], num: int) -> int:
                         os.kill(pid, err.sigval)
     codes = [failure.exitcode for failure in result.failures.values()]  # in the order in which they were found
     return 0 if not codes else codes[0] if codes[0] > 0 else 128 - codes[0]
+
+
+@contextlib.contextmanager
+def _handlers_kept() -> Iterator[None]:
+    """Torch's launcher takes the signals that end a process; afterwards they are whose they were."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = {number: signal.getsignal(number) for number in _ENDING}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def end_with_the_launcher() -> None:
