@@ -22,9 +22,10 @@ import thalweg
 import thalweg.run
 from tests.conftest import join_ranks
 from tests.models import batchnorm_net, mean_loss, mlp, points, ragged_text, small_gpt, text_loss
-from thalweg.core import Loss, Recipe, Split, Task, ThalwegError
+from thalweg.core import Event, Loss, Recipe, Split, Task, ThalwegError
 from thalweg.engine import Step
 from thalweg.parallel import Joined
+from thalweg.watch import Memory
 
 STEPS = 6
 BASE = {
@@ -122,9 +123,22 @@ CASES: dict[str, tuple[Callable[[], Task], dict[str, Any], tuple[int, ...]]] = {
 }  # fmt: skip
 
 
+class Events(Memory):
+    """A sink that keeps what people are told."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.told: list[str] = []
+
+    def event(self, event: Event) -> None:
+        self.told.append(event.text)
+
+
 def train(task: Task, changes: dict[str, Any], folder: Path | None = None, resume: bool = False) -> dict[str, Any]:
     """A run, and what is compared of it."""
-    result = thalweg.run.train_task(task, Recipe().override({**BASE, **changes}), folder=folder, resume=resume)
+    sink = Events()
+    recipe = Recipe().override({**BASE, **changes})
+    result = thalweg.run.train_task(task, recipe, folder=folder, resume=resume, sinks=[sink])
     weights = {name: t.clone() for name, t in result.model.state_dict().items()}
     return {
         "reason": result.reason.value,
@@ -135,6 +149,8 @@ def train(task: Task, changes: dict[str, Any], folder: Path | None = None, resum
         "metrics": [e.metrics for e in result.evaluations],
         "weights": weights,
         "digest": digest_of(weights),
+        "told": sink.told,
+        "heard": len(sink.records),
         "decisions": {d.path: d.value for d in result.plan.decisions},
     }
 
@@ -154,6 +170,7 @@ def case(name: str) -> dict[str, Any]:
 # --- samples, counted by the loss -------------------------------------------------------------------------------------
 
 SEEN: list[tuple[int, int]] = []  # (step, sample) of what was trained on
+EVALUATED: list[int] = []  # samples, once for each evaluation
 _now: list[int] = []
 
 
@@ -171,6 +188,7 @@ def recorded() -> Iterator[list[tuple[int, int]]]:
 
     Step.run = run  # type: ignore[method-assign]
     SEEN.clear()
+    EVALUATED.clear()
     try:
         yield SEEN
     finally:
@@ -182,6 +200,8 @@ def counted_task(at: Callable[[int], None] = lambda step: None) -> Task:
         if _now and model.training:
             SEEN.extend((_now[0], int(i)) for i in batch["id"])
             at(_now[0])
+        elif not model.training:
+            EVALUATED.extend(batch["id"].tolist())
         return mean_loss(model, batch)
 
     data = Split(train=exact_points(), test=exact_points(20, seed=1))
@@ -190,6 +210,12 @@ def counted_task(at: Callable[[int], None] = lambda step: None) -> Task:
 
 LONG = {**FOUR, "train.steps": 8}  # two epochs of 50 samples
 STOP_IN = 2  # the step, from 0, in which one rank is asked to stop
+
+
+def whole(folder: Path) -> dict[str, Any]:
+    """A run that nobody stops."""
+    with recorded():
+        return {**train(counted_task(), LONG, folder), "evaluated": list(EVALUATED)}
 
 
 def interrupted(ranks: Joined, folder: Path) -> dict[str, Any]:
@@ -271,6 +297,16 @@ def out_of_memory_on(rank: int, mine: int) -> dict[str, Any]:
     return {**found, "most": states[-1].limit.most}
 
 
+def other_weights(ranks: Joined) -> dict[str, Any]:
+    """Rank 1 begins with weights of its own."""
+
+    def model() -> nn.Module:
+        torch.manual_seed(ranks.rank)
+        return bn()
+
+    return train(Task(model=model, loss=mean_loss, data=exact_points()), FOUR)
+
+
 class Moving(nn.Module):
     """A forward pass that moves a buffer."""
 
@@ -344,7 +380,7 @@ def go_through(rank: int, world: int, port: int, out: str) -> None:
     for name, (_, _, worlds) in CASES.items():
         for num in worlds:
             found[name, num] = on(num, lambda _, name=name: case(name))
-    found["whole"] = on(2, lambda _: train(counted_task(), LONG, folder / "whole"))
+    found["whole"] = on(2, lambda _: whole(folder / "whole"))
     found["interrupted"] = on(2, lambda ranks: interrupted(ranks, folder / "stopped"))
     if rank == 0:
         for copy in ("on 1", "on 2", "on 3"):
@@ -354,6 +390,10 @@ def go_through(rank: int, world: int, port: int, out: str) -> None:
         found[f"resumed on {num}"] = on(num, lambda _, num=num: resumed(folder / f"on {num}"))
     for micro in (8, 2):  # accumulation 1, and 4
         found["collectives", micro] = on(2, lambda _, micro=micro: collectives_a_step(micro))
+    found["other weights"] = on(2, other_weights)
+    found["auto"] = on(
+        2, lambda _: train(bn_task(), {"train.batch": 16, "train.micro_batch": "auto", "precision": "auto"})
+    )
     found["memory"] = on(2, lambda ranks: out_of_memory_on(1, ranks.rank))
     found["refused"] = on(3, refusals)
     found["chosen"] = on(3, lambda _: train(bn_task(), {"train.batch": 24, "train.steps": 3}))

@@ -18,7 +18,7 @@ import torch.multiprocessing as mp
 from tests import ranks_cases
 from tests.conftest import ROOT, free_port, run_cli, start_cli, three_parts
 from tests.ranks_cases import CASES, LONG, STOP_IN, case, counted_task, recorded, resumed, train
-from thalweg.core import DeviceError, RanksError, RecipeError
+from thalweg.core import VERSION, DeviceError, RanksError, RecipeError
 from thalweg.data import Items, Stream, Tensors, held_out, make_feed
 from thalweg.device import Device
 from thalweg.engine.portions import Limit
@@ -82,6 +82,8 @@ def test_another_number_of_ranks_goes_on_with_the_same_run(four: Any) -> None:
         assert metrics == wanted
     with recorded() as seen:
         alone = {**resumed(folder / "on 1"), "seen": list(seen)}
+    assert ranks[0]["resumed on 3"]["told"] == ["The run began on 2 ranks, and goes on with 3."]
+    assert again[0]["told"] == []
     for one in (ranks[0]["resumed on 3"], alone):
         assert before["steps"] + one["steps"] == whole["steps"]
         close({**one, "metrics": []}, {**_from(whole, len(before["steps"])), "metrics": []})
@@ -96,6 +98,27 @@ def test_another_number_of_ranks_goes_on_with_the_same_run(four: Any) -> None:
 
 def _from(run: dict[str, Any], step: int) -> dict[str, Any]:
     return {**run, **{what: run[what][step:] for what in ("losses", "norms", "steps", "weight")}}
+
+
+def test_every_sample_is_evaluated_once(four: Any) -> None:
+    seen = [sample for found in four[0][:2] for sample in found["whole"]["evaluated"]]
+    assert Counter(seen) == dict.fromkeys(range(20), 3), "three evaluations of 20 samples"
+    assert all(0 < len(found["whole"]["evaluated"]) < 60 for found in four[0][:2]), "each rank evaluates its share"
+
+
+def test_weights_that_differ_at_the_start_become_the_first_ranks(four: Any) -> None:
+    told = [found["other weights"] for found in four[0][:2]]
+    assert told[0]["digest"] == told[1]["digest"]
+    assert told[0]["told"] == ["Ranks 1 began with other weights; those of rank 0 are taken."]
+    assert (told[0]["heard"], told[1]["heard"]) == (ranks_cases.STEPS, 0), "the first rank alone calls sinks"
+
+
+def test_what_is_measured_is_decided_once_for_all(four: Any) -> None:
+    told = [found["auto"] for found in four[0][:2]]
+    assert told[0]["digest"] == told[1]["digest"]
+    for path in ("train.micro_batch", "precision"):
+        assert told[0]["decisions"][path] == told[1]["decisions"][path]
+    assert told[0]["decisions"]["train.micro_batch"] == 8, "the largest with one for each rank"
 
 
 def test_a_run_of_one_process_is_the_run_of_two(four: Any) -> None:
@@ -276,6 +299,14 @@ def test_an_end_from_outside(how: str, tmp_path: Path) -> None:
     elif how == "a rank is killed":
         assert process.returncode not in (0, None), told
         assert "lost another of the 2 ranks" in told, told
+
+
+def test_the_launcher_gives_signals_back(capfd: pytest.CaptureFixture[str]) -> None:
+    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT)
+    before = [signal.getsignal(number) for number in numbers]
+    assert launch(["--version"], 2) == 0
+    assert capfd.readouterr().out.split() == ["thalweg", VERSION] * 2
+    assert [signal.getsignal(number) for number in numbers] == before
 
 
 def test_numbers_of_ranks_that_are_none(tmp_path: Path) -> None:
