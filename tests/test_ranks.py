@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 import signal
 import subprocess
@@ -31,8 +32,14 @@ EXACT = 1e-10
 @pytest.fixture(scope="session")
 def four(tmp_path_factory: pytest.TempPathFactory) -> tuple[list[dict[Any, Any]], Path]:
     """What each of four processes found, and the folder of their runs."""
-    folder = tmp_path_factory.mktemp("ranks")
-    mp.spawn(ranks_cases.go_through, (4, free_port(), str(folder)), nprocs=4)
+    base = tmp_path_factory.getbasetemp()
+    base = base.parent if "PYTEST_XDIST_WORKER" in os.environ else base  # workers share one set of processes
+    folder = base / "ranks"
+    with open(base / "ranks.lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not folder.exists():
+            folder.mkdir()
+            mp.spawn(ranks_cases.go_through, (4, free_port(), str(folder)), nprocs=4)
     return [torch.load(folder / f"rank {rank}") for rank in range(4)], folder
 
 

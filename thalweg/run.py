@@ -77,7 +77,7 @@ def train(
     resume: Resume = False,
     sinks: Sequence[Sink] = (),
 ) -> Result:
-    """Train a model.
+    """Train a model; where torchrun or torch.distributed made this process one of several, together with the others.
 
     Args:
         model: an ``nn.Module``, or a function that makes one from ``recipe.model``.
@@ -117,7 +117,7 @@ def train_task(
     lock = FolderLock(path)
     try:
         on_first(ranks, lock.acquire)
-        here = RunFolder(path) if ranks.is_first else None  # the other ranks write nothing, and read nothing there
+        here = on_first(ranks, lambda: RunFolder(path))  # the other ranks write nothing, and read nothing there
         return _Run(task, recipe, here, sinks, ranks, path).go(resume)
     finally:
         lock.release()
@@ -264,8 +264,7 @@ class _Run:
         if self.folder and resume is False:
             write_file(self.folder.plan_file, plan.to_json().encode())
             write_file(self.folder.recipe_file, self.recipe.to_toml().encode())
-        if snapshot is not None:
-            step.state.load(snapshot)
+        ranks.together(lambda: None if snapshot is None else step.state.load(snapshot))
         snapshot, others = same_state(step.state, snapshot, ranks)
         if self.folder:
             # All checks are behind us and the run goes on from here: what lies ahead of it is another's.
