@@ -54,15 +54,22 @@ class RunFolder:
             )
 
     def write(self, plan: Plan, recipe: Recipe) -> None:
-        """Say what the run is. The recipe comes last: with it, the folder holds a run."""
+        """Say what the run is. The recipe comes last: with it, the folder holds a run.
+
+        Raises:
+            RunFolderError: if it cannot be written.
+        """
         files = {"plan.json": plan.to_json().encode(), "recipe.toml": recipe.to_toml().encode()}
-        if not isinstance(self.store.place, LocalPlace):
-            with self.store.place.new("run") as folder:
-                for name, data in files.items():
-                    with folder.file(name) as write:
-                        write(data)
-        for name, data in files.items():
-            write_file(self.path / name, data)
+        try:
+            if not isinstance(self.store.place, LocalPlace):
+                with self.store.place.new("run") as folder:
+                    for name, data in files.items():
+                        with folder.file(name) as write:
+                            write(data)
+            for name, data in files.items():
+                write_file(self.path / name, data)
+        except OSError as err:
+            raise unwritable(self.path, err) from None
 
     def _fetch(self) -> None:
         """Recipe and plan from where the checkpoints lie."""
@@ -102,6 +109,14 @@ class RunFolder:
             raise RunFolderError(
                 f"{self.path} holds no run to resume.", f"plan.json: {err}.", "Start one without --resume."
             ) from None
+
+
+def unwritable(path: Path, err: OSError) -> RunFolderError:
+    return RunFolderError(
+        f"The run folder {path} cannot be written.",
+        f"{err.strerror or err}.",
+        "Make room, see to its permissions, or choose another with --runs. No step has been taken.",
+    )
 
 
 def nothing_to_resume(path: Path) -> RunFolderError:

@@ -26,6 +26,7 @@ from thalweg.core import (
     Sink,
     StopReason,
     Task,
+    ThalwegError,
 )
 from thalweg.engine import Loop, Resolved, build, evaluate, resolve
 from thalweg.engine.memory import PeakWatch, begun
@@ -35,7 +36,7 @@ from thalweg.parallel import Ranks, check_equal, join, on_first
 from thalweg.regularize import PreciseStatistics, set_factors
 from thalweg.report import write_report
 from thalweg.run.best import BestWeights
-from thalweg.run.folder import RunFolder, nothing_to_resume
+from thalweg.run.folder import RunFolder, nothing_to_resume, unwritable
 from thalweg.run.saving import Saving
 from thalweg.watch import JsonLines, Memory
 
@@ -246,8 +247,13 @@ class _Run:
             loop.best = keeper.keep
         if kept is not None:
             self._take_up(loop, keeper, kept)
-        for sink in sinks:
-            sink.start(plan, step.state.step)
+        try:
+            for sink in sinks:
+                sink.start(plan, step.state.step)
+        except OSError as err:
+            if self.path is None or isinstance(err, ThalwegError):
+                raise
+            raise unwritable(self.path, err) from None
         if watch is not None:
             watch.begin()
             loop.measured = watch.told
