@@ -326,8 +326,8 @@ def test_a_change_that_is_accepted_holds_from_there_on_and_is_recorded(tmp_path:
     assert result.records[0].lr > 10 * clean[1][8]["lr"]
     texts = [e["text"] for e in told(folder) if e["name"] == "recipe changed"]
     assert texts == [
-        "optimizer.lr: 0.01 before, 0.5 from here on (accepted)",
         "train.steps: 12 before, 14 from here on (accepted)",
+        "optimizer.lr: 0.01 before, 0.5 from here on (accepted)",
     ]
     plan = Plan.from_json((folder / "plan.json").read_text())
     assert plan.steps == 14 and plan.recipe.optimizer.lr == 0.5
@@ -530,16 +530,16 @@ def test_a_checkpoint_that_is_not_there_is_an_error(tmp_path: Path) -> None:
 
 def test_weights_that_are_not_finite_are_never_saved_and_end_the_run(tmp_path: Path) -> None:
     """The gradients are finite all along; it is the update that overflows. The checkpoint before stays."""
-    changes = {"optimizer.rule": "sgd", "optimizer.lr": 1.0, "checkpoint.every": 1, "regularize.average": 0.0}
+    changes = {"optimizer.rule": "sgd", "optimizer.lr": 1e22, "checkpoint.every": 1, "regularize.average": 0.0}
+    changes |= {"train.clip": 0, "schedule.lr": "constant()", "train.steps": 400, "evaluate.every": 0}
     calls = itertools.count()
 
     def bursts(model: Any, batch: Any) -> Any:
-        loss = mean_loss(model, batch)
-        return loss * 3e38 * 10 if next(calls) == 8 else loss
+        return mean_loss(model, batch) * (1e17 if next(calls) == 9 else 1e-24)
 
-    changes |= {"train.clip": 0, "schedule.lr": "constant()", "optimizer.lr": 20.0, "train.steps": 60}
     result = go(tmp_path / "run", loss=bursts, **changes)
     assert result.reason is StopReason.DIVERGED and result.exit_code == 3
+    assert any("are not finite" in e["text"] for e in told(tmp_path / "run") if e["name"] == "not saved")
     store = Store(tmp_path / "run" / "checkpoints")
     newest, faults = store.newest_good()
     assert newest is not None and not faults

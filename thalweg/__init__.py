@@ -8,9 +8,9 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from thalweg.core import Loss, Recipe, Split, StopReason, Task, ThalwegError
+from thalweg.core import VERSION, Loss, Recipe, Split, StopReason, Task, ThalwegError
 
-__version__ = "0.1.0"
+__version__ = VERSION
 
 if TYPE_CHECKING:
     from thalweg import memory, optim, regularize, schedules
@@ -27,7 +27,7 @@ _LAZY = {
     "train": "thalweg.run",
     "train_task": "thalweg.run",
 }
-_ROOMS = ("memory", "optim", "regularize", "schedules", "watch", "data", "checkpoint", "rules")
+_ROOMS = ("memory", "optim", "parallel", "regularize", "schedules", "watch", "data", "checkpoint", "rules")
 
 __all__ = [
     "Loss",

@@ -11,6 +11,7 @@ from thalweg.checkpoint import Store, write_file
 from thalweg.core import CheckpointError, Decision, Plan, Recipe, RecipeError, RunFolderError, Sink, Task
 from thalweg.engine import average_times, run_span
 from thalweg.engine.scheduled import BY_STEPS
+from thalweg.parallel import join, on_first
 from thalweg.run import Result, RunFolder, train_task
 from thalweg.run.facts import check_snapshot
 from thalweg.schedules import Schedule, first, hold, parse
@@ -42,7 +43,14 @@ def continue_run(
     Raises:
         ThalwegError: before anything is written, if there is no such checkpoint, or the schedule does not fit.
     """
-    if parse(then).feedback:
+    ranks = join()
+    recipe = on_first(ranks, lambda: _begun(Path(source), Path(folder), steps, parse(then), at))
+    return train_task(task, ranks.from_first(recipe) or Recipe(), folder=folder, resume=True, sinks=sinks)
+
+
+def _begun(source: Path, folder: Path, steps: int, then: Schedule, at: int | None) -> Recipe:
+    """The new run's folder is written, as if it had been trained up to the checkpoint; its recipe."""
+    if then.feedback:
         raise RecipeError(
             f"A run cannot go on with '{then}', which listens.",
             "What has been heard belongs to the schedule that the run began with.",
@@ -50,15 +58,15 @@ def continue_run(
         )
     if steps < 1:
         raise RecipeError(f"{steps} more steps are none.", "A run that goes on takes 1 or more.", "Give 1 or more.")
-    if not (Path(source) / "recipe.toml").is_file():
+    if not (source / "recipe.toml").is_file():
         raise RunFolderError(
             f"There is no run in {source} to go on from.", "It has no recipe.toml.", "Name a folder below runs/."
         )
-    if (Path(folder) / "recipe.toml").exists():
+    if (folder / "recipe.toml").exists():
         raise RunFolderError(
             f"{folder} already holds a run.", "It has a recipe.toml.", "Give the new run a name of its own."
         )
-    other = RunFolder(Path(source), own=False)
+    other = RunFolder(source, own=False)
     plan = other.saved_plan()
     at = _checkpoint(other.store, at)
     snapshot = other.store.load(at)
@@ -66,7 +74,7 @@ def continue_run(
     best = snapshot.facts["early"][0]
     snapshot = replace(snapshot, facts={**snapshot.facts, "early": [best, 0.0]})  # patience begins anew
     applied = int(snapshot.groups["state"]["applied"][0])
-    changed = _changed(plan, at, applied, steps, parse(then))
+    changed = _changed(plan, at, applied, steps, then)
     reason = f"goes on from {source} at step {at}, where {applied} updates had been applied"
     made = [Decision("train.steps", at + steps, reason)]
     if changed.recipe.checkpoint.store:  # which is the other run's
@@ -75,14 +83,14 @@ def continue_run(
         made += [Decision("checkpoint.store", "", "the run folder: a store of the other run's holds that run alone")]
     changed = replace(changed, decisions=(*changed.decisions, *made))
     parse(changed.recipe.schedule.lr).values(run_span(changed))
-    mine = RunFolder(Path(folder))
+    mine = RunFolder(folder)
     mine.path.mkdir(parents=True, exist_ok=True)
     with open(other.records_file, "rb") as records:
         write_file(mine.records_file, records.read(int(snapshot.facts["records_bytes"])))
     mine.store.save(at, snapshot)
     write_file(mine.plan_file, changed.to_json().encode())
     write_file(mine.recipe_file, changed.recipe.to_toml().encode())
-    return train_task(task, Recipe.from_file(mine.recipe_file), folder=mine.path, resume=True, sinks=sinks)
+    return Recipe.from_file(mine.recipe_file)
 
 
 def _checkpoint(store: Store, at: int | None) -> int:

@@ -31,7 +31,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("families", nargs="*", metavar="FAMILY", help=f"of {', '.join(FAMILIES)} (default: all)")
     parser.add_argument("--times", type=int, help="how often each fault is made (default: its own number)")
     parser.add_argument("--quick", action="store_true", help="the short form, as in the tests")
-    parser.add_argument("--ranks", type=int, default=1, help="processes of a run that is killed (default: 1)")
+    parser.add_argument("--ranks", type=int, default=2, help="processes where more than one is killed (default: 2)")
     parser.add_argument("--seed", type=int, default=0, help="of the random instants and places")
     parser.add_argument("--no-keep", action="store_true", help="do not write benchmarks/results/faults.json")
     asked = parser.parse_args(arguments)

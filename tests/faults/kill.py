@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
 import re
 import signal
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from random import Random
 
 from tests.faults.core import Given, Row, Skip, fault
 from tests.faults.runs import KEEP, Ended, command, lines, reference, residue, verified
-from tests.faults.server import Fresh, Running, Starter, no_orphans, shared_server
+from tests.faults.server import Fresh, Running, Starter, no_orphans, session_of, shared_server
 
 WAYS = ("any time", "any time", "start-up", "save", "prune", "evaluation")
 _ASIDE = re.compile(r"\.step-([0-9]+)\.[0-9a-f]{8}\.tmp")
@@ -112,8 +114,13 @@ def chain(row: Row, given: Given, starter: Starter, task: str, span: float, numb
         pids.append(running.pid)
         instant(victim, running, way, given.draw, span)
         before = set(victim.made)
-        running.send(signal.SIGKILL)
+        family = session_of(running.pid) if given.ranks > 1 else []
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(given.draw.choice(family or [running.pid]), signal.SIGKILL)
         code = running.ended()
+        if given.ranks > 1:
+            no_orphans(running.pid, 60.0)
+            code = -signal.SIGKILL if code else 0  # the others say that one of them was lost
         if code != -signal.SIGKILL:  # it was done before
             told = told or ("" if code == 0 else f"exit code {code}: {running.text()}")
             break
@@ -127,7 +134,7 @@ def chain(row: Row, given: Given, starter: Starter, task: str, span: float, numb
         assert not told, told
         running = starter.start(arguments, log)
         assert running.ended() == 0, running.text()
-        Ended.of(victim.folder).same_as(reference(task)[0])
+        Ended.of(victim.folder).same_as(reference(task, given.ranks)[0])
         assert not residue(victim.folder), f"left over: {residue(victim.folder)}"
         for pid in [*pids, running.pid]:
             no_orphans(pid)
@@ -136,12 +143,10 @@ def chain(row: Row, given: Given, starter: Starter, task: str, span: float, numb
 
 
 def kill(row: Row, given: Given, starter: Starter, startup: float) -> None:
-    if given.ranks > 1 and not has_ranks():
-        raise Skip("this thalweg trains in one process: it has no --ranks")
     number = 0
     while row.n < given.times and number < 4 * given.times:
         task = ("digits", "pycode")[number % 2]
-        span = startup + reference(task)[1]
+        span = startup + reference(task, given.ranks)[1]
         chain(row, given, starter, task, span, number, min(_CHAIN, given.times - row.n))
         number += 1
 
@@ -153,11 +158,19 @@ def has_ranks() -> bool:
     return '"--ranks"' in Path(thalweg.cli.main.__file__).read_text()
 
 
+@fault("SIGKILL, one of two ranks or the process that started them", times=40, quick=1)
+def ranks(row: Row, given: Given) -> None:
+    """Whichever is killed, all of them end, and the same command goes on."""
+    if not has_ranks():
+        raise Skip("this thalweg trains in one process: it has no --ranks")
+    kill(row, replace(given, ranks=max(2, given.ranks)), Fresh(), startup=0.0)
+
+
 @fault("SIGKILL, children of a fork server", times=100, quick=4)
 def forked(row: Row, given: Given) -> None:
-    kill(row, given, shared_server(), startup=0.0)
+    kill(row, replace(given, ranks=1), shared_server(), startup=0.0)
 
 
 @fault("SIGKILL, fresh processes", times=100, quick=1)
 def fresh(row: Row, given: Given) -> None:
-    kill(row, given, Fresh(), startup=3.0)
+    kill(row, replace(given, ranks=1), Fresh(), startup=3.0)

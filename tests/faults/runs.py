@@ -126,16 +126,17 @@ class Ended:
 
 
 @cache
-def reference(task: str, changes: tuple[tuple[str, Any], ...] = ()) -> tuple[Ended, float]:
-    """(how the run ends that nothing happens to, seconds that it takes in a child of the fork server)."""
+def reference(task: str, ranks: int = 1) -> tuple[Ended, float]:
+    """(how the run ends that nothing happens to, seconds that it takes; in one process, in a child of the fork server)."""
     import tempfile
     import time
 
-    from tests.faults.server import shared_server
+    from tests.faults.server import Fresh, shared_server
 
     with tempfile.TemporaryDirectory() as runs:
         began = time.perf_counter()
-        running = shared_server().start(command(task, Path(runs), "whole", **dict(changes)), Path(runs, "log"))
+        arguments = command(task, Path(runs), "whole") + (["--ranks", str(ranks)] if ranks > 1 else [])
+        running = (shared_server() if ranks == 1 else Fresh()).start(arguments, Path(runs, "log"))
         code = running.ended()
         assert code == 0, running.text()
         return Ended.of(Path(runs, "whole")), time.perf_counter() - began

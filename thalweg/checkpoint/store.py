@@ -263,23 +263,23 @@ class Store:
 
     def set_aside(self, step: int) -> str:
         """Take a damaged checkpoint out of the row, and keep it for a person to look at; its new name."""
-        taken = set(self.place.folders())
+        taken = set(self._asking(self.place.folders))
         name = next(n for n in _aside_names(self.name(step)) if n not in taken)
-        self.place.rename(self.name(step), name)
+        self._asking(lambda: self.place.rename(self.name(step), name))
         return name
 
     def remove_after(self, step: int) -> None:
         """Remove checkpoints newer than ``step``: the run goes on from there."""
         for later in self.steps():
             if later > step:
-                self.place.remove(self.name(later))
+                self._asking(lambda later=later: self.place.remove(self.name(later)))  # type: ignore[misc]
 
     def _asking(self, question: Callable[[], _T]) -> _T:
         try:
             return question()
         except OSError as err:
             raise CheckpointError(
-                f"The checkpoint folder {self.place} cannot be read.",
+                f"The checkpoint folder {self.place} cannot be used.",
                 f"{err}.",
                 "See to its path and its permissions.",
             ) from None

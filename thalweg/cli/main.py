@@ -8,11 +8,11 @@ import shutil
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from thalweg import __version__
-from thalweg.cli import checkpoint
-from thalweg.core import RecipeError, RunFolderError, ThalwegError
+from thalweg.cli import checkpoint, train
+from thalweg.cli.words import pair, recipe_of
+from thalweg.core import RanksError, RecipeError, RunFolderError, ThalwegError
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -22,13 +22,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
         The exit code: 0 done, 1 a checkpoint is damaged, 2 a mistake in what was asked, 3 the run diverged, 4 it could not
         be saved; 128 and the number of the signal that ended it, saved.
     """
-    asked = _parser().parse_args(_joined(sys.argv[1:] if arguments is None else list(arguments)))
+    words = sys.argv[1:] if arguments is None else list(arguments)
+    asked = _parser().parse_args(_joined(words))
+    asked.words = words
     try:
         code = int(asked.run(asked))
         sys.stdout.flush()  # a reader who has gone is noticed here, not when Python ends
         return code
     except ThalwegError as err:
-        print(f"error: {err}", file=sys.stderr)
+        if not (isinstance(err, RanksError) and err.told):  # another rank says it
+            print(f"error: {err}", file=sys.stderr)
         return 2
     except BrokenPipeError:  # nobody reads our output any more; Python would complain once more when it flushes
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -48,45 +51,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"thalweg {__version__}")
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
 
-    train = commands.add_parser("train", help="train a task", description="Train a task; see 'thalweg tasks'.")
-    train.add_argument("task", help="an embedded task, or module:attribute of your own")
-    train.add_argument("--recipe", metavar="FILE", help="a TOML recipe; what it leaves out is the task's own")
-    train.add_argument(
-        "--set", metavar="PATH=VALUE", action="append", default=[], help="override one value of the recipe"
-    )
-    train.add_argument("--name", help="name of the run folder; by default the task's, numbered if taken")
-    train.add_argument("--runs", metavar="DIR", default="runs", help="where run folders lie (default: runs)")
-    train.add_argument(
-        "--resume",
-        nargs="?",
-        const="newest",
-        metavar="STEP",
-        help="go on with the newest run of this task (or --name), from its newest good checkpoint or from STEP; 'auto': "
-        "begin where there is none",
-    )
-    train.add_argument(
-        "--accept",
-        metavar="PATHS",
-        action="append",
-        default=[],
-        help="with --resume: what may differ from the run's recipe, such as lr,steps",
-    )
-    train.add_argument("--quiet", action="store_true", help="do not print the plan")
-    train.add_argument(
-        "--from", dest="source", metavar="FOLDER", help="a new run that goes on from another's checkpoint"
-    )
-    train.add_argument(
-        "--from-step", metavar="STEP", help="with --from: which checkpoint (default: the newest good one)"
-    )
-    train.add_argument("--more", metavar="STEPS", help="with --from: how many more steps")
-    train.add_argument(
-        "--then",
-        metavar="SCHEDULE",
-        help="with --from: the rate's schedule (default: cooldown())",
-    )
-    checkpoint.add_start(train)
-    train.set_defaults(run=_train)
-
+    train.add(commands)
     plan = commands.add_parser(
         "plan",
         help="say what a run will take in memory and time, and what would make it smaller",
@@ -146,40 +111,6 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _train(asked: argparse.Namespace) -> int:
-    changes = dict(_pair(text) for text in asked.set) | checkpoint.start_changes(asked)
-    from thalweg.recipes import find_task, short_name
-
-    task = find_task(asked.task)
-    if asked.source is not None:
-        return _train_on(asked, task, short_name(asked.task))
-    if asked.more or asked.from_step or asked.then:
-        raise RecipeError(
-            "--more, --from-step and --then go with --from.", "No other run is named.", "Name it: --from runs/digits."
-        )
-    recipe = _recipe_of(task, asked.recipe).override(changes)
-    from thalweg.run import RunFolder, choose_folder, train_task
-    from thalweg.watch import Terminal
-
-    resume = _resume(asked.resume)
-    accept = [word.strip() for words in asked.accept for word in words.split(",") if word.strip()]
-    if accept and resume is False:
-        raise RecipeError("--accept goes with --resume.", "A new run has no earlier recipe.", "Add --resume.")
-    folder = choose_folder(Path(asked.runs), asked.name, short_name(asked.task), resume=resume is not False)
-    begins = resume == "auto" and not (folder / "recipe.toml").exists()
-    if resume is not False and not begins and not asked.recipe and not changes:
-        recipe = RunFolder.recipe_in(folder)
-    sinks = [Terminal(verbose=not asked.quiet)]
-    result = train_task(task, recipe, folder=folder, resume=resume, accept=accept, sinks=sinks)
-    return _ended(asked, result, folder)
-
-
-def _resume(text: str | None) -> bool | int | str:
-    if text is None:
-        return False
-    return True if text == "newest" else text if text == "auto" else _whole(text)
-
-
 def _plan(asked: argparse.Namespace) -> int:
     from thalweg.core import to_bytes
     from thalweg.watch.forecast import print_chips, print_forecast
@@ -189,7 +120,7 @@ def _plan(asked: argparse.Namespace) -> int:
         return 0
     if asked.shard and asked.on is None:
         raise RecipeError("--shard goes with --on.", "No chips are named.", "Name them: --on h100-80gb x 8.")
-    changes = dict(_pair(text) for text in asked.set)
+    changes = dict(pair(text) for text in asked.set)
     if asked.device_memory is not None:
         to_bytes(asked.device_memory, "--device-memory")
     chip, devices = _chips(asked.on) if asked.on else (None, 1)
@@ -197,7 +128,7 @@ def _plan(asked: argparse.Namespace) -> int:
     from thalweg.recipes import find_task
 
     task = find_task(asked.task)
-    recipe = _recipe_of(task, asked.recipe).override(changes)
+    recipe = recipe_of(task, asked.recipe).override(changes)
     print_forecast(
         forecast(task, recipe, on=chip, devices=devices, sharded=asked.shard, device_memory=asked.device_memory)
     )
@@ -215,71 +146,6 @@ def _chips(words: list[str]) -> tuple[str, int]:
             "For example --on h100-80gb x 8.",
         )
     return name, int(number)
-
-
-def _recipe_of(task: Any, file: str | None) -> Any:
-    """The task's own recipe, and over it what a file says."""
-    from thalweg.core import Recipe
-    from thalweg.recipes import recipe_for
-
-    return Recipe.from_file(file, base=recipe_for(task)) if file else recipe_for(task)
-
-
-def _train_on(asked: argparse.Namespace, task: Any, name: str) -> int:
-    """A new run that goes on from a checkpoint of another."""
-    if asked.set or asked.recipe or asked.resume is not None or checkpoint.start_changes(asked):
-        raise RecipeError(
-            "--from goes on with the other run's recipe.",
-            "--set, --recipe, --resume or --weights was given too.",
-            "Leave them out; --then changes the schedule of the rate.",
-        )
-    if asked.more is None:
-        raise RecipeError("--from does not say for how long.", "--more is missing.", "Add --more 100.")
-    from thalweg.branch import continue_run
-    from thalweg.run import choose_folder
-    from thalweg.watch import Terminal
-
-    folder = choose_folder(Path(asked.runs), asked.name, name, resume=False)
-    result = continue_run(
-        task,
-        asked.source,
-        folder,
-        steps=_whole(asked.more, "--more"),
-        then=asked.then or "cooldown()",
-        at=None if asked.from_step is None else _whole(asked.from_step, "--from-step"),
-        sinks=[Terminal(verbose=not asked.quiet)],
-    )
-    return _ended(asked, result, folder)
-
-
-def _ended(asked: argparse.Namespace, result: Any, folder: Path) -> int:
-    """What is left to say of a run."""
-    if result.sample:
-        print(f"\n{result.sample}\n")
-    print(f"report: {folder / 'report.html'}")
-    if result.exit_code >= 128:
-        again = ["thalweg", "train", asked.task, "--resume"]
-        again += ["--name", asked.name] if asked.name else []
-        again += ["--runs", asked.runs] if asked.runs != "runs" else []
-        print(f"to go on: {' '.join(again)}")
-    return int(result.exit_code)
-
-
-def _pair(text: str) -> tuple[str, str]:
-    path, equals, value = text.partition("=")
-    if not equals or not path.strip():
-        raise RecipeError(
-            f"--set {text} names no value.", "It is written PATH=VALUE.", "For example --set optimizer.lr=3e-4."
-        )
-    return path.strip(), value.strip()
-
-
-def _whole(text: str, option: str = "--resume") -> int:
-    if not text.isdecimal():
-        raise RunFolderError(
-            f"{option} {text} names no step.", "A step is a whole number.", f"Give one, such as {option} 120."
-        )
-    return int(text)
 
 
 def _init(asked: argparse.Namespace) -> int:
@@ -335,7 +201,7 @@ def _schedules(asked: argparse.Namespace) -> int:
 
 
 def _preview(asked: argparse.Namespace) -> int:
-    changes = dict(_pair(text) for text in asked.set)
+    changes = dict(pair(text) for text in asked.set)
     changes |= {} if asked.steps is None else {"train.steps": asked.steps}
     if asked.recipe is None and asked.task is None:
         raise RecipeError(
@@ -355,7 +221,7 @@ def _preview(asked: argparse.Namespace) -> int:
         from thalweg.recipes import find_task
 
         task = find_task(asked.task)
-        curves = preview_of_task(task, _recipe_of(task, asked.recipe).override(changes))
+        curves = preview_of_task(task, recipe_of(task, asked.recipe).override(changes))
     from thalweg.report.preview import in_terminal, table, write_svg
 
     write_svg(svg, curves, f"What {asked.recipe or asked.task} schedules")

@@ -8,6 +8,7 @@ from thalweg.core.errors import (
     MissingExtra,
     ModelError,
     OutOfMemoryError,
+    RanksError,
     RecipeError,
     RunFolderError,
     TaskError,
@@ -24,6 +25,7 @@ from thalweg.core.record import Evaluation, Event, Record, StopReason, read_line
 from thalweg.core.registry import Registry
 from thalweg.core.streams import seed_for
 from thalweg.core.units import human_bytes, human_count, human_seconds, to_bytes
+from thalweg.core.version import VERSION
 
 __all__ = [
     "Change",
@@ -47,6 +49,7 @@ __all__ = [
     "OutOfMemoryError",
     "ParameterRow",
     "Plan",
+    "RanksError",
     "Recipe",
     "RecipeError",
     "Record",
@@ -59,6 +62,7 @@ __all__ = [
     "Tell",
     "TaskError",
     "ThalwegError",
+    "VERSION",
     "ParameterGroup",
     "did_you_mean",
     "divisors",

@@ -64,6 +64,16 @@ class OutOfMemoryError(ThalwegError, MemoryError):
     """Memory ran out in the middle of a run, and smaller portions did not help."""
 
 
+class RanksError(ThalwegError, RuntimeError):
+    """Ranks that cannot train together, or one that lost the others.
+
+    Attributes:
+        told: whether another rank tells it to the user.
+    """
+
+    told = False
+
+
 class MissingExtra(ThalwegError, ImportError):
     """A feature whose optional package is not installed."""
 

@@ -1,7 +1,9 @@
 """Data: order as a pure function, sources in memory or not, windows of micro-batches."""
 
-from thalweg.data.feeds import Augment, ChangedFeed, held_out, make_feed, sequence_length, shortened
+from thalweg.data.changed import ChangedFeed, SharedFeed, sequence_length, shortened
+from thalweg.data.feeds import Augment, held_out, make_feed
 from thalweg.data.order import Order, permute, uniforms
+from thalweg.data.share import WHOLE, Share
 from thalweg.data.sources import Items, Source, Stream, Tensors, TokenWindows, as_source
 from thalweg.data.trees import batch_size, split, tensors, to_device, tree_map
 
@@ -10,10 +12,13 @@ __all__ = [
     "ChangedFeed",
     "Items",
     "Order",
+    "Share",
+    "SharedFeed",
     "Source",
     "Stream",
     "Tensors",
     "TokenWindows",
+    "WHOLE",
     "as_source",
     "batch_size",
     "held_out",

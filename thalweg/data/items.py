@@ -14,6 +14,7 @@ from thalweg.data.draws import OwnRandom
 from thalweg.data.faults import listed, put_together, told_as
 from thalweg.data.order import Order
 from thalweg.data.quiet import never, quiet
+from thalweg.data.share import WHOLE, Share, micro_batches
 from thalweg.data.sources import Items
 from thalweg.data.trees import to_device, tree_map
 from thalweg.data.workers import Place, Stopped, Workers, unnoticed
@@ -50,19 +51,20 @@ class Reader:
 class Parts:
     """The micro-batch at each place: which samples it holds, and the reading of them. Goes to the workers."""
 
-    def __init__(self, reader: Reader, order: Order, micro_batch: int) -> None:
-        self.reader, self.order, self.micro_batch = reader, order, micro_batch
+    def __init__(self, reader: Reader, order: Order, micro_batch: int, share: Share) -> None:
+        self.reader, self.order, self.micro_batch, self.share = reader, order, micro_batch, share
 
     def count(self, step: int) -> int:
-        """Micro-batches in the window of a step."""
+        """Micro-batches of this share in the window of a step."""
         _, first, stop = self.order.place(step)
-        return -(-(stop - first) // self.micro_batch)
+        return len(micro_batches(stop - first, self.micro_batch, self.share))
 
     def samples(self, place: Place) -> tuple[int, list[int]]:
         """(epoch, sample indices) of one micro-batch."""
         step, part = place
         epoch, indices = self.order.window(step)
-        return epoch, [int(i) for i in indices[part * self.micro_batch : (part + 1) * self.micro_batch]]
+        at = micro_batches(len(indices), self.micro_batch, self.share)[part]
+        return epoch, [int(i) for i in indices[at : at + self.micro_batch]]
 
     def name(self, place: Place) -> str:
         epoch, samples = self.samples(place)
@@ -91,9 +93,10 @@ class ItemFeed:
         device: torch.device,
         workers: int,
         timeout: float = 600.0,
+        share: Share = WHOLE,
     ) -> None:
         self.source, self.order, self.micro_batch, self.seed = source, order, micro_batch, seed
-        self.device, self.workers, self.timeout = device, workers, timeout
+        self.device, self.workers, self.timeout, self.share = device, workers, timeout, share
         self.tell: Tell = quiet
         self.stop: Callable[[], bool] = never
 
@@ -110,7 +113,7 @@ class ItemFeed:
         """Any step can be asked for."""
 
     def windows(self, start: int, stop: int) -> Iterator[list[Any]]:
-        parts = Parts(Reader(self.source, self.seed), self.order, self.micro_batch)
+        parts = Parts(Reader(self.source, self.seed), self.order, self.micro_batch, self.share)
         places = ((step, part) for step in range(start, stop) for part in range(parts.count(step)))
         with closing(self._by_workers(parts, places) if self.workers else self._here(parts, places)) as batches:
             for step in range(start, stop):

@@ -14,6 +14,7 @@ from thalweg.data.coded import Uncodable, decode, encode
 from thalweg.data.draws import OwnRandom, States
 from thalweg.data.faults import put_together, spoken, told_as
 from thalweg.data.quiet import never, quiet
+from thalweg.data.share import WHOLE, Share, micro_batches
 from thalweg.data.sources import Stream
 from thalweg.data.trees import to_device
 
@@ -33,8 +34,10 @@ class StreamFeed:
         keep_last: bool,
         device: torch.device,
         sizes: Sequence[int] | None = None,
+        share: Share = WHOLE,
     ) -> None:
         self.source, self.micro_batch, self.seed, self.device = source, micro_batch, seed, device
+        self.share = share
         self.cut = Cut(source, batch, seed, keep_last, sizes)
         self.tell: Tell = quiet
         self.stop: Callable[[], bool] = never
@@ -60,7 +63,7 @@ class StreamFeed:
             step, samples = position.step, position.window(self.stop)
             if samples is None:
                 return
-            parts = range(0, len(samples), self.micro_batch)
+            parts = micro_batches(len(samples), self.micro_batch, self.share)
             yield [self.collated(step, at, samples[at : at + self.micro_batch]) for at in parts]
 
     def collated(self, step: int, at: int, samples: list[Any]) -> Any:

@@ -15,13 +15,15 @@ from thalweg.device.products import cpu_has_tf32
 #: Compute capabilities of CUDA that the formats begin with.
 TF32_FROM, FP8_FROM = (8, 0), (8, 9)
 
-#: What each kind of device can do, as far as training here needs to know.
+#: What each kind of device can do, as far as training here needs to know; "ranks": what sums between its processes, or "".
 CAPABILITIES: dict[str, dict[str, Any]] = {
-    "cpu": {"autocast": ("bf16", "fp16"), "float64": True},
-    "cuda": {"autocast": ("bf16", "fp16"), "float64": True},
-    "xpu": {"autocast": ("bf16", "fp16"), "float64": True},
-    "mps": {"autocast": ("bf16", "fp16"), "float64": False},
+    "cpu": {"autocast": ("bf16", "fp16"), "float64": True, "ranks": "gloo"},
+    "cuda": {"autocast": ("bf16", "fp16"), "float64": True, "ranks": "nccl"},
+    "xpu": {"autocast": ("bf16", "fp16"), "float64": True, "ranks": "xccl"},
+    "mps": {"autocast": ("bf16", "fp16"), "float64": False, "ranks": ""},
 }
+#: What processes of any kind of device tell one another by.
+HOST_RANKS = "gloo"
 
 
 def exact_dtype(device: torch.device) -> torch.dtype:
@@ -93,6 +95,41 @@ class Device:
         elif self.kind == "mps":
             mine.append(torch.mps._get_default_mps_generator())
         return mine
+
+    @property
+    def ranks_backend(self) -> str:
+        """The backend of torch.distributed for sums between processes on such devices.
+
+        Raises:
+            DeviceError: if there is none.
+        """
+        named: str = CAPABILITIES[self.kind]["ranks"]
+        if not named:
+            able = ", ".join(kind for kind, what in CAPABILITIES.items() if what["ranks"])
+            raise DeviceError(
+                f"Ranks cannot train on {self.kind}.",
+                "Torch has no sums between processes there.",
+                f"Use one of {able}.",
+            )
+        return named
+
+    def of_rank(self, local: int) -> Device:
+        """The device of this kind for process number ``local`` of this machine; made the current one.
+
+        Raises:
+            DeviceError: if there are not so many.
+        """
+        if self.kind == "cpu":
+            return self
+        count = torch.accelerator.device_count()
+        if local >= count:
+            raise DeviceError(
+                f"Rank {local} of this machine has no device of its own.",
+                f"There are {count} of {self.kind}, counted from 0.",
+                f"Start {count} ranks here, or train with device='cpu'.",
+            )
+        torch.accelerator.set_device_index(local)
+        return Device(torch.device(self.kind, local))
 
     def synchronize(self) -> None:
         """Wait until the device has done all that it was given."""

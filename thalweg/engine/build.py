@@ -27,13 +27,14 @@ from thalweg.engine.timetable import Timetable
 from thalweg.optim import make_arenas, named_trainable
 from thalweg.optim.arena import How
 from thalweg.optim.weights import average_share
+from thalweg.parallel import ALONE, Ranks
 from thalweg.precision import Policy
 from thalweg.regularize import swa_shares
 from thalweg.rules import RULES
 from thalweg.schedules import Span
 
 
-def build(plan: Plan, model: nn.Module, loss: ModelLoss, device: Device, policy: Policy) -> Step:
+def build(plan: Plan, model: nn.Module, loss: ModelLoss, device: Device, policy: Policy, ranks: Ranks = ALONE) -> Step:
     """The step of a plan; the model's parameters become views of flat buffers."""
     recipe = plan.recipe
     optimizer, regularize = recipe.optimizer, recipe.regularize
@@ -73,13 +74,14 @@ def build(plan: Plan, model: nn.Module, loss: ModelLoss, device: Device, policy:
         loss_divisor=plan.loss_divisor,
         sharpness=regularize.sharpness,
         sharpness_scaled=regularize.sharpness_scaled,
+        micro_batch=recipe.train.micro_batch if isinstance(recipe.train.micro_batch, int) else 0,
     )
     streams = make_streams(model, recipe, device.torch_device, timetable.now)
     again = recompute(model, recipe.recompute or "none")
     if releases:
         release = Release(arenas, two_pass=optimizer.release_gradients == "two-pass")
         return ReleasedStep(state, loss, policy, options, streams, again, release=release)
-    return Step(state, loss, policy, options, streams, again)
+    return Step(state, loss, policy, options, streams, again, ranks)
 
 
 def run_span(plan: Plan) -> Span:

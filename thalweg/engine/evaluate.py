@@ -15,6 +15,7 @@ from thalweg.engine.losses import sum_and_weight
 from thalweg.engine.portions import each
 from thalweg.engine.preflight import ModelLoss, in_evaluation_mode
 from thalweg.engine.state import State
+from thalweg.parallel import ALONE, Ranks
 from thalweg.precision import Policy
 from thalweg.regularize import PreciseStatistics
 
@@ -40,6 +41,7 @@ def evaluate(
     batch: int,
     precise: PreciseStatistics | None = None,
     stop: Callable[[], bool] = lambda: False,
+    ranks: Ranks = ALONE,
 ) -> dict[str, float]:
     """Exactly weighted means over all of ``source``, read from the device once, at the end.
 
@@ -47,7 +49,8 @@ def evaluate(
         precise: measures the statistics of batch normalization for the averaged weights.
         metrics: gives further (sum, weight) pairs by name.
         batch: samples a batch; the result does not depend on it but for rounding.
-        stop: asked before each batch: whether to break off.
+        stop: asked before each batch: whether to break off. Not on ranks, which would wait for one another.
+        ranks: each evaluates its share of the batches; all get the same figures.
 
     Raises:
         Interrupted: where it is; the model is as it was.
@@ -68,13 +71,27 @@ def evaluate(
 
     sums: dict[str, list[Tensor]] = {}
     with evaluated_weights(state, precise), in_evaluation_mode(model), torch.no_grad():
-        for samples in held_out(source, batch, state.device.torch_device):
+        for samples in held_out(source, batch, state.device.torch_device, (ranks.rank, ranks.world)):
             if stop():
                 raise Interrupted
             for found in each(samples, pairs, state.evaluation_limit):
                 for name, pair in found.items():
                     before = sums.get(name)
                     sums[name] = pair if before is None else [a + b for a, b in zip(before, pair)]
+    if ranks.world > 1:
+        sums = _over_ranks(sums, ranks)
     if not sums:
         raise LossError("Nothing was evaluated.", "The held-out data gave no batch.", "Give at least one sample.")
     return {name: float(total / weight) for name, (total, weight) in sums.items()}
+
+
+def _over_ranks(sums: Mapping[str, list[Tensor]], ranks: Ranks) -> dict[str, list[Tensor]]:
+    """Sums of all ranks, added in their order; a rank may have had no batch."""
+    mine = {name: [float(v) for v in pair] for name, pair in sums.items()}
+    whole: dict[str, list[Tensor]] = {}
+    for theirs in ranks.told(mine):
+        for name, pair in theirs.items():
+            found = [torch.tensor(v, dtype=torch.float64) for v in pair]
+            before = whole.get(name)
+            whole[name] = found if before is None else [a + b for a, b in zip(before, found)]
+    return whole

@@ -15,6 +15,7 @@ from thalweg.engine.diagnose import Finding, diagnose
 from thalweg.engine.spikes import JUDGED, NONE, NONFINITE, SPIKE
 from thalweg.engine.step import Step
 from thalweg.precision import LEAST
+from thalweg.regularize.moments import alone
 
 #: Bad steps of a process that are looked into and told one by one; what comes after is in the records alone.
 TOLD = 5
@@ -58,6 +59,11 @@ class Warden:
         self.rewinds = 0
         self._told = 0
         self._news: list[Bad] = []
+
+    @property
+    def holds_up(self) -> bool:
+        """Whether a bad step may hold up the run."""
+        return bool({self.options.nonfinite, self.options.spike} & {"rewind", "stop"})
 
     # ------------------------------------------------------------------ records, as they are read
 
@@ -186,7 +192,8 @@ class Warden:
         else:
             what = "gradient" if math.isfinite(record.loss) else "loss"
             text, more = f"Step {at}: the {what} is not finite.", {}
-            found = diagnose(self.step, self.feed, at)
+            with alone():
+                found = diagnose(self.step, self.feed, at)
         if found.samples is not None:
             more |= {"samples": found.samples[:_MOST_SAMPLES], "num_samples": len(found.samples)}
         if found.module:

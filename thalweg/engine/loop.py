@@ -16,8 +16,10 @@ from thalweg.engine.memory.measured import STEPS
 from thalweg.engine.portions import Failure, in_update, spoken
 from thalweg.engine.step import FIELDS, RING, Step
 from thalweg.engine.stopping import EarlyStop
+from thalweg.parallel import ALONE, Ranks
 
 _FLUSH_SECONDS = 0.25
+_FLUSH_STEPS = 16
 
 
 class Loop:
@@ -29,6 +31,7 @@ class Loop:
         stop: asked between steps: whether someone wants the run to end.
         watch: asked between steps, for what goes on beside the run; a reason ends it.
         best: told after an evaluation better than all before.
+        ranks: who trains; they end after the same step.
     """
 
     def __init__(
@@ -43,9 +46,11 @@ class Loop:
         stop: Callable[[], bool] = lambda: False,
         best: Callable[[], None] = lambda: None,
         watch: Callable[[], StopReason | None] = lambda: None,
+        ranks: Ranks = ALONE,
     ) -> None:
         self.plan, self.step, self.feed, self.sinks = plan, step, feed, sinks
         self.evaluate, self.save, self.stop, self.best, self.watch = evaluate, save, stop, best, watch
+        self.ranks, self.talk = ranks, ranks.talk()
         wanted = plan.recipe.evaluate
         self.early = EarlyStop(wanted.patience, wanted.goal or "min", wanted.min_delta)
         self.ranking: list[tuple[float, int]] = []  # (value of the chosen metric, step), best first
@@ -127,12 +132,30 @@ class Loop:
         if self.early.is_over() and going_on:
             self._save(must=True)
             return StopReason.STOPPED_EARLY
-        if self.streak >= self.plan.recipe.guard.patience:
+        diverged, asked, unsaved = self._wishes()
+        if diverged:
             return StopReason.DIVERGED
-        if self.stop() and going_on:
+        if asked and going_on:
             self._save(must=True)
             return StopReason.INTERRUPTED
-        return self.watch()
+        return StopReason.UNSAVED if unsaved and going_on else None
+
+    def _wishes(self) -> tuple[bool, bool, bool]:
+        """Whether to give up, to stop, to end because nothing is saved any more: what any rank wished a step ago, so that all
+        of them end after the same one.
+
+        What memory has taught one rank goes the same way: windows are cut alike on all.
+        """
+        reason = self.watch()
+        diverged = self.streak >= self.plan.recipe.guard.patience or reason is StopReason.DIVERGED
+        wishes = diverged, self.stop(), reason is StopReason.UNSAVED
+        if self.ranks.world == 1:
+            return wishes
+        limit = self.step.state.limit
+        heard = self.talk.say(*wishes, 1 / limit.most if limit.most else 0.0)
+        if heard[3]:
+            limit.lower(round(1 / heard[3]))
+        return bool(heard[0]), bool(heard[1]), bool(heard[2])
 
     def flush(self) -> None:
         """Read the rows of all steps since the last flush, in one copy, and pass them on.
@@ -170,7 +193,10 @@ class Loop:
     def _note(self) -> None:
         now = time.perf_counter()
         self._pending.append(now - self._began)
-        if len(self._pending) == RING or now - self._flushed_at > _FLUSH_SECONDS:
+        # A step that holds up the run is dealt with on all ranks after the same step: the clock has no say in it then.
+        timed = self.ranks.world == 1 or not self.guard.holds_up
+        due = now - self._flushed_at > _FLUSH_SECONDS if timed else self.step.state.step % _FLUSH_STEPS == 0
+        if due or len(self._pending) == RING:
             self.flush()
 
     def _record(self, step: int, row: list[float], seconds: float) -> Record:
@@ -250,5 +276,6 @@ class Loop:
                 self.tell("not saved", str(err))
 
     def _end(self, reason: StopReason) -> StopReason:
+        self.talk.end()
         self.flush()
         return reason

@@ -81,6 +81,13 @@ class Limit:
             return window
         return [part for batch in window for part in evenly(batch, self.most, self.grain)]
 
+    def lower(self, most: int) -> None:
+        """Another rank's passes may take ``most`` samples: this one's windows are cut as its own are."""
+        if most and (not self.most or most < self.most):
+            self.most = most
+            text = f"Memory ran out on another rank. From here on a {self.what} has at most {most} samples."
+            self.news.append(News(text, {"most": most}, True))
+
     @property
     def fresh(self) -> bool:
         """Whether it is news that a pass went through: the first, or one after a failure."""
@@ -154,12 +161,24 @@ def evenly(batch: Any, most: int, grain: int = 1) -> list[Any]:
     size = batch_size(batch)
     if size <= most:
         return [batch]
-    if grain > most:
-        grain = 1
+    num = num_portions(size, most, grain)
+    grain = 1 if grain > most else grain
     units = -(-size // grain)
-    num = -(-units // (most // grain))
     edges = [min(size, -(-units * i // num) * grain) for i in range(num + 1)]
     return [_between(batch, a, b) for a, b in zip(edges, edges[1:])]
+
+
+def num_portions(size: int, most: int, grain: int = 1) -> int:
+    """Into how many portions ``evenly`` cuts ``size`` samples; 1 where ``most`` is 0.
+
+    >>> num_portions(13, 4), num_portions(24, 17, 8), num_portions(24, 0)
+    (4, 2, 1)
+    """
+    if not most or size <= most:
+        return 1
+    grain = 1 if grain > most else grain
+    units = -(-size // grain)
+    return -(-units // (most // grain))
 
 
 def _between(batch: Any, start: int, stop: int) -> Any:

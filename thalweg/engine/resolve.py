@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from functools import partial
@@ -19,8 +20,11 @@ from thalweg.core import (
     Task,
 )
 from thalweg.data import (
+    WHOLE,
     ChangedFeed,
     Items,
+    Share,
+    SharedFeed,
     Source,
     Stream,
     Tensors,
@@ -72,9 +76,12 @@ from thalweg.engine.scheduled import (
     span_of,
 )
 from thalweg.engine.settle import Decisions, settle_evaluation, settle_length, settle_optimizer
+from thalweg.engine.together import check_buffers, check_layers, check_ranks, settle_micro_batch
 from thalweg.optim import parameter_table
+from thalweg.parallel import ALONE, Ranks
 from thalweg.precision import Policy, Prepared, policy_for
 from thalweg.regularize import Change, watch_batch
+from thalweg.regularize.moments import alone
 
 
 @dataclass(frozen=True)
@@ -105,6 +112,7 @@ def resolve(
     most: int | None = None,
     planning: bool = False,
     begins: bool = True,
+    ranks: Ranks = ALONE,
 ) -> Resolved:
     """Fill every gap of a recipe, try the model on one micro-batch, and say what was decided.
 
@@ -113,13 +121,15 @@ def resolve(
         most: bytes of memory to plan with; None: what is there.
         planning: whether a bench is wanted, on which variants can be tried.
         begins: whether the run begins with the recipe's weights; one that goes on from a checkpoint does not read them.
+        ranks: who trains; each calls this by itself, and none waits for another in it.
 
     Raises:
         ThalwegError: for anything that would fail later; the model has its own dtypes then, and no hooks of ours.
     """
     undo = ExitStack()
     try:
-        return _resolve(task, recipe, saved, most, planning, undo, begins)
+        with alone():
+            return _resolve(task, recipe, saved, most, planning, undo, begins, ranks)
     except BaseException:
         undo.close()
         raise
@@ -133,6 +143,7 @@ def _resolve(
     planning: bool,
     undo: ExitStack,
     begins: bool,
+    ranks: Ranks,
 ) -> Resolved:
     decide = Decisions()
     if saved is not None:
@@ -141,6 +152,9 @@ def _resolve(
     loss = task_loss(task.loss, recipe)
     moved = scheduled(recipe, loss.known)
     device, why = choose(recipe.device)
+    if ranks.world > 1:
+        device = ranks.own(device)
+        recipe = _on_ranks(recipe, ranks.world, decide)
     if recipe.device == "auto":
         recipe = replace(recipe, device=decide.take("device", str(device.torch_device), why))
     if recipe.precision != "auto":
@@ -170,6 +184,8 @@ def _resolve(
     if begins:
         take_weights(model, recipe, decide.take, saved)
     model = model.to(device.torch_device)
+    if ranks.world > 1:
+        check_layers(model, ranks.world)
     recipe, early = begin_precision(recipe, model, device, decide.take)
     if early is not None:
         undo.callback(early.undo)
@@ -204,6 +220,8 @@ def _resolve(
         changes = changed_model(model, loss, first, device, recipe, decide)
         with tried(model, recipe.recompute, decide.take), watch_batch(model, batch_size(first)) as values:
             probe = preflight(model, loss, first, source, device, recipe.seed, mixed=mix is not None)
+        if ranks.world > 1:
+            check_buffers(model, loss, first, device, recipe, ranks.world)
         if lengths is not None:
             try_shortest(model, loss, raw, min(lengths), device, recipe.seed)
     del raw  # a run holds one window at a time
@@ -234,6 +252,8 @@ def _resolve(
         )
 
     def check(recipe: Recipe) -> None:
+        if ranks.world > 1:
+            check_ranks(recipe, ranks.world)
         check_smallest_batch(model, recipe, samples, sizes, values)
 
     ledger, bench = None if saved is None else saved.ledger, None
@@ -269,6 +289,9 @@ def _resolve(
     if saved is not None:
         plan = replace(plan, loss_divisor=saved.loss_divisor)
     prepared.keep()
+    if ranks.world > 1:
+        micro = whole_of(recipe.train.micro_batch)
+        feed = _shared(partial(feeding, micro_batch=micro), mix, lengths, (ranks.rank, ranks.world))
     return Resolved(plan, model, loss, feed, test, device, policy, prepared, bench)
 
 
@@ -310,6 +333,25 @@ def _changed(feed: Feed, mix: WindowChange | None, lengths: list[int] | None) ->
     """The feed with what is done to whole windows."""
     changes = [*([] if mix is None else [mix]), *([] if lengths is None else [shortened(lengths)])]
     return ChangedFeed(feed, changes) if changes else feed
+
+
+def _on_ranks(recipe: Recipe, world: int, decide: Decisions) -> Recipe:
+    """What several ranks decide of a recipe, and refuse."""
+    recipe, why = settle_micro_batch(recipe, world)
+    if why:
+        decide.take("train.micro_batch", recipe.train.micro_batch, why)
+    check_ranks(recipe, world)
+    decide.take(
+        "ranks", world, f"the micro-batches of a step go round {world} processes, and their sums make one update"
+    )
+    return recipe
+
+
+def _shared(feeding: Callable[..., Feed], mix: WindowChange | None, lengths: list[int] | None, share: Share) -> Feed:
+    """A rank's share of the windows; those that are mixed are read whole first."""
+    if mix is None:
+        return _changed(feeding(share=share), None, lengths)
+    return SharedFeed(_changed(feeding(share=WHOLE), mix, lengths), share)
 
 
 def changed_model(

@@ -30,6 +30,7 @@ class Asked:
     def __init__(self, grace: float) -> None:
         self.grace = grace
         self.number = 0
+        self._resting = False
         self._timer: threading.Timer | None = None
 
     def __call__(self) -> bool:
@@ -42,7 +43,7 @@ class Asked:
                 raise KeyboardInterrupt
             return
         self.number = number
-        if number != signal.SIGINT:  # at a terminal a person decides how long to wait
+        if number != signal.SIGINT and not self._resting:  # at a terminal a person decides how long to wait
             self._timer = threading.Timer(self.grace, self._give_up)
             self._timer.daemon = True
             self._timer.start()
@@ -52,6 +53,11 @@ class Asked:
         if self._timer is not None:
             self._timer.cancel()
             self._timer = None
+
+    def rest(self) -> None:
+        """No step follows: what is left is to write what there is, and a signal need not hurry it."""
+        self._resting = True
+        self.heard()
 
     def _give_up(self) -> None:
         name = signal.Signals(self.number).name
@@ -90,6 +96,6 @@ def asked_to_end(grace: float) -> Iterator[Asked]:
     try:
         yield asked
     finally:
-        asked.heard()
+        asked.rest()
         for number, handler in before.items():
             signal.signal(number, handler)

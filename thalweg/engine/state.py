@@ -153,6 +153,11 @@ class State:
         for arena in self.arenas:
             arena.torn = False
 
+    def tensors(self) -> list[Tensor]:
+        """Every tensor that changes in a run, live; in an order that follows from model and recipe."""
+        averages = {} if self.window is not None else self._averages()  # a window's means follow from its weights
+        return [*self.weights().values(), *dict(self._slots()).values(), *averages.values()]
+
     def limits(self) -> tuple[Limit, Limit]:
         return self.limit, self.evaluation_limit
 

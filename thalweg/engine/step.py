@@ -13,15 +13,17 @@ from thalweg.core import seed_for
 from thalweg.data import batch_size
 from thalweg.device import ran_out
 from thalweg.engine.losses import sum_and_weight
-from thalweg.engine.portions import Failure, go_through, in_update
+from thalweg.engine.portions import Failure, go_through, in_update, num_portions
 from thalweg.engine.recompute import Recomputation
 from thalweg.engine.sharpness import Sharpness
 from thalweg.engine.spikes import JUDGED
 from thalweg.engine.state import State
+from thalweg.engine.together import Place
 from thalweg.engine.undo import Undo
 from thalweg.optim.arena import update
 from thalweg.optim.history import excess
 from thalweg.optim.norm import global_norm
+from thalweg.parallel import ALONE, Ranks
 from thalweg.precision import Policy
 from thalweg.regularize import Streams
 
@@ -39,6 +41,7 @@ class StepOptions:
         clip: largest global gradient norm; 0: no clipping.
         loss_divisor: a power of two near the weight of a window, divided out of sums before the backward pass.
         sharpness, sharpness_scaled: as in ``thalweg.engine.sharpness``; 0: gradients are taken where the weights are.
+        micro_batch: samples in one; asked for on several ranks.
     """
 
     seed: int
@@ -46,14 +49,15 @@ class StepOptions:
     loss_divisor: float
     sharpness: float = 0.0
     sharpness_scaled: bool = False
+    micro_batch: int = 0
 
 
 class Step:
     """One update of a State from one window of micro-batches.
 
     Contracts: the gradient is sum(total) / sum(weight) over the window (C1); torch's generators are seeded by
-    (seed, step, micro-batch) (C2); unscale, finite check, clip, decay, update, average, in this order, and a skipped step
-    moves none of them (C4); one read of the gradients for the norm, one pass for the update (C5).
+    (seed, step, micro-batch), the micro-batch counted over all ranks (C2); unscale, finite check, clip, decay, update, average,
+    in this order, and a skipped step moves none of them (C4); one read of the gradients for the norm, one pass for the update (C5).
     """
 
     def __init__(
@@ -64,9 +68,11 @@ class Step:
         options: StepOptions,
         streams: Streams | None = None,
         recomputation: Recomputation | None = None,
+        ranks: Ranks = ALONE,
     ) -> None:
         self.state, self.loss, self.policy, self.options, self.streams = state, loss, policy, options, streams
-        self.recomputation = recomputation
+        self.recomputation, self.ranks = recomputation, ranks
+        self.place = None if ranks.world == 1 else Place(ranks.rank, ranks.world, options.micro_batch)
         self.generators = state.device.generators()
         self.sharpness: Sharpness | None = None
         if options.sharpness:
@@ -95,7 +101,7 @@ class Step:
         """One step.
 
         Args:
-            window: micro-batches, on the device, each given to the loss function as it is.
+            window: micro-batches, on the device, each given to the loss function as it is; on ranks, this rank's, or none.
 
         Returns:
             The row of ``FIELDS``, on the device; it is overwritten ``RING`` steps later.
@@ -157,7 +163,27 @@ class Step:
         """
         one = self._passes if counted else self._passes_again
         with self.policy.around(self.state.device, passes=len(parts)):
-            return go_through(parts, one, self.state.limit, self.undo, counted=counted)
+            done = go_through(parts, one, self.state.limit, self.undo, counted=counted)
+        if self.place is not None:
+            self._add_ranks(counted)
+        return done
+
+    @torch.no_grad()
+    def _add_ranks(self, counted: bool) -> None:
+        """Gradients become those of all ranks: one collective an arena, and one for all that was counted."""
+        for arena in self.state.arenas:
+            arena.hold_gradients()
+        sums = [arena.grads for arena in self.state.arenas]
+        if not counted:
+            self.ranks.add(sums)
+            return
+        statistics = self.state.statistics
+        seen = statistics.gathered() if statistics.layers else self.sums[:0]
+        packed = torch.cat([self.sums, seen.to(self.sums)])
+        self.ranks.add([*sums, packed])
+        self.sums.copy_(packed[:2])
+        if statistics.layers:
+            statistics.summed(packed[2:])
 
     def _passes(self, index: int, first: int, batch: Any, last: bool) -> int:
         """Forward and backward pass of a micro-batch; how many samples it has, where the streams ask."""
@@ -221,6 +247,11 @@ class Step:
 
     def _seed(self, index: int, first: int, batch: Any) -> int:
         """Name the random streams of a micro-batch whose samples stand from ``first`` on in the window; how many they are."""
+        if self.place is not None:
+            micro, limit = self.options.micro_batch, self.state.limit
+            portions = num_portions(micro, limit.most, limit.grain)
+            which = index // portions if self.streams is None else first // micro  # who counts samples counts exactly
+            index, first = self.place.of(index, first, which, portions)
         name = seed_for(self.options.seed, "step", self.state.step, index)
         for generator in self.generators:
             generator.manual_seed(name)

@@ -48,6 +48,7 @@ class PooledStatistics:
         self._counts: list[int] = [0] * len(layers)  # values a channel seen in this step
         self._passes = 0  # batches in the sums
         self._early = False  # whether this forward pass has put something into the sums already
+        self._summed = False  # whether the sums are those of all ranks already
         self._paused = self._again = (
             False  # whether passes are not counted in the rest of this step, or until ``collect``
         )
@@ -127,7 +128,7 @@ class PooledStatistics:
                 self.layers[i].__dict__["own_moments"] = True
         self._counts = [0] * len(self.layers)
         self._passes = 0
-        self._paused = self._again = self._early = False
+        self._paused = self._again = self._early = self._summed = False
 
     def pause(self) -> None:
         """Further forward passes of this step are not counted: they go over the same samples again."""
@@ -171,12 +172,31 @@ class PooledStatistics:
             self._counts, self._passes = list(collected[1]), collected[2]
         self.undo()
 
+    def gathered(self) -> Tensor:
+        """All that this rank has seen in the step, as sums; empty where no layer trains.
+
+        Who adds the ranks' up writes the sums of all of them back, and says so with ``summed``; ``end`` then asks no other rank.
+        """
+        if not self._active:
+            return torch.empty(0)
+        self._flush()
+        if not self._passes:
+            self._open_sums()  # this rank saw nothing
+        self._sums[2 * self.width : -1] = self.fill(tuple(self._counts))
+        self._sums[-1] = 0
+        return self._sums
+
+    def summed(self, sums: Tensor) -> None:
+        """What ``gathered`` gave, added up over the ranks."""
+        if self._active:
+            self._sums.copy_(sums)
+            self._summed = True
+
     def end(self, ok: Tensor) -> None:
         """The step is over: running statistics move where ``ok`` (0-dim bool); the layers get them back."""
         if not self._active:
             return
-        if num_ranks(self.group) > 1:
-            self._flush()
+        if self._summed or num_ranks(self.group) > 1:
             now, share, ok = self._over_ranks(ok)
         elif self._passes:
             now = torch.cat(pooled(self.fill(tuple(self._counts)), self._sum, self._sum_squares))
@@ -204,16 +224,13 @@ class PooledStatistics:
 
     def _over_ranks(self, ok: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Statistics of all ranks, the share of each, and whether no rank skips: one sum over ranks."""
-        if not self._passes:
-            self._open_sums()  # this rank saw nothing
-        width = self.width
-        self._sums[2 * width : -1] = self.fill(tuple(self._counts))
-        self._sums[-1] = ~ok
-        dist.all_reduce(self._sums, group=self.group)
-        count = self._sums[2 * width : -1]
+        if not self._summed:
+            self.gathered()[-1] = ~ok
+            dist.all_reduce(self._sums, group=self.group)
+        count = self._sums[2 * self.width : -1]
         seen = (count > 0).repeat(2)
         share = self.shares((True,) * len(self.layers)) * seen
-        return torch.cat(pooled(count, self._sum, self._sum_squares)), share, self._sums[-1] == 0
+        return torch.cat(pooled(count, self._sum, self._sum_squares)), share, ok & (self._sums[-1] == 0)
 
     def _refuse_torchs_sync(self) -> None:
         if names := [n for n, layer in zip(self.names, self.layers) if isinstance(layer, nn.SyncBatchNorm)]:

@@ -2,11 +2,25 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+
+_apart: list[None] = []  # not empty: what runs now is this process's own
+
+
+@contextmanager
+def alone() -> Iterator[None]:
+    """Inside, ``num_ranks`` is 1: what one process tries by itself, such as a step on a copy, waits for no other."""
+    _apart.append(None)
+    try:
+        yield
+    finally:
+        _apart.pop()
 
 
 def num_ranks(group: Any = None) -> int:
@@ -15,6 +29,8 @@ def num_ranks(group: Any = None) -> int:
     Args:
         group: a process group; None: the default one.
     """
+    if _apart:
+        return 1
     return dist.get_world_size(group) if dist.is_available() and dist.is_initialized() else 1
 
 

@@ -57,26 +57,19 @@ class RunFolder:
         """Say what the run is. The recipe comes last: with it, the folder holds a run.
 
         Raises:
-            RunFolderError: where it cannot be written.
+            RunFolderError: if it cannot be written.
         """
-        try:
-            self._write(plan, recipe)
-        except OSError as err:
-            if isinstance(err, ThalwegError):
-                raise
-            raise RunFolderError(
-                f"The run folder {self.path} cannot be written.", f"{err}.", "Make room, or see to its permissions."
-            ) from None
-
-    def _write(self, plan: Plan, recipe: Recipe) -> None:
         files = {"plan.json": plan.to_json().encode(), "recipe.toml": recipe.to_toml().encode()}
-        if not isinstance(self.store.place, LocalPlace):
-            with self.store.place.new("run") as folder:
-                for name, data in files.items():
-                    with folder.file(name) as write:
-                        write(data)
-        for name, data in files.items():
-            write_file(self.path / name, data)
+        try:
+            if not isinstance(self.store.place, LocalPlace):
+                with self.store.place.new("run") as folder:
+                    for name, data in files.items():
+                        with folder.file(name) as write:
+                            write(data)
+            for name, data in files.items():
+                write_file(self.path / name, data)
+        except OSError as err:
+            raise unwritable(self.path, err) from None
 
     def goes_on(self) -> None:
         """How the run ended before is no longer how it ended."""
@@ -125,6 +118,14 @@ class RunFolder:
             raise RunFolderError(
                 f"{self.path} holds no run to resume.", f"plan.json: {err}.", "Start one without --resume."
             ) from None
+
+
+def unwritable(path: Path, err: OSError) -> RunFolderError:
+    return RunFolderError(
+        f"The run folder {path} cannot be written.",
+        f"{err.strerror or err}.",
+        "Make room, see to its permissions, or choose another with --runs. No step has been taken.",
+    )
 
 
 def nothing_to_resume(path: Path) -> RunFolderError:

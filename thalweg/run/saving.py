@@ -35,7 +35,7 @@ class Saving:
         self.asked.heard()
         loop = self.loop
         facts = {
-            "ranking": loop.ranking,
+            "ranking": list(loop.ranking),
             "early": loop.early.facts(),
             "streak": loop.streak,
             "owed": loop.owed,
@@ -71,7 +71,7 @@ class Saving:
 
     def finish(self, reason: StopReason) -> StopReason:
         """Wait until the newest checkpoint is written; what the run ended with, where it is."""
-        self.asked.heard()
+        self.asked.rest()
         saved = self.saver.finish(self.wanted.grace)
         self._tell()
         if self._unfit and reason is not StopReason.FAILED:

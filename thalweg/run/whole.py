@@ -10,10 +10,12 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 
 from thalweg.checkpoint import FolderLock, Snapshot, write_file
 from thalweg.core import (
+    VERSION,
     CheckpointError,
     Evaluation,
     FeedState,
@@ -24,15 +26,18 @@ from thalweg.core import (
     Sink,
     StopReason,
     Task,
+    ThalwegError,
 )
 from thalweg.engine import Loop, Resolved, build, evaluate, resolve
 from thalweg.engine.memory import PeakWatch, begun
 from thalweg.engine.signals import Asked, asked_to_end, exit_code
+from thalweg.engine.together import same_state
+from thalweg.parallel import Ranks, check_equal, join, on_first
 from thalweg.regularize import PreciseStatistics, set_factors
 from thalweg.report import write_report
 from thalweg.run.best import BestWeights
 from thalweg.run.facts import check_snapshot
-from thalweg.run.folder import RunFolder, nothing_to_resume
+from thalweg.run.folder import RunFolder, nothing_to_resume, unwritable
 from thalweg.run.saving import Saving
 from thalweg.watch import JsonLines, Memory
 
@@ -88,7 +93,7 @@ def train(
     accept: Sequence[str] = (),
     sinks: Sequence[Sink] = (),
 ) -> Result:
-    """Train a model.
+    """Train a model; where torchrun or torch.distributed made this process one of several, together with the others.
 
     Args:
         model: an ``nn.Module``, or a function that makes one from ``recipe.model``.
@@ -120,17 +125,26 @@ def train_task(
     sinks: Sequence[Sink] = (),
 ) -> Result:
     """Train a task; see ``train``."""
+    ranks = join()
+    if folder is None and (resume or accept):
+        raise RunFolderError("resume needs a run folder.", "folder is None.", "Give the folder of the run.")
+    if ranks.world > 1:
+        check_equal(ranks, "another recipe or program", _held(recipe), "Start all ranks with the same command.")
     if folder is None:
-        if resume or accept:
-            raise RunFolderError("resume needs a run folder.", "folder is None.", "Give the folder of the run.")
-        return _Run(task, recipe, None, sinks).go()
+        return _Run(task, recipe, None, sinks, ranks, None).go()
     path = Path(folder)
     lock = FolderLock(path)
-    lock.acquire()
     try:
-        return _Run(task, recipe, RunFolder(path, recipe), sinks).go(resume, accept)
+        on_first(ranks, lock.acquire)
+        here = on_first(ranks, lambda: RunFolder(path, recipe))  # the other ranks write nothing, and read nothing there
+        return _Run(task, recipe, here, sinks, ranks, path).go(resume, accept)
     finally:
         lock.release()
+
+
+def _held(recipe: Recipe) -> list[str]:
+    """What ranks must have in common, one thing a line."""
+    return [f"thalweg {VERSION}", f"torch {torch.__version__}", *recipe.to_toml().splitlines()]
 
 
 @dataclass(frozen=True)
@@ -151,33 +165,65 @@ class Earlier:
 
 
 class _Run:
-    """One process's part of a run."""
+    """One process's part of a run.
 
-    def __init__(self, task: Task, recipe: Recipe, folder: RunFolder | None, sinks: Sequence[Sink]) -> None:
-        self.task, self.recipe, self.folder = task, recipe, folder
+    Args:
+        folder: where it writes; None on all ranks but the first.
+        path: of the run's folder, which all may know.
+    """
+
+    def __init__(
+        self,
+        task: Task,
+        recipe: Recipe,
+        folder: RunFolder | None,
+        sinks: Sequence[Sink],
+        ranks: Ranks,
+        path: Path | None,
+    ) -> None:
+        self.task, self.recipe, self.folder, self.ranks, self.path = task, recipe, folder, ranks, path
         self.memory = Memory()
         self.lines: JsonLines | None = None
-        self.given_sinks = list(sinks)
+        self.given_sinks = list(sinks) if ranks.is_first else []
 
     def go(self, resume: Resume = False, accept: Sequence[str] = ()) -> Result:
-        earlier = self._open(resume, accept)
-        resolved = resolve(self.task, self.recipe, saved=earlier.plan, begins=earlier.snapshot is None)
+        ranks = self.ranks
+        earlier = ranks.together(lambda: self._open(resume, accept))
+        resolved = self._resolved(earlier)
+        ranks.use(resolved.device)
         try:
             with asked_to_end(resolved.plan.recipe.checkpoint.grace) as asked:
                 return self._train(resolved, earlier, asked)
         finally:
             resolved.prepared.undo()
 
+    def _resolved(self, earlier: Earlier) -> Resolved:
+        """The plan; on ranks the first one measures and decides, and the others take it over."""
+        ranks, begins = self.ranks, earlier.snapshot is None
+        decided = on_first(
+            ranks, lambda: resolve(self.task, self.recipe, saved=earlier.plan, begins=begins, ranks=ranks)
+        )
+        if ranks.world == 1:
+            assert decided is not None
+            return decided
+        plan = Plan.from_json(ranks.from_first("" if decided is None else decided.plan.to_json()))
+        resolved = ranks.together(
+            lambda: decided or resolve(self.task, self.recipe, saved=plan, begins=False, ranks=ranks)
+        )
+        rows = [f"{row.name} {list(row.shape)} by {row.rule}" for row in resolved.plan.parameters]
+        check_equal(ranks, "another model", rows, "Let the model not hang on the rank.")
+        return resolved
+
     def _train(self, resolved: Resolved, earlier: Earlier, asked: Asked) -> Result:
-        saved, snapshot = earlier.plan, earlier.snapshot
-        step = build(resolved.plan, resolved.model, resolved.loss, resolved.device, resolved.policy)
+        saved, snapshot, ranks = earlier.plan, earlier.snapshot, self.ranks
+        step = build(resolved.plan, resolved.model, resolved.loss, resolved.device, resolved.policy, ranks)
         plan = replace(resolved.plan, sizes=step.state.nbytes())
         if saved is None:
             if plan.ledger is not None:
                 plan = replace(plan, ledger=begun(plan.ledger, resolved.device))
             plan = replace(plan, decisions=(*plan.decisions, *step.state.ways()))
-        if snapshot is not None:
-            step.state.load(snapshot)
+        ranks.together(lambda: None if snapshot is None else step.state.load(snapshot))
+        kept, others = same_state(step.state, snapshot, ranks)
         if self.folder:
             # All checks are behind us and the run goes on from here: what lies ahead of it is another's.
             if saved is None or earlier.changes:
@@ -189,8 +235,10 @@ class _Run:
         watch = None if plan.ledger is None else PeakWatch(plan.ledger, resolved.device)
         precise = self._precise(resolved)
         evaluation = self._evaluation(resolved, step, precise, asked)
-        loop = Loop(plan, step, resolved.feed, sinks, evaluate=evaluation, stop=asked)
-        resolved.feed.tell, resolved.feed.stop = loop.tell, asked
+        loop = Loop(plan, step, resolved.feed, sinks, evaluate=evaluation, stop=asked, ranks=ranks)
+        resolved.feed.tell = loop.tell
+        if ranks.world == 1:  # a rank that waits for data ends with the others, after the same step
+            resolved.feed.stop = asked
         keeper = BestWeights(step.state, precise) if plan.recipe.evaluate.patience else None
         saving = None
         if self.folder and self.lines is not None:
@@ -198,16 +246,26 @@ class _Run:
             loop.save, loop.watch = saving.save, saving.watch
         if keeper is not None:
             loop.best = keeper.keep
-        if snapshot is not None:
-            self._take_up(loop, keeper, snapshot)
-        for sink in sinks:
-            sink.start(plan, step.state.step)
+        if kept is not None:
+            self._take_up(loop, keeper, kept)
+        try:
+            for sink in sinks:
+                sink.start(plan, step.state.step)
+        except OSError as err:
+            if self.path is None or isinstance(err, ThalwegError):
+                raise
+            raise unwritable(self.path, err) from None
         if watch is not None:
             watch.begin()
             loop.measured = watch.told
         for (at, fault), name in zip(earlier.faults.items(), set_aside if self.folder else []):
             text = f"Passed over a damaged checkpoint: {fault} Going on from step {step.state.step}."
             loop.tell("checkpoint passed over", f"{text} It is kept as {name}.", {"damaged": at})
+        for text in others:
+            loop.tell("ranks", text)
+        begun_by = next((made.value for made in plan.decisions if made.path == "ranks"), 1)
+        if begun_by != ranks.world:
+            loop.tell("ranks", f"The run began on {begun_by} ranks, and goes on with {ranks.world}.")
         for text in earlier.changes:
             loop.tell("recipe changed", f"{text} (accepted)")
         reason = StopReason.FAILED
@@ -222,6 +280,7 @@ class _Run:
                 step.recomputation.release()
             for sink in sinks:
                 sink.stop(reason)
+        reason = ranks.from_first(reason)  # whether it could be saved, the first one alone knows
         step.state.adopt_average()
         if precise is not None:
             precise.estimate(version=step.state.step).put(step.state.model)
@@ -233,10 +292,10 @@ class _Run:
         sample = self._sample(step.state.model, reason)
         if self.folder:
             self._conclude(reason, sample)
-        path = self.folder.path if self.folder else None
+        number = max(ranks.told(asked.number))  # any rank may have been asked; and what the first one writes is there
         memory = self.memory
         return Result(
-            reason, step.state.model, plan, memory.records, memory.evaluations, path, sample, signal=asked.number
+            reason, step.state.model, plan, memory.records, memory.evaluations, self.path, sample, signal=number
         )
 
     def _conclude(self, reason: StopReason, sample: str) -> None:
@@ -323,7 +382,7 @@ class _Run:
             with resolved.policy.context(resolved.device):
                 resolved.loss(model, batch)
 
-        return PreciseStatistics(resolved.model, batches, forward, seed=recipe.seed)
+        return PreciseStatistics(resolved.model, batches, forward, seed=recipe.seed, group=self.ranks.group)
 
     def _evaluation(
         self, resolved: Resolved, step: Any, precise: PreciseStatistics | None, asked: Asked
@@ -331,7 +390,7 @@ class _Run:
         test, wanted = resolved.test, resolved.plan.recipe.evaluate
         if test is None:
             return None
-        batch = wanted.batch or 1
+        batch, ranks = wanted.batch or 1, self.ranks
         return lambda: evaluate(
             step.state,
             test,
@@ -340,11 +399,12 @@ class _Run:
             resolved.policy,
             batch=batch,
             precise=precise,
-            stop=asked,
+            stop=asked if ranks.world == 1 else lambda: False,
+            ranks=ranks,
         )
 
     def _sample(self, model: nn.Module, reason: StopReason) -> str:
-        if self.task.sample is None or reason is not StopReason.FINISHED:
+        if self.task.sample is None or reason is not StopReason.FINISHED or not self.ranks.is_first:
             return ""
         model.eval()
         return self.task.sample(model)

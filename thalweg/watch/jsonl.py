@@ -33,16 +33,12 @@ class JsonLines:
         self._waiting = bytearray()
 
     def start(self, plan: Plan, step: int) -> None:
-        try:  # not blocked by a pipe that nobody reads
-            self._file = os.open(self.path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_NONBLOCK, 0o666)
-            self._written = min(self.keep_bytes, os.fstat(self._file).st_size)
-            os.ftruncate(self._file, self._written)
-        except OSError as err:
-            raise RunFolderError(
-                f"{self.path} cannot be written.",
-                f"{err.strerror}.",
-                "Take what is there away, or choose another folder.",
-            ) from None
+        flags = (
+            os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_NONBLOCK
+        )  # a pipe that nobody reads is refused, not waited for
+        self._file = os.open(self.path, flags, 0o666)
+        self._written = min(self.keep_bytes, os.fstat(self._file).st_size)
+        os.ftruncate(self._file, self._written)
         _sync(self.path.parent)  # or, after a power cut, its name could be gone, whatever stands in it
 
     @property

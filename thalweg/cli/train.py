@@ -1,0 +1,175 @@
+"""``thalweg train``: a run here, on ranks, resumed, or going on from another."""
+
+from __future__ import annotations
+
+import argparse
+import os
+from pathlib import Path
+from typing import Any
+
+from thalweg.cli import checkpoint
+from thalweg.cli.words import pair, recipe_of, whole
+from thalweg.core import RecipeError
+
+
+def add(commands: Any) -> None:
+    """The command and its options."""
+    train = commands.add_parser("train", help="train a task", description="Train a task; see 'thalweg tasks'.")
+    train.add_argument("task", help="an embedded task, or module:attribute of your own")
+    train.add_argument("--recipe", metavar="FILE", help="a TOML recipe; what it leaves out is the task's own")
+    train.add_argument(
+        "--set", metavar="PATH=VALUE", action="append", default=[], help="override one value of the recipe"
+    )
+    train.add_argument("--name", help="name of the run folder; by default the task's, numbered if taken")
+    train.add_argument("--runs", metavar="DIR", default="runs", help="where run folders lie (default: runs)")
+    train.add_argument(
+        "--resume",
+        nargs="?",
+        const="newest",
+        metavar="STEP",
+        help="go on with the newest run of this task (or --name), from its newest good checkpoint or from STEP; 'auto': "
+        "begin where there is none",
+    )
+    train.add_argument(
+        "--accept",
+        metavar="PATHS",
+        action="append",
+        default=[],
+        help="with --resume: what may differ from the run's recipe, such as lr,steps",
+    )
+    train.add_argument("--quiet", action="store_true", help="do not print the plan")
+    train.add_argument(
+        "--from", dest="source", metavar="FOLDER", help="a new run that goes on from another's checkpoint"
+    )
+    train.add_argument(
+        "--from-step", metavar="STEP", help="with --from: which checkpoint (default: the newest good one)"
+    )
+    train.add_argument("--more", metavar="STEPS", help="with --from: how many more steps")
+    train.add_argument(
+        "--then",
+        metavar="SCHEDULE",
+        help="with --from: the rate's schedule (default: cooldown())",
+    )
+    checkpoint.add_start(train)
+    train.add_argument("--ranks", metavar="N", help="train in N processes on this machine (docs/ranks.md)")
+    train.add_argument(
+        "--ranks-timeout", metavar="SECONDS", help="give up a rank that does not answer for so long (default: 300)"
+    )
+    train.set_defaults(run=_train)
+
+
+def _train(asked: argparse.Namespace) -> int:
+    _check_words(asked)
+    num = None if asked.ranks is None else whole(asked.ranks, "--ranks", "number of processes")
+    timeout = 300 if asked.ranks_timeout is None else whole(asked.ranks_timeout, "--ranks-timeout", "time")
+    if num is not None and "RANK" not in os.environ:
+        from thalweg.parallel import launch
+
+        return launch(asked.words, num)
+    from thalweg.parallel import join
+
+    ranks = join(timeout)
+    if num is not None and num != ranks.world:
+        raise RecipeError(
+            f"--ranks {num} is not what was started.",
+            f"A launcher made this process one of {ranks.world} ranks.",
+            "Leave --ranks out under torchrun.",
+        )
+    code = _train_here(asked, ranks)
+    ranks.leave()
+    return code
+
+
+def _check_words(asked: argparse.Namespace) -> None:
+    """Refuse what does not go together, before any process is started."""
+    for text in asked.set:
+        pair(text)
+    starts = checkpoint.start_changes(asked)
+    resume = _resume(asked.resume)
+    if asked.accept and resume is False:
+        raise RecipeError("--accept goes with --resume.", "A new run has no earlier recipe.", "Add --resume.")
+    if asked.source is None:
+        if asked.more or asked.from_step or asked.then:
+            raise RecipeError(
+                "--more, --from-step and --then go with --from.",
+                "No other run is named.",
+                "Name it: --from runs/digits.",
+            )
+        return
+    if asked.set or asked.recipe or asked.resume is not None or starts:
+        raise RecipeError(
+            "--from goes on with the other run's recipe.",
+            "--set, --recipe, --resume or --weights was given too.",
+            "Leave them out; --then changes the schedule of the rate.",
+        )
+    if asked.more is None:
+        raise RecipeError("--from does not say for how long.", "--more is missing.", "Add --more 100.")
+
+
+def _train_here(asked: argparse.Namespace, ranks: Any) -> int:
+    """This process's part of a run: all of it, where there is one rank."""
+    changes = dict(pair(text) for text in asked.set) | checkpoint.start_changes(asked)
+    from thalweg.recipes import find_task, short_name
+
+    task = ranks.together(lambda: find_task(asked.task))
+    if asked.source is not None:
+        return _train_on(asked, task, short_name(asked.task), ranks)
+    recipe = ranks.together(lambda: recipe_of(task, asked.recipe).override(changes))
+    from thalweg.parallel import on_first
+    from thalweg.run import RunFolder, choose_folder, train_task
+    from thalweg.watch import Terminal
+
+    resume = _resume(asked.resume)
+    accept = [word.strip() for words in asked.accept for word in words.split(",") if word.strip()]
+
+    def chosen() -> tuple[Path, Any]:
+        folder = choose_folder(Path(asked.runs), asked.name, short_name(asked.task), resume=resume is not False)
+        begins = resume is False or (resume == "auto" and not (folder / "recipe.toml").exists())
+        own = not begins and not asked.recipe and not changes
+        return folder, RunFolder.recipe_in(folder) if own else recipe
+
+    folder, recipe = ranks.from_first(on_first(ranks, chosen))
+    sinks = [Terminal(verbose=not asked.quiet)]
+    result = train_task(task, recipe, folder=folder, resume=resume, accept=accept, sinks=sinks)
+    return _ended(asked, result, folder, ranks)
+
+
+def _resume(text: str | None) -> bool | int | str:
+    if text is None:
+        return False
+    return True if text == "newest" else text if text == "auto" else whole(text)
+
+
+def _train_on(asked: argparse.Namespace, task: Any, name: str, ranks: Any) -> int:
+    """A new run that goes on from a checkpoint of another."""
+    from thalweg.branch import continue_run
+    from thalweg.run import choose_folder
+    from thalweg.watch import Terminal
+
+    folder = ranks.from_first(choose_folder(Path(asked.runs), asked.name, name, resume=False))
+    result = continue_run(
+        task,
+        asked.source,
+        folder,
+        steps=whole(asked.more, "--more"),
+        then=asked.then or "cooldown()",
+        at=None if asked.from_step is None else whole(asked.from_step, "--from-step"),
+        sinks=[Terminal(verbose=not asked.quiet)],
+    )
+    return _ended(asked, result, folder, ranks)
+
+
+def _ended(asked: argparse.Namespace, result: Any, folder: Path, ranks: Any) -> int:
+    """What is left to say of a run."""
+    if not ranks.is_first:
+        return int(result.exit_code)
+    if result.sample:
+        print(f"\n{result.sample}\n")
+    print(f"report: {folder / 'report.html'}")
+    if result.exit_code >= 128:
+        again = ["thalweg", "train", asked.task, "--resume"]
+        again += ["--name", asked.name] if asked.name else []
+        again += ["--runs", asked.runs] if asked.runs != "runs" else []
+        again += ["--ranks", asked.ranks] if asked.ranks else []
+        print(f"to go on: {' '.join(again)}")
+    return int(result.exit_code)

@@ -1,0 +1,3 @@
+"""Which thalweg this is."""
+
+VERSION = "0.1.0"

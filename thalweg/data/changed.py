@@ -1,0 +1,102 @@
+"""What is done to the windows of a feed before they are trained on, and who gets which part of them."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+from thalweg.core import Feed, FeedState, Tell
+from thalweg.data.share import Share
+from thalweg.data.trees import tensors, tree_map
+
+
+class _Over(ABC):
+    """A feed that gives another's windows, changed."""
+
+    def __init__(self, feed: Feed) -> None:
+        self.feed = feed
+
+    @property
+    def tell(self) -> Tell:
+        return self.feed.tell
+
+    @tell.setter
+    def tell(self, tell: Tell) -> None:
+        self.feed.tell = tell
+
+    @property
+    def stop(self) -> Callable[[], bool]:
+        return self.feed.stop
+
+    @stop.setter
+    def stop(self, stop: Callable[[], bool]) -> None:
+        self.feed.stop = stop
+
+    def epoch_of(self, step: int) -> int:
+        return self.feed.epoch_of(step)
+
+    def samples(self, step: int) -> list[int] | None:
+        return self.feed.samples(step)
+
+    def state(self, step: int) -> FeedState | None:
+        return self.feed.state(step)
+
+    def restore(self, step: int, state: FeedState) -> None:
+        self.feed.restore(step, state)
+
+    @abstractmethod
+    def windows(self, start: int, stop: int) -> Iterator[list[Any]]: ...
+
+
+class ChangedFeed(_Over):
+    """A feed whose windows go through functions of (step, window) before they are trained on.
+
+    Args:
+        changes: each takes the step (from 0) and the window's micro-batches, and gives micro-batches.
+    """
+
+    def __init__(self, feed: Feed, changes: Sequence[Callable[[int, list[Any]], list[Any]]]) -> None:
+        super().__init__(feed)
+        self.changes = changes
+
+    def windows(self, start: int, stop: int) -> Iterator[list[Any]]:
+        for step, window in enumerate(self.feed.windows(start, stop), start=start):
+            for change in self.changes:
+                window = change(step, window)
+            yield window
+
+
+class SharedFeed(_Over):
+    """A share of another feed's windows, whole as they must be until then: mixing looks for partners in all of a window."""
+
+    def __init__(self, feed: Feed, share: Share) -> None:
+        super().__init__(feed)
+        self.share = share
+
+    def windows(self, start: int, stop: int) -> Iterator[list[Any]]:
+        which, of = self.share
+        for window in self.feed.windows(start, stop):
+            yield window[which::of]
+
+
+def shortened(lengths: Sequence[int]) -> Callable[[int, list[Any]], list[Any]]:
+    """A change for ``ChangedFeed``: sequences are cut to ``lengths[step]``.
+
+    Cut are the tensors whose second dimension is that of the first tensor that has two; weights shrink with them.
+    """
+
+    def change(step: int, window: list[Any]) -> list[Any]:
+        return [_cut_sequences(batch, lengths[min(step, len(lengths) - 1)]) for batch in window]
+
+    return change
+
+
+def sequence_length(batch: Any) -> int:
+    """The second dimension of the first tensor that has two or more; 0 where none has."""
+    return next((t.shape[1] for _, t in tensors(batch) if t.ndim >= 2), 0)
+
+
+def _cut_sequences(batch: Any, length: int) -> Any:
+    whole = sequence_length(batch)
+    return tree_map(lambda t: t[:, :length] if t.ndim >= 2 and t.shape[1] == whole else t, batch)

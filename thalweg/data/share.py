@@ -1,0 +1,17 @@
+"""Which micro-batches of each window somebody gets."""
+
+from __future__ import annotations
+
+#: (which, of how many): of the micro-batches of each window, every ``of how many``-th from number ``which`` on.
+Share = tuple[int, int]
+WHOLE: Share = (0, 1)
+
+
+def micro_batches(num: int, micro_batch: int, share: Share) -> range:
+    """Where the micro-batches of a share begin, in a window of ``num`` samples.
+
+    >>> [list(micro_batches(10, 4, (rank, 2))) for rank in (0, 1)]
+    [[0, 8], [4]]
+    """
+    which, of = share
+    return range(which * micro_batch, num, of * micro_batch)

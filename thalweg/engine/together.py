@@ -1,0 +1,201 @@
+"""A run on ranks: which micro-batch is whose, what has to be equal before step 1, and what cannot be on ranks."""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from thalweg.checkpoint import Snapshot
+from thalweg.core import ModelError, RanksError, Recipe, RecipeError, divisors
+from thalweg.device import Device
+from thalweg.engine.preflight import ModelLoss, as_written, untouched
+from thalweg.engine.state import State
+from thalweg.parallel import Ranks
+from thalweg.regularize import SyncedBatchNorm
+
+
+@dataclass(frozen=True)
+class Place:
+    """Names the micro-batches of a rank as one process would: rank ``rank`` has every ``world``-th of a window.
+
+    >>> place = Place(rank=1, world=2, micro_batch=8)
+    >>> place.of(0, 0, 0), place.of(1, 8, 1)  # its first and its second micro-batch are number 1 and number 3
+    ((1, 8), (3, 24))
+    >>> place.of(2, 8, 1, portions=2)  # where memory has cut each into two, the third portion here is number 6 of all
+    (6, 24)
+    """
+
+    rank: int
+    world: int
+    micro_batch: int
+
+    def of(self, index: int, first: int, micro: int, portions: int = 1) -> tuple[int, int]:
+        """(number, first sample) in the whole window of what is number ``index`` here, from sample ``first`` on.
+
+        Args:
+            micro: which of this rank's micro-batches it lies in.
+            portions: into how many a whole micro-batch is cut.
+        """
+        others = self.rank + micro * (self.world - 1)  # micro-batches of other ranks before it
+        return index + others * portions, first + others * self.micro_batch
+
+
+def micro_batch_of(recipe: Recipe, world: int) -> int:
+    """The largest micro-batch of which a window has one for each rank.
+
+    Raises:
+        RecipeError: if there is none.
+    """
+    fitting = [size for size in divisors(recipe.train.batch) if recipe.train.batch // size >= world]
+    if not fitting:
+        raise too_many(recipe, world)
+    return max(fitting)
+
+
+def check_ranks(recipe: Recipe, world: int) -> None:
+    """Refuse what cannot be on several ranks.
+
+    Raises:
+        RecipeError: naming the micro-batches that work.
+    """
+    passes = recipe.optimizer.release_gradients
+    if passes not in (None, "off"):
+        raise RecipeError(
+            f"optimizer.release_gradients='{passes}' is not possible on {world} ranks.",
+            "A gradient is used and freed in the backward pass of one rank, before it can be added to those of the others.",
+            "Give optimizer.release_gradients='off', or train on one rank.",
+        )
+    micro = recipe.train.micro_batch
+    if isinstance(micro, int) and -(-recipe.train.batch // micro) < world:
+        raise too_many(recipe, world)
+
+
+def too_many(recipe: Recipe, world: int) -> RecipeError:
+    batch, micro = recipe.train.batch, recipe.train.micro_batch
+    fitting = [size for size in divisors(batch) if batch // size >= world]
+    num = -(-batch // micro) if isinstance(micro, int) else batch
+    remedy = (
+        f"Give train.micro_batch, one of {', '.join(map(str, fitting))}" if fitting else "Give a larger train.batch"
+    )
+    return RecipeError(
+        f"There are more ranks than micro-batches: {world} ranks.",
+        f"train.batch={batch}, train.micro_batch={micro}: a window has {num} of them, and each is computed by one rank.",
+        f"{remedy}; or start at most {num} ranks.",
+    )
+
+
+def check_layers(model: nn.Module, world: int) -> None:
+    """Refuse layers that look beyond their micro-batch.
+
+    Raises:
+        ModelError: naming them.
+    """
+    synced = [name for name, layer in model.named_modules() if isinstance(layer, (SyncedBatchNorm, nn.SyncBatchNorm))]
+    if synced:
+        raise ModelError(
+            f"Synchronised batch normalization is not possible on {world} ranks of a run.",
+            f"{len(synced)} layers, such as '{synced[0]}': what a micro-batch is normalised by would hang on how many ranks "
+            "there are.",
+            "Use plain BatchNorm: its running statistics are pooled over all micro-batches of all ranks.",
+        )
+
+
+def check_buffers(model: nn.Module, loss: ModelLoss, batch: Any, device: Device, recipe: Recipe, world: int) -> None:
+    """Refuse buffers that ranks would each move their own way.
+
+    Raises:
+        ModelError: naming them.
+    """
+    pooled = {id(b) for m in model.modules() if isinstance(m, _BatchNorm) for b in m.buffers(recurse=False)}
+    others = [(name, b) for name, b in model.named_buffers() if id(b) not in pooled]
+    if not others:
+        return
+    with untouched(model, device, recipe.seed), torch.no_grad(), as_written():
+        before = [(id(b), b._version) for _, b in others]
+        loss(model, batch)
+        now = dict(model.named_buffers())
+        moved = [name for (name, _), was in zip(others, before) if (id(now[name]), now[name]._version) != was]
+    if moved:
+        raise ModelError(
+            f"The forward pass moves a buffer, and {world} ranks would each move it their own way.",
+            f"{len(moved)} of them, such as '{moved[0]}'.",
+            "Train on one rank, or use a layer that keeps no such buffer.",
+        )
+
+
+def settle_micro_batch(recipe: Recipe, world: int) -> tuple[Recipe, str]:
+    """The recipe with a micro-batch for each rank where it names none, and the reason; "" where nothing was settled."""
+    train = recipe.train
+    if train.micro_batch is not None or recipe.memory_budget is not None:
+        return recipe, ""
+    size = micro_batch_of(recipe, world)
+    return replace(recipe, train=replace(train, micro_batch=size)), f"the largest with one for each of {world} ranks"
+
+
+def same_state(state: State, snapshot: Snapshot | None, ranks: Ranks) -> tuple[Snapshot | None, list[str]]:
+    """Every rank holds the first rank's state, to the bit.
+
+    The first rank has read and verified the checkpoint; the others get the tensors from it and not from the disk: they need
+    not see its folder, and what was verified is what all go on with.
+
+    Returns:
+        The snapshot's facts and what the loop keeps beside the state, such as the best weights, on all ranks; what to tell of
+        ranks that began with other weights.
+
+    Raises:
+        RanksError: if a rank's state is another afterwards.
+    """
+    if ranks.world == 1:
+        return snapshot, []
+    told = []
+    if ranks.from_first(snapshot is None):
+        begun = ranks.told(digest(state))
+        others = [rank for rank, one in enumerate(begun) if one != begun[0]]
+        if others:
+            told = [f"Ranks {', '.join(map(str, others))} began with other weights; those of rank 0 are taken."]
+    most = [limit.most for limit in state.limits()]
+    state.step, most = ranks.from_first((state.step, most))
+    for limit, value in zip(state.limits(), most):
+        limit.most = value
+    ranks.copy(state.tensors())
+    state.t.copy_(state.applied[0] + 1)
+    check_same(state, ranks)
+    kept = None
+    if snapshot is not None:
+        groups = {stem: dict(t) for stem, t in snapshot.groups.items() if stem not in ("weights", "state", "average")}
+        kept = dict(snapshot.facts), groups
+    kept = ranks.from_first(kept)
+    return None if kept is None else Snapshot(kept[1], kept[0]), told
+
+
+def check_same(state: State, ranks: Ranks) -> None:
+    """
+    Raises:
+        RanksError: if a rank holds another state than the first.
+    """
+    found = ranks.told(digest(state))
+    others = [rank for rank, one in enumerate(found) if one != found[0]]
+    if others:
+        raise RanksError(
+            f"Ranks hold other states after step {state.step}.",
+            f"Rank 0 has {found[0][:12]}, rank {others[0]} {found[others[0]][:12]}.",
+            "The model or the loss does other things on other ranks: let it not ask which rank it is on.",
+        )
+
+
+def digest(state: State) -> str:
+    """SHA-256 over every tensor of a state."""
+    whole = hashlib.sha256()
+    for tensor in state.tensors():
+        whole.update(_bytes(tensor))
+    return whole.hexdigest()
+
+
+def _bytes(tensor: Tensor) -> bytes:
+    flat = tensor.detach().cpu().contiguous().reshape(-1)
+    return flat.view(torch.uint8).numpy().tobytes() if flat.numel() else b""

@@ -1,0 +1,18 @@
+"""Ranks: several processes that train one model. Data-parallel: each computes its share of the micro-batches of every step."""
+
+from thalweg.parallel.joined import TIMEOUT, Joined, join
+from thalweg.parallel.launch import launch
+from thalweg.parallel.ranks import ALONE, Alone, Ranks, Talk, check_equal, on_first
+
+__all__ = [
+    "ALONE",
+    "Alone",
+    "Joined",
+    "Ranks",
+    "TIMEOUT",
+    "Talk",
+    "check_equal",
+    "on_first",
+    "join",
+    "launch",
+]
