@@ -11,7 +11,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from random import Random
 
-from tests.faults.core import Given, Row, Skip, fault
+from tests.faults.core import Given, Row, fault
 from tests.faults.runs import KEEP, Ended, command, lines, reference, residue, verified
 from tests.faults.server import Fresh, Running, Starter, no_orphans, session_of, shared_server
 
@@ -151,18 +151,9 @@ def kill(row: Row, given: Given, starter: Starter, startup: float) -> None:
         number += 1
 
 
-def has_ranks() -> bool:
-    """Whether the command line can train in several processes."""
-    import thalweg.cli.main
-
-    return '"--ranks"' in Path(thalweg.cli.main.__file__).read_text()
-
-
 @fault("SIGKILL, one of two ranks or the process that started them", times=40, quick=1)
 def ranks(row: Row, given: Given) -> None:
     """Whichever is killed, all of them end, and the same command goes on."""
-    if not has_ranks():
-        raise Skip("this thalweg trains in one process: it has no --ranks")
     kill(row, replace(given, ranks=max(2, given.ranks)), Fresh(), startup=0.0)
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -11,9 +10,9 @@ import torch
 from torch import Tensor, nn
 
 import thalweg
-from tests.faults.core import Given, Row, Skip, fault
+from tests.faults.core import Given, Row, fault
 from thalweg.checkpoint import Store
-from thalweg.core import Loss, Recipe, Split, StopReason
+from thalweg.core import Loss, Split, StopReason
 from thalweg.data import Order
 from thalweg.watch import Memory
 
@@ -108,14 +107,9 @@ def follow(row: Row, given: Given, kind: str, policy: str, changes: dict[str, An
             return
         assert result.reason is StopReason.FINISHED and skipped == bad, f"{skipped} were skipped, not {bad}"
         told = [e for e in sink.events if e.name in ("bad step", "rewound")]
-        if _has_guard():
-            assert [e.step for e in told] == bad and all(at in e.detail["samples"] for e in told), told
+        assert [e.step for e in told] == bad and all(at in e.detail["samples"] for e in told), told
         assert result.metrics["loss"] <= 1.1 * spread(), f"{result.metrics} is beyond {spread()}"
     row.count(kind)
-
-
-def _has_guard() -> bool:
-    return "guard" in {field.name for field in dataclasses.fields(Recipe)}
 
 
 @fault("a NaN or Inf sample, as a run is by default", times=20, quick=4)
@@ -126,8 +120,6 @@ def by_default(row: Row, given: Given) -> None:
 
 @fault("NaN, Inf, a poisoned label, a spike: skip, rewind, stop", times=48, quick=12)
 def policies(row: Row, given: Given) -> None:
-    if not _has_guard():
-        raise Skip("recipes have no [guard] here: a step that is not finite is skipped, and spikes are not looked for")
     while row.n < given.times:
         kind, policy = POISONS[row.n % 4], ("skip", "rewind", "stop")[row.n // 4 % 3]
         which = "guard.nonfinite" if kind.startswith(("a NaN", "an Inf")) else "guard.spike"

@@ -54,33 +54,49 @@ def _interrupt(row: Row, given: Given, starter: Starter, number: int, span: floa
     """One run, asked to end twice, then trained to its end."""
     folder = given.folder / f"run-{number}"
     arguments, log = command(TASK, given.folder, folder.name), given.folder / f"run-{number}.log"
-    size = 0
+    size, sent, wrong = 0, [], ""
     for _ in range(2):
-        which, group = ASKING[row.n % len(ASKING)], bool(row.n // len(ASKING) % 2)
+        which, group = draw_signal(given)
         running = starter.start(arguments, log)
-        if not has_begun(folder, running, size):
-            assert running.ended() == 0, running.text()
+        if has_begun(folder, running, size):
+            time.sleep(given.draw.uniform(0, span / 3))
+        if running.poll() is not None:  # it was done before
+            wrong = wrong or ("" if running.code == 0 else f"exit code {running.code}: {running.text()}")
             break
-        time.sleep(given.draw.uniform(0, span / 3))
-        if running.poll() is not None:
-            assert running.code == 0, running.text()
-            break
-        with row.trial(f"{which.name} to {'the group' if group else 'the process'}, run {number}"):
-            running.send(which, group=group)
-            code = running.ended()
-            if code in (0, -which) and (folder / "outcome.json").exists():
-                row.count("had finished")  # and, at -which, given back its signal handlers
-            else:
-                assert code == 128 + which, f"exit code {code}: {running.text()}"
-                assert "to go on: thalweg train" in running.text()
-                row.count(which.name + (" to the group" if group else ""))
-            saved_where_it_stopped(folder)
-            no_orphans(running.pid)
+        sent.append(which.name + (" to the group" if group else ""))
+        running.send(which, group=group)
+        try:
+            _ended_by(which, running, folder, row)
+        except AssertionError as err:
+            wrong = wrong or f"{sent[-1]}: {err}"
         size = (folder / "records.jsonl").stat().st_size
-    with row.trial(f"run {number} goes on to its end"):
+    with row.trial(f"run {number}, {sent}", len(sent)):
+        assert not wrong, wrong
         running = starter.start(arguments, log)
         assert running.ended() == 0, running.text()
         Ended.of(folder).same_as(reference(TASK)[0])
+    for name in sent:
+        row.count(name)
+
+
+def draw_signal(given: Given) -> tuple[signal.Signals, bool]:
+    return given.draw.choice(ASKING), given.draw.random() < 0.5
+
+
+def _ended_by(which: signal.Signals, running: Running, folder: Path, row: Row) -> None:
+    """A run that was asked to end has done so in order.
+
+    Raises:
+        AssertionError: if not.
+    """
+    code = running.ended()
+    if code in (0, -which) and (folder / "outcome.json").exists():
+        row.count("had finished")  # and, at -which, given back its signal handlers
+    else:
+        assert code == 128 + which, f"exit code {code}: {running.text()}"
+        assert "to go on: thalweg train" in running.text()
+    saved_where_it_stopped(folder)
+    no_orphans(running.pid)
 
 
 @fault("SIGTERM, SIGINT, SIGUSR1, SIGHUP, to process or group, two workers", times=50, quick=3)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import os
 import signal
 import time
@@ -13,10 +12,9 @@ import torch
 from torch import Tensor
 
 import thalweg
-from tests.faults.core import Given, Row, Skip, fault
+from tests.faults.core import Given, Row, fault
 from tests.faults.tasks import NUM, Noisy, loss, net
 from thalweg.core import Split, StopReason
-from thalweg.core.recipe import Data
 from thalweg.watch import Memory
 
 RECIPE = {
@@ -59,8 +57,6 @@ def _go(data: Noisy, **changes: Any) -> tuple[Any, Memory]:
 
 
 def _restarted(row: Row, given: Given, kind: str) -> None:
-    if "timeout" not in {field.name for field in dataclasses.fields(Data)}:
-        raise Skip("data workers are not started again here: recipes have no data.timeout")
     whole = _go(Trap(None, kind, given.folder))[0].model.state_dict()
     for number in range(given.times):
         mark = given.folder / f"mark-{number}"
