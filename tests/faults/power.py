@@ -44,7 +44,7 @@ class Cutter:
                 self.wrong.append(f"{label}: {told}")
 
     def look(self) -> str:
-        """What is wrong with an image, or nothing: a reader finds what was reported or something newer, whole."""
+        """What is wrong with an image, or nothing: what was reported, or newer, is there, and all that is there is whole."""
         store = Store(self.where / "checkpoints")
         found, faults = store.load_newest()
         step = 0 if found is None else int(found.facts["step"])
@@ -52,7 +52,8 @@ class Cutter:
             return f"step {self.reported} was reported, the newest that loads is {step}; {faults}"
         if found is not None and not same(found, snapshot(step)):
             return f"step {step} holds other values"
-        return ""
+        torn = {at: fault for at in store.steps() if (fault := store.fault(at))}
+        return f"what stands under its name is not whole: {torn}" if torn else ""
 
 
 def _cutter(given: Given, name: str) -> Cutter:
@@ -78,13 +79,14 @@ def reported(row: Row, given: Given) -> None:
     row.notes["images"] = cutter.cuts
 
 
-@fault("power cut between any two operations of saving and pruning", times=400, quick=60)
+@fault("power cut between any two operations of saving and pruning", times=900, quick=150)
 def between(row: Row, given: Given) -> None:
     cutter = _cutter(given, "between")
+    share = min(1.0, given.times / 900)
     with cutter.disk.recording():
         store = Store(cutter.disk.root / "checkpoints")
         step = 0
-        while row.n < given.times:
+        while row.n < given.times or step < 6:  # six steps take about 900 operations
             step += 1
             one = step
             for label, act in (
@@ -92,19 +94,21 @@ def between(row: Row, given: Given) -> None:
                 (f"removing beside step {one}", lambda: store.retain(last=2, every=0, best=[])),
                 (f"saving step {one} again", lambda: store.save(one, snapshot(one))),  # noqa: B023
             ):
-                _at_each(row, cutter, label, act)
+                _at_each(row, cutter, share, label, act)
                 cutter.reported = one
             if step % 3 == 0:  # the newest is damaged: put aside, and those after an older one removed
                 cutter.reported = one - 1
-                _at_each(row, cutter, f"setting step {one} aside", lambda: store.set_aside(one))  # noqa: B023
-                _at_each(row, cutter, f"removing after step {one - 1}", lambda: store.remove_after(one - 1))  # noqa: B023
+                _at_each(row, cutter, share, f"setting step {one} aside", lambda: store.set_aside(one))  # noqa: B023
+                _at_each(row, cutter, share, f"removing after step {one - 1}", lambda: store.remove_after(one - 1))  # noqa: B023
     row.notes["images"] = cutter.cuts
 
 
-def _at_each(row: Row, cutter: Cutter, label: str, act: Callable[[], Any]) -> None:
-    """Do something, and cut behind each of its operations."""
+def _at_each(row: Row, cutter: Cutter, share: float, label: str, act: Callable[[], Any]) -> None:
+    """Do something, and cut behind each of its operations, or a share of them."""
 
     def after(name: str) -> None:
+        if cutter.draw.random() > share:
+            return
         cutter.wrong = []
         with row.trial(f"{label}, after operation {cutter.disk.count} ({name})"):
             cutter.cut(name)
