@@ -17,6 +17,7 @@ from tests.faults.table import FAMILIES, printed
 
 #: What takes longest, and is made by another of the same family too.
 LONG_ONLY = (
+    "SIGKILL, one of two ranks or the process that started them",
     "SIGTERM, SIGINT, SIGUSR1, SIGHUP, fresh processes",
     "every sample once an epoch, over SIGTERM, 0 and 2 workers",
 )

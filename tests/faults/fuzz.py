@@ -251,7 +251,7 @@ def facts(row: Row, given: Given) -> None:
     _checkpoint(row, given, "state.json", texts(tree), make)
 
 
-@fault("state.json of a run, signed, resumed", times=300, quick=20)
+@fault("state.json of a run, signed, resumed", times=300, quick=8)
 def resumed(row: Row, given: Given) -> None:
     changes = {**SMALL, "guard.nonfinite": "rewind", "guard.every": 2}
     running = shared_server().start(command(TASK, given.folder, "good", **changes), given.folder / "good.log")

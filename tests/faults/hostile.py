@@ -149,7 +149,9 @@ def resumed(row: Row, given: Given) -> None:
     weights = (good / "checkpoints" / "step-00000006" / "weights.safetensors").read_bytes()
     chosen = list(attacks(weights, 6).items())
     if given.quick:
-        chosen = [pair for pair in chosen if "state.json" in pair[0]] + given.draw.sample(chosen, 4)
+        chosen = given.draw.sample([pair for pair in chosen if "state.json" in pair[0]], 4) + given.draw.sample(
+            chosen, 4
+        )
     for what, attack in chosen:
         folder = given.folder / "attacked"
         shutil.copytree(good, folder)

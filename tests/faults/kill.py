@@ -157,7 +157,7 @@ def ranks(row: Row, given: Given) -> None:
     kill(row, replace(given, ranks=max(2, given.ranks)), Fresh(), startup=0.0)
 
 
-@fault("SIGKILL, children of a fork server", times=100, quick=4)
+@fault("SIGKILL, children of a fork server", times=100, quick=3)
 def forked(row: Row, given: Given) -> None:
     kill(row, replace(given, ranks=1), shared_server(), startup=0.0)
 

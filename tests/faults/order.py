@@ -103,11 +103,11 @@ def go(row: Row, given: Given, kinds: tuple[tuple[str, int], ...], kills: bool) 
 KINDS = (("dataset", 2), ("dataset", 0), ("memory", 0))
 
 
-@fault("every sample once an epoch, over SIGTERM, 0 and 2 workers", times=20, quick=2)
+@fault("every sample once an epoch, over SIGTERM, 0 and 2 workers", times=20, quick=1)
 def asked(row: Row, given: Given) -> None:
     go(row, given, KINDS, kills=False)
 
 
-@fault("every sample once an epoch, over SIGKILL, 0 and 2 workers", times=20, quick=2)
+@fault("every sample once an epoch, over SIGKILL, 0 and 2 workers", times=20, quick=1)
 def killed(row: Row, given: Given) -> None:
     go(row, given, KINDS, kills=True)

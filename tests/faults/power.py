@@ -79,7 +79,7 @@ def reported(row: Row, given: Given) -> None:
     row.notes["images"] = cutter.cuts
 
 
-@fault("power cut between any two operations of saving and pruning", times=900, quick=150)
+@fault("power cut between any two operations of saving and pruning", times=900, quick=60)
 def between(row: Row, given: Given) -> None:
     cutter = _cutter(given, "between")
     share = min(1.0, given.times / 900)
