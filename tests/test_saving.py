@@ -545,3 +545,21 @@ def test_weights_that_are_not_finite_are_never_saved_and_end_the_run(tmp_path: P
     assert newest is not None and not faults
     for step in store.steps():
         assert all(t.isfinite().all() for t in store.load(step).groups["weights"].values() if t.is_floating_point())
+
+
+def test_the_commands_look_after_a_run_whose_checkpoints_lie_elsewhere(tmp_path: Path, memory: str) -> None:
+    """By its folder, which names the store, or by the store's address."""
+    from thalweg.checkpoint.convert import read_weights
+    from thalweg.checkpoint.convert.overview import show, verify
+    from thalweg.checkpoint.convert.prune import prune
+
+    go(tmp_path / "run", **{"checkpoint.store": memory})
+    for place in (tmp_path / "run", memory):
+        found = list(verify(place))
+        assert [one.step for one in found] == [8, 10, 12] and not any(one.fault for one in found)
+        assert all(memory in one.path and one.size > 1000 for one in found)
+    assert any("12, read and compared" in line for line in show(memory))
+    assert read_weights(tmp_path / "run").step == 12
+    done = prune(tmp_path / "run", last=1)
+    assert {name for name, _ in done.removed} == {"step-00000008", "step-00000010"} and done.freed > 1000
+    assert Store(memory, sweep=False).steps() == [12]

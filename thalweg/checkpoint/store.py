@@ -32,6 +32,7 @@ from thalweg.core import CheckpointError, human_bytes
 _NAME = re.compile(r"step-([0-9]{8}|[1-9][0-9]{8,})")
 STATE = "state.json"
 _SHARD = "shard-"
+_ASIDE = re.compile(r"step-[0-9]{8,}\.damaged(-[0-9]+)?")
 _T = TypeVar("_T")
 
 
@@ -87,6 +88,25 @@ class Store:
     def name(step: int) -> str:
         return f"step-{step:08d}"
 
+    def where(self, step: int) -> str:
+        """As a person would write it."""
+        return f"{self.place}/{self.name(step)}"
+
+    def size(self, name: str) -> int:
+        """Bytes of the files of a folder, of those that are still there."""
+        try:
+            return sum(self.place.files(name).values())
+        except OSError:
+            return 0
+
+    def set_asides(self) -> list[str]:
+        """Names of damaged checkpoints that a run has moved out of its way."""
+        return sorted(name for name in self._asking(self.place.folders) if _ASIDE.fullmatch(name))
+
+    def discard(self, name: str) -> None:
+        """Remove a checkpoint, or one that was set aside, for good."""
+        self._asking(lambda: self.place.remove(name))
+
     def steps(self) -> list[int]:
         """Steps that have a checkpoint, damaged or not, oldest first. The name decides, never the clock."""
         found = map(_NAME.fullmatch, self._asking(self.place.folders))
@@ -124,7 +144,7 @@ class Store:
                 f"{err}. Newest kept: {self._newest_name()}.",
                 f"Free {human_bytes(snapshot.nbytes())}, then resume." if full else "See to the folder, then resume.",
             ) from None
-        return f"{self.place}/{name}"
+        return self.where(step)
 
     def check(self, step: int) -> None:
         """Refuse a step that no checkpoint is of.
@@ -191,7 +211,7 @@ class Store:
             plain[STATE] = data
 
         read = self._walk(step, read_tensors, keep)
-        where = f"{self.place}/{self.name(step)}"
+        where = self.where(step)
         groups = _groups(read, where)
         if STATE not in plain or not {"weights", "state"} & set(groups):
             raise Damage(f"{where} names no state.")

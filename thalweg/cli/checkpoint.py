@@ -88,13 +88,18 @@ def _count(text: str) -> int:
     return int(text)
 
 
+def _place(text: str) -> Path | str:
+    """A run folder, or the address of a store."""
+    return text if "://" in text else Path(text)
+
+
 def _verify(asked: argparse.Namespace) -> int:
     from thalweg.checkpoint.convert.overview import verify
     from thalweg.core import human_bytes
 
     damaged = 0
     for path in asked.paths:
-        for one in verify(Path(path)):
+        for one in verify(_place(path)):
             damaged += bool(one.fault)
             print(f"{one.path}  step {one.step}  {human_bytes(one.size)}  {one.fault or 'ok'}", flush=True)
     if damaged:
@@ -105,7 +110,7 @@ def _verify(asked: argparse.Namespace) -> int:
 def _show(asked: argparse.Namespace) -> int:
     from thalweg.checkpoint.convert.overview import show
 
-    print(*show(Path(asked.path), tensors=asked.tensors), sep="\n")
+    print(*show(_place(asked.path), tensors=asked.tensors), sep="\n")
     return 0
 
 
@@ -140,9 +145,9 @@ def _prune(asked: argparse.Namespace) -> int:
         damaged=asked.damaged,
         dry=asked.dry_run,
     )
-    for path, why in done.kept:
-        print(f"keeps   {path.name}  {why}")
-    for path, why in done.removed:
-        print(f"{'would remove' if asked.dry_run else 'removed'} {path.name}  {why}")
+    for name, why in done.kept:
+        print(f"keeps   {name}  {why}")
+    for name, why in done.removed:
+        print(f"{'would remove' if asked.dry_run else 'removed'} {name}  {why}")
     print(f"{'would free' if asked.dry_run else 'freed'} {human_bytes(done.freed)}")
     return 0

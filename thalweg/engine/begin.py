@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from thalweg.checkpoint.convert import Weights, listed, read_weights, renamed, suggestion
 from thalweg.checkpoint.files import digest
+from thalweg.checkpoint.tensors import raw
 from thalweg.core import ModelError, Plan, Recipe, RecipeError
 from thalweg.optim import plain_name
 
@@ -51,6 +52,12 @@ def take_weights(model: nn.Module, recipe: Recipe, take: Callable[[str, Any, str
 
 def sha256_of(weights: Weights) -> str:
     """Of the file; of several, of their names and digests in order."""
+    if not weights.files:  # from a store elsewhere: their own bytes
+        whole = hashlib.sha256()
+        for name in sorted(weights.tensors):
+            whole.update(name.encode() + b"\0")
+            whole.update(raw(weights.tensors[name].contiguous()))
+        return whole.hexdigest()
     if len(weights.files) == 1:
         return digest(weights.files[0])
     lines = "".join(f"{digest(file)}  {file.name}\n" for file in weights.files)

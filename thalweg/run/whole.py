@@ -17,20 +17,18 @@ from thalweg.checkpoint import FolderLock, Snapshot, write_file
 from thalweg.core import (
     VERSION,
     CheckpointError,
-    Evaluation,
     FeedState,
     Plan,
     Recipe,
-    Record,
     RunFolderError,
     Sink,
     StopReason,
     Task,
     ThalwegError,
 )
-from thalweg.engine import Loop, Resolved, build, evaluate, resolve
+from thalweg.engine import Loop, Resolved, Step, build, evaluate, resolve
 from thalweg.engine.memory import PeakWatch, begun
-from thalweg.engine.signals import Asked, asked_to_end, exit_code
+from thalweg.engine.signals import Asked, asked_to_end
 from thalweg.engine.together import same_state
 from thalweg.parallel import Ranks, check_equal, join, on_first
 from thalweg.regularize import PreciseStatistics, set_factors
@@ -38,47 +36,9 @@ from thalweg.report import write_report
 from thalweg.run.best import BestWeights
 from thalweg.run.facts import check_snapshot
 from thalweg.run.folder import RunFolder, nothing_to_resume, unwritable
+from thalweg.run.result import Result, Resume
 from thalweg.run.saving import Saving
 from thalweg.watch import JsonLines, Memory
-
-#: False: a new run; True: go on; a step: go on from there; "auto": go on where there is a run, and begin where there is none.
-Resume = bool | int | str
-
-
-@dataclass(frozen=True)
-class Result:
-    """What a run left.
-
-    Attributes:
-        reason: why it ended.
-        model: the trained module; where there is a weight average, it holds the averaged weights, those that were evaluated.
-        plan: what was decided.
-        records, evaluations: of this process; a resumed run's earlier ones stand in the run folder.
-        folder: the run folder, or None.
-        sample: what the task's sample function gave, at the end of a finished run.
-        signal: the number of the signal that ended the run; 0: none did.
-    """
-
-    reason: StopReason
-    model: nn.Module
-    plan: Plan
-    records: list[Record]
-    evaluations: list[Evaluation]
-    folder: Path | None
-    sample: str = ""
-    signal: int = 0
-
-    @property
-    def exit_code(self) -> int:
-        """For a command line: 0 done, 3 diverged, 4 not saved, 128 and its number for a signal."""
-        return (
-            exit_code(self.signal) if self.reason is StopReason.INTERRUPTED and self.signal else self.reason.exit_code
-        )
-
-    @property
-    def metrics(self) -> dict[str, float]:
-        """The last evaluation's metrics; empty where nothing was evaluated."""
-        return self.evaluations[-1].metrics if self.evaluations else {}
 
 
 def train(
@@ -184,6 +144,7 @@ class _Run:
         self.task, self.recipe, self.folder, self.ranks, self.path = task, recipe, folder, ranks, path
         self.memory = Memory()
         self.lines: JsonLines | None = None
+        self.news: list[tuple[str, str]] = []  # to be told when the run begins: name and text of an event
         self.given_sinks = list(sinks) if ranks.is_first else []
 
     def go(self, resume: Resume = False, accept: Sequence[str] = ()) -> Result:
@@ -215,59 +176,17 @@ class _Run:
         return resolved
 
     def _train(self, resolved: Resolved, earlier: Earlier, asked: Asked) -> Result:
-        saved, snapshot, ranks = earlier.plan, earlier.snapshot, self.ranks
-        step = build(resolved.plan, resolved.model, resolved.loss, resolved.device, resolved.policy, ranks)
-        plan = replace(resolved.plan, sizes=step.state.nbytes())
-        if saved is None:
-            if plan.ledger is not None:
-                plan = replace(plan, ledger=begun(plan.ledger, resolved.device))
-            plan = replace(plan, decisions=(*plan.decisions, *step.state.ways()))
-        ranks.together(lambda: None if snapshot is None else step.state.load(snapshot))
-        kept, others = same_state(step.state, snapshot, ranks)
-        if self.folder:
-            # All checks are behind us and the run goes on from here: what lies ahead of it is another's.
-            if saved is None or earlier.changes:
-                self.folder.write(plan, self.recipe)
-            set_aside = [self.folder.store.set_aside(at) for at in earlier.faults]
-            self.folder.store.remove_after(step.state.step)
-            self.folder.goes_on()
-        sinks = self._sinks(snapshot)
-        watch = None if plan.ledger is None else PeakWatch(plan.ledger, resolved.device)
+        step, plan, kept = self._built(resolved, earlier)
+        news = [] if self.folder is None else self._claim(self.folder, plan, earlier, step.state.step)
+        sinks = self._sinks(earlier.snapshot)
         precise = self._precise(resolved)
         evaluation = self._evaluation(resolved, step, precise, asked)
-        loop = Loop(plan, step, resolved.feed, sinks, evaluate=evaluation, stop=asked, ranks=ranks)
-        resolved.feed.tell = loop.tell
-        if ranks.world == 1:  # a rank that waits for data ends with the others, after the same step
-            resolved.feed.stop = asked
+        loop = Loop(plan, step, resolved.feed, sinks, evaluate=evaluation, stop=asked, ranks=self.ranks)
         keeper = BestWeights(step.state, precise) if plan.recipe.evaluate.patience else None
-        saving = None
-        if self.folder and self.lines is not None:
-            saving = Saving(self.folder.store, loop, self.lines, keeper, asked)
-            loop.save, loop.watch = saving.save, saving.watch
-        if keeper is not None:
-            loop.best = keeper.keep
+        saving = self._wired(loop, keeper, asked)
         if kept is not None:
             self._take_up(loop, keeper, kept)
-        try:
-            for sink in sinks:
-                sink.start(plan, step.state.step)
-        except OSError as err:
-            if self.path is None or isinstance(err, ThalwegError):
-                raise
-            raise unwritable(self.path, err) from None
-        if watch is not None:
-            watch.begin()
-            loop.measured = watch.told
-        for (at, fault), name in zip(earlier.faults.items(), set_aside if self.folder else []):
-            text = f"Passed over a damaged checkpoint: {fault} Going on from step {step.state.step}."
-            loop.tell("checkpoint passed over", f"{text} It is kept as {name}.", {"damaged": at})
-        for text in others:
-            loop.tell("ranks", text)
-        begun_by = next((made.value for made in plan.decisions if made.path == "ranks"), 1)
-        if begun_by != ranks.world:
-            loop.tell("ranks", f"The run began on {begun_by} ranks, and goes on with {ranks.world}.")
-        for text in earlier.changes:
-            loop.tell("recipe changed", f"{text} (accepted)")
+        self._begin(loop, plan, resolved, [*news, *self.news])
         reason = StopReason.FAILED
         try:
             reason = loop.run()
@@ -280,23 +199,88 @@ class _Run:
                 step.recomputation.release()
             for sink in sinks:
                 sink.stop(reason)
-        reason = ranks.from_first(reason)  # whether it could be saved, the first one alone knows
+        reason = self.ranks.from_first(reason)  # whether it could be saved, the first one alone knows
+        self._hand_over(step, precise, keeper)
+        sample = self._sample(step.state.model, reason)
+        if self.folder:
+            self._conclude(reason, sample)
+        number = max(self.ranks.told(asked.number))  # any rank may have been asked; what the first one writes is there
+        memory = self.memory
+        return Result(
+            reason, step.state.model, plan, memory.records, memory.evaluations, self.path, sample, signal=number
+        )
+
+    def _built(self, resolved: Resolved, earlier: Earlier) -> tuple[Step, Plan, Snapshot | None]:
+        """The step with the state that the run goes on from, the plan as it is kept, and what else was in the checkpoint."""
+        ranks = self.ranks
+        step = build(resolved.plan, resolved.model, resolved.loss, resolved.device, resolved.policy, ranks)
+        plan = replace(resolved.plan, sizes=step.state.nbytes())
+        if earlier.plan is None:
+            if plan.ledger is not None:
+                plan = replace(plan, ledger=begun(plan.ledger, resolved.device))
+            plan = replace(plan, decisions=(*plan.decisions, *step.state.ways()))
+        ranks.together(lambda: None if earlier.snapshot is None else step.state.load(earlier.snapshot))
+        kept, told = same_state(step.state, earlier.snapshot, ranks)
+        self.news += [("ranks", text) for text in told]
+        return step, plan, kept
+
+    def _claim(self, folder: RunFolder, plan: Plan, earlier: Earlier, at: int) -> list[tuple[str, str]]:
+        """All checks are behind us and the run goes on from step ``at``: what lies ahead of it in the folder is another's."""
+        if earlier.plan is None or earlier.changes:
+            folder.write(plan, self.recipe)
+        aside = {damaged: folder.store.set_aside(damaged) for damaged in earlier.faults}
+        folder.store.remove_after(at)
+        folder.goes_on()
+        passed = [
+            f"Passed over a damaged checkpoint: {earlier.faults[damaged]} Going on from step {at}. It is kept as {name}."
+            for damaged, name in aside.items()
+        ]
+        changed = [f"{text} (accepted)" for text in earlier.changes]
+        return [*(("checkpoint passed over", t) for t in passed), *(("recipe changed", t) for t in changed)]
+
+    def _wired(self, loop: Loop, keeper: BestWeights | None, asked: Asked) -> Saving | None:
+        """What goes on beside the loop is connected with it; what saves, where something is saved."""
+        loop.feed.tell = loop.tell
+        if self.ranks.world == 1:  # a rank that waits for data ends with the others, after the same step
+            loop.feed.stop = asked
+        if keeper is not None:
+            loop.best = keeper.keep
+        if self.folder is None or self.lines is None:
+            return None
+        saving = Saving(self.folder.store, loop, self.lines, keeper, asked)
+        loop.save, loop.watch = saving.save, saving.watch
+        return saving
+
+    def _begin(self, loop: Loop, plan: Plan, resolved: Resolved, news: Sequence[tuple[str, str]]) -> None:
+        """The sinks hear of the plan, and of what is new since the run was last here."""
+        try:
+            for sink in loop.sinks:
+                sink.start(plan, loop.step.state.step)
+        except OSError as err:
+            if self.path is None or isinstance(err, ThalwegError):
+                raise
+            raise unwritable(self.path, err) from None
+        if plan.ledger is not None:
+            watch = PeakWatch(plan.ledger, resolved.device)
+            watch.begin()
+            loop.measured = watch.told
+        for name, text in news:
+            loop.tell(name, text)
+        begun_by = next((made.value for made in plan.decisions if made.path == "ranks"), 1)
+        if begun_by != self.ranks.world:
+            loop.tell("ranks", f"The run began on {begun_by} ranks, and goes on with {self.ranks.world}.")
+
+    @staticmethod
+    def _hand_over(step: Step, precise: PreciseStatistics | None, keeper: BestWeights | None) -> None:
+        """The model is the user's again, with the weights that were evaluated; its layers draw from torch's generator."""
         step.state.adopt_average()
         if precise is not None:
             precise.estimate(version=step.state.step).put(step.state.model)
         if keeper is not None:
             keeper.adopt()
-        if step.streams is not None:  # the model is the user's again: its layers draw from torch's generator
+        if step.streams is not None:
             step.streams.release()
             set_factors(step.state.model, {"dropout": None, "stochastic_depth": None})
-        sample = self._sample(step.state.model, reason)
-        if self.folder:
-            self._conclude(reason, sample)
-        number = max(ranks.told(asked.number))  # any rank may have been asked; and what the first one writes is there
-        memory = self.memory
-        return Result(
-            reason, step.state.model, plan, memory.records, memory.evaluations, self.path, sample, signal=number
-        )
 
     def _conclude(self, reason: StopReason, sample: str) -> None:
         """How it ended, for those who look at the folder; on a disk that takes nothing more, the run is over all the same."""

@@ -11,7 +11,7 @@ from torch import Tensor
 from thalweg.checkpoint.convert.weights import Weights
 from thalweg.checkpoint.place import LocalPlace
 from thalweg.checkpoint.store import Snapshot, Store
-from thalweg.core import CheckpointError, RunFolderError
+from thalweg.core import CheckpointError, Recipe, RunFolderError
 
 CHOICES = {"live": "weights", "average": "average", "best": "best"}
 
@@ -29,13 +29,17 @@ def is_run(path: Path) -> bool:
     return (path / "checkpoints").is_dir() or (path / "recipe.toml").is_file()
 
 
-def found(path: Path) -> tuple[Store, int | None]:
-    """The store that a run folder holds, or that a checkpoint lies in, and then its step.
+def found(path: Path | str) -> tuple[Store, int | None]:
+    """The store that a run folder holds or names, that an address is of, or that a checkpoint lies in, and then its step.
 
     Raises:
         RunFolderError: for a path that is neither.
     """
+    if isinstance(path, str) and "://" in path:
+        return Store(path, sweep=False), None
     path = Path(path)
+    if (path / "recipe.toml").is_file() and (elsewhere := Recipe.from_file(path / "recipe.toml").checkpoint.store):
+        return Store(elsewhere, sweep=False), None
     if path.is_dir() and is_checkpoint(path):
         whole = path.resolve() if not path.is_symlink() else path.absolute()
         step = re.fullmatch(r"step-(\d+)", whole.name)
@@ -95,7 +99,7 @@ def read_ours(path: Path, *, choice: str | None = None, step: int | None = None)
         tensors=dict(tensors),
         tied=tied,
         kind="a checkpoint of thalweg" if named is not None else "a run folder of thalweg",
-        files=(store.path(at) / "manifest.json",),
+        files=(store.path(at) / "manifest.json",) if isinstance(store.place, LocalPlace) else (),
         told=tuple(told),
         step=at,
     )

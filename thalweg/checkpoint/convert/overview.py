@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,13 +23,13 @@ class Verified:
         fault: what is wrong with it; empty where it is whole.
     """
 
-    path: Path
+    path: str
     step: int
     size: int
     fault: str
 
 
-def verify(path: Path) -> Iterator[Verified]:
+def verify(path: Path | str) -> Iterator[Verified]:
     """Every checkpoint of a run, oldest first, or the one that is named.
 
     Raises:
@@ -39,34 +38,20 @@ def verify(path: Path) -> Iterator[Verified]:
     store, named = found(path)
     steps = steps_of(store) if named is None else [named]
     for step in steps:
-        size, fault = size_of(store.path(step)), store.fault(step)
-        if named is None and fault and not store.path(step).exists():
+        size, fault = store.size(store.name(step)), store.fault(step)
+        if named is None and fault and step not in store.steps():
             continue  # the run has removed it meanwhile
-        yield Verified(store.path(step), step, size, fault)
+        yield Verified(store.where(step), step, size, fault)
 
 
 def steps_of(store: Store) -> list[int]:
     steps = store.steps()
     if not steps:
-        raise CheckpointError(f"{store.folder} holds no checkpoint.", "Its run has saved none.", "Name another run.")
+        raise CheckpointError(f"{store.place} holds no checkpoint.", "Its run has saved none.", "Name another run.")
     return steps
 
 
-def size_of(folder: Path) -> int:
-    """Bytes of its files, of those that are still there."""
-    total = 0
-    for file in folder.rglob("*"):
-        with contextlib.suppress(FileNotFoundError):
-            total += file.lstat().st_size if file.is_file() else 0
-    return total
-
-
-def set_aside(folder: Path) -> list[Path]:
-    """Damaged checkpoints that a run has moved out of its way."""
-    return sorted(path for path in folder.glob("step-*.damaged*") if path.is_dir() and not path.is_symlink())
-
-
-def show(path: Path, *, tensors: bool = False) -> list[str]:
+def show(path: Path | str, *, tensors: bool = False) -> list[str]:
     """Lines about a run's checkpoints, or about one.
 
     Args:
@@ -80,9 +65,9 @@ def show(path: Path, *, tensors: bool = False) -> list[str]:
     if at is None:
         steps = steps_of(store)
         at, _ = store.newest_good()
-        lines += [f"{len(steps)} checkpoint{'s' if len(steps) > 1 else ''} in {store.folder}"]
-        lines += [f"step {step:<8}  {human_bytes(size_of(store.path(step)))}" for step in steps]
-        lines += [f"set aside as damaged: {folder.name}" for folder in set_aside(store.folder)]
+        lines += [f"{len(steps)} checkpoint{'s' if len(steps) > 1 else ''} in {store.place}"]
+        lines += [f"step {step:<8}  {human_bytes(store.size(store.name(step)))}" for step in steps]
+        lines += [f"set aside as damaged: {name}" for name in store.set_asides()]
         if at is None:
             raise CheckpointError(
                 f"No checkpoint of {path} is whole.", store.fault(steps[-1]), "See thalweg checkpoint verify."

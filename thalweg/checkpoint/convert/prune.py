@@ -6,8 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from thalweg.checkpoint.convert.folders import found, is_run
-from thalweg.checkpoint.convert.overview import set_aside, size_of, steps_of
-from thalweg.checkpoint.files import remove_folder
+from thalweg.checkpoint.convert.overview import steps_of
 from thalweg.checkpoint.lock import FolderLock
 from thalweg.checkpoint.store import Store
 from thalweg.core import CheckpointError, RecipeError, RunFolderError
@@ -18,13 +17,13 @@ class Pruned:
     """What went, or would go, and what stays.
 
     Attributes:
-        removed: (path, why).
-        kept: (path, why).
+        removed: (name, why).
+        kept: (name, why).
         freed: bytes of what went.
     """
 
-    removed: list[tuple[Path, str]]
-    kept: list[tuple[Path, str]]
+    removed: list[tuple[str, str]]
+    kept: list[tuple[str, str]]
     freed: int
 
 
@@ -85,25 +84,25 @@ def _pruned(store: Store, last: int | None, every: int, best: int, damaged: bool
     good = [step for step in steps if not faults[step]]
     if not good:
         raise CheckpointError(
-            f"{store.folder} is left as it is.", f"None of its {len(steps)} checkpoints is whole.", "Save what you can."
+            f"{store.place} is left as it is.", f"None of its {len(steps)} checkpoints is whole.", "Save what you can."
         )
     if faults[steps[-1]] and not damaged:
         raise CheckpointError(
-            f"{store.folder} is left as it is.",
+            f"{store.place} is left as it is.",
             f"Its newest is damaged: {faults[steps[-1]]}",
             "Resume the run, which passes over it, or add --damaged.",
         )
     reasons = _reasons(store, good, last, every, best)
-    doomed = [(store.path(s), f"damaged: {faults[s]}") for s in steps if faults[s]] if damaged else []
-    doomed += [(folder, "set aside as damaged") for folder in set_aside(store.folder)] if damaged else []
-    doomed += [(store.path(s), "not among those to keep") for s in good if s not in reasons]
+    doomed = [(store.name(s), f"damaged: {faults[s]}") for s in steps if faults[s]] if damaged else []
+    doomed += [(name, "set aside as damaged") for name in store.set_asides()] if damaged else []
+    doomed += [(store.name(s), "not among those to keep") for s in good if s not in reasons]
     if not damaged:
         reasons |= {step: "damaged: only --damaged removes it" for step in steps if faults[step]}
-    freed = sum(size_of(path) for path, _ in doomed)
+    freed = sum(store.size(name) for name, _ in doomed)
     if not dry:
-        for path, _ in doomed:
-            remove_folder(path)
-    return Pruned(doomed, [(store.path(step), why) for step, why in sorted(reasons.items())], freed)
+        for name, _ in doomed:
+            store.discard(name)
+    return Pruned(doomed, [(store.name(step), why) for step, why in sorted(reasons.items())], freed)
 
 
 def _reasons(store: Store, good: list[int], last: int | None, every: int, best: int) -> dict[int, str]:
