@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import thalweg
-import thalweg.run
+import thalweg.run.whole
 from tests.conftest import join_ranks
 from tests.models import batchnorm_net, mean_loss, mlp, points, ragged_text, small_gpt, text_loss
 from thalweg.core import Event, Loss, Recipe, Split, Task, ThalwegError
@@ -374,7 +374,7 @@ def go_through(rank: int, world: int, port: int, out: str) -> None:
         if rank >= num:
             return None
         ranks = Joined(group or groups[num], 4.0 if group else 300.0)
-        thalweg.run.join = lambda: ranks  # type: ignore[assignment]
+        thalweg.run.whole.join = lambda: ranks  # type: ignore[assignment]
         return act(ranks)
 
     for name, (_, _, worlds) in CASES.items():

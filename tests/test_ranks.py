@@ -47,7 +47,7 @@ def close(found: dict[str, Any], wanted: dict[str, Any]) -> None:
     """The same run up to the order of summation."""
     assert found["steps"] == wanted["steps"] and found["weight"] == wanted["weight"]
     for what in ("losses", "norms"):
-        assert found[what] == pytest.approx(wanted[what], abs=EXACT, rel=0)
+        assert found[what] == pytest.approx(wanted[what], abs=EXACT, rel=EXACT if what == "norms" else 0)
     assert found["weights"].keys() == wanted["weights"].keys()
     gaps = {n: float((t - wanted["weights"][n]).abs().max()) for n, t in found["weights"].items()}
     assert {n: gap for n, gap in gaps.items() if not gap <= EXACT} == {}
@@ -300,7 +300,7 @@ def test_an_end_from_outside(how: str, tmp_path: Path) -> None:
     wait_until(lambda: not any(map(is_there, ranks)), 45)
     newest = max(int(path.name.split("-")[1]) for path in kept.iterdir() if path.name.startswith("step-"))
     if how.startswith("SIGTERM"):
-        assert process.returncode == 130, told
+        assert process.returncode == 143, told
         assert newest % 20 or "to go on" in told
         assert told.count("to go on: thalweg train digits --resume --ranks 2") == 1, told
     elif how == "a rank is killed":
