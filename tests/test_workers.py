@@ -322,7 +322,7 @@ def test_a_run_that_waits_for_data_is_stopped_by_a_signal_and_saved(tmp_path: Pa
     time.sleep(3)
     process.send_signal(signal.SIGTERM)
     told, _ = process.communicate(timeout=30)
-    assert process.returncode == 130 and "--resume" in told, told
+    assert process.returncode == 143 and "--resume" in told, told
 
 
 # --- a sample that cannot be read ------------------------------------------------------------------------------------
