@@ -78,9 +78,10 @@ class Trapped(Noisy):
         if index == self.at and get_worker_info() is not None:
             if self.once is None:
                 self.act()
-            elif not self.once.exists():
-                self.once.touch()
-                self.act()
+            else:
+                with suppress(FileExistsError):  # another worker may read the sample of the next epoch at the same time
+                    self.once.touch(exist_ok=False)
+                    self.act()
         return sample
 
 
