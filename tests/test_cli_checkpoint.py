@@ -12,7 +12,7 @@ import torch
 import thalweg
 from tests.conftest import run_cli
 from tests.models import mean_loss, mlp, points
-from thalweg.checkpoint import FolderLock, Store
+from thalweg.checkpoint import FolderLock, Snapshot, Store
 from thalweg.cli.main import main
 from thalweg.core import Split, human_bytes
 
@@ -153,6 +153,15 @@ def test_show_lists_the_tensors_of_a_checkpoint(run: Path, capsys: pytest.Captur
     assert "is damaged" in capsys.readouterr().err
     assert main(["checkpoint", "show", "run"]) == 0
     assert "step 6, read and compared" in capsys.readouterr().out
+
+
+def test_show_gives_no_name_to_the_terminal_to_act_on(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    weights = {"größe\x1b]0;mine\x07\r": torch.ones(2)}
+    state = {"applied": torch.ones(1)}
+    Store(tmp_path / "run" / "checkpoints").save(1, Snapshot({"weights": weights, "state": state}, {"step": 1}))
+    assert main(["checkpoint", "show", str(tmp_path / "run"), "--tensors"]) == 0
+    told = capsys.readouterr().out
+    assert r"größe\x1b]0;mine\x07\r" in told and "\x1b" not in told and "\r" not in told
 
 
 def test_convert_gives_a_model_its_weights(run: Path) -> None:

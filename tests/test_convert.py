@@ -264,6 +264,16 @@ def test_the_cache_of_the_hub_is_read_through_its_links(gpt2: Path, tmp_path: Pa
     assert same(read_weights(snapshot).named(), read_weights(gpt2).named())
 
 
+def test_names_that_a_terminal_would_act_on_are_told_as_text(tmp_path: Path) -> None:
+    name = "a\x1b[2J\r\u202e"
+    torch.save({"b": torch.ones(1), name: 3}, tmp_path / "w.pt")
+    assert read_weights(tmp_path / "w.pt").told == (r"Left out, as they are no tensors: a\x1b[2J\r\u202e.",)
+    torch.save({name: torch.ones(1).expand(9)}, tmp_path / "w.pt")
+    with pytest.raises(CheckpointError) as err:
+        read_weights(tmp_path / "w.pt")
+    assert r"a\x1b[2J\r\u202e claims to be of shape" in three_parts(err.value)[1]
+
+
 # Renaming
 
 
@@ -507,6 +517,15 @@ def named_twice() -> None:
         archive.filelist.append(again)
 
 
+def laughs(deep: int, wide: int, times: int = 1, sized: bool = False) -> bytes:
+    """A table with a key that is small here, and of wide**deep items to who hashes it."""
+    size = b"ctorch\nSize\n" if sized else b""
+    key = b"K\x00"
+    for _ in range(deep):
+        key += b"q\x000" + size + b"(" + b"h\x00" * wide + b"t" + (b"\x85R" if sized else b"")
+    return b"\x80\x02}" + key + b"q\x01K\x01s" + b"h\x01K\x02s" * (times - 1) + b"."
+
+
 HOSTILE: dict[str, tuple[Callable[[], Any], str]] = {
     "call": (lambda: torch.save({"a": torch.ones(2), "x": Evil()}, "hostile.pt"), r"asks for posix\.mkdir"),
     "call below a key": (lambda: torch.save({"model": {"a": Evil()}}, "hostile.pt"), r"asks for posix\.mkdir"),
@@ -530,6 +549,16 @@ HOSTILE: dict[str, tuple[Callable[[], Any], str]] = {
     "storage": (lambda: rewritten(lambda data: data.replace(b"K\x10", number(2**40))), "cannot be read"),
     "storage in the old form": (lambda: legacy_claiming(2**59), "cannot be read"),
     "storage past the end": (lambda: legacy_claiming(2**16), "cannot be read"),
+    "storage beyond its part": (
+        lambda: rewritten(lambda data: data.replace(b"K\x10", b"K\x11")),
+        r"claims 68 bytes of its part 'good/data/0', which has 64",
+    ),
+    "storage in other words": (lambda: rewritten(lambda data: data.replace(b"storage", b"sturage")), "in words that"),
+    "deep key": (lambda: rewritten(lambda _: laughs(26, 2)), "tuples nested 9 deep"),
+    "wide key": (lambda: rewritten(lambda _: laughs(7, 100)), r"nested \d deep, of \d{7,} items"),
+    "wide keys": (lambda: rewritten(lambda _: laughs(5, 12, times=100)), r"Its keys are tuples of \d+ items"),
+    "key of shapes": (lambda: rewritten(lambda _: laughs(26, 2, sized=True)), "tuples nested 9 deep"),
+    "unbalanced": (lambda: rewritten(lambda _: b"\x80\x02\x86."), "nothing is there for TUPLE2"),
     "offset": (lambda: rewritten(lambda d: d.replace(b"QK\x00", b"QJ\xff\xff\xff\xff")), "cannot be read"),
     "overlap": (lambda: (lambda x: torch.save({"a": x, "b": x.T}, "hostile.pt"))(torch.ones(2, 3)), "a and b overlap"),
     "key": (lambda: torch.save({1: torch.ones(2)}, "hostile.pt"), r"A key is no text: 1 \(int\)"),
@@ -557,6 +586,38 @@ def test_a_hostile_torch_file_is_refused_and_nothing_is_run(
         convert("hostile.pt", "out.safetensors")
     three_parts(err.value)
     assert sorted(os.listdir()) == before, "no marker, no target, nothing half"
+
+
+def flipped(part: str) -> None:
+    """w.pt: with one bit of a part changed."""
+    data = bytearray(Path("w.pt").read_bytes())
+    with zipfile.ZipFile("w.pt") as archive:
+        wanted = archive.read(f"w/{part}")
+    data[bytes(data).index(wanted) + len(wanted) // 2] ^= 1
+    Path("w.pt").write_bytes(data)
+
+
+@pytest.mark.parametrize("part", ["data/0", "data/1", "byteorder", "data.pkl"])
+def test_a_flipped_bit_of_a_torch_file_is_found(part: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    torch.save({"a": torch.randn(9), "b": torch.randn(7), "name": "text" * 99}, "w.pt")
+    assert read_weights("w.pt").told == ("Left out, as they are no tensors: name.",)
+    flipped(part)
+    with pytest.raises(CheckpointError, match="cannot be read") as err:
+        read_weights("w.pt")
+    assert f"w/{part}" in three_parts(err.value)[1]
+
+
+def test_a_torch_file_without_checksums_is_read_and_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    weights = {"a": torch.randn(9)}
+    torch.serialization.set_crc32_options(False)
+    try:
+        torch.save(weights, "w.pt")
+    finally:
+        torch.serialization.set_crc32_options(True)
+    read = read_weights("w.pt")
+    assert same(dict(read.tensors), weights) and "without checksums" in read.told[0]
 
 
 def test_tables_beyond_all_measure_are_not_looked_through(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

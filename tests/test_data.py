@@ -32,6 +32,7 @@ from thalweg.data import (
     tree_map,
     uniforms,
 )
+from thalweg.data.draws import OwnRandom
 
 CPU = torch.device("cpu")
 often = settings(max_examples=60, deadline=None, database=None)
@@ -961,3 +962,13 @@ def test_an_augmentation_that_draws_twice_gets_other_numbers() -> None:
     list(feed_of(torch.arange(6), batch=6, micro_batch=6, augment=twice).windows(0, 1))
     rows = torch.cat(drawn, dim=1)
     assert rows.shape == (6, 6) and len(set(rows.flatten().tolist())) == 36
+
+
+def test_generators_are_the_callers_again_when_a_stream_of_numbers_cannot_begin() -> None:
+    own = OwnRandom(3)
+    before = generators()
+    random_state = (3, tuple(range(624)) + (624,), None)
+    own.go_on((random_state, np.random.get_state(), torch.zeros(3)))  # torch takes no such state
+    with pytest.raises((TypeError, RuntimeError)), own:
+        pass
+    assert generators() == before

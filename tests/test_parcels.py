@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import os
+import resource
 import socket
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import suppress
 from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
 import torch
 
+from tests.conftest import three_parts
+from thalweg.core import DataError
 from thalweg.data import parcels
 
 
@@ -94,3 +98,54 @@ def test_batches_that_are_kept_hold_no_file_descriptors(link: Any) -> None:
         parcels.send(link[0], torch.zeros(10))
         kept.append(parcels.receive(link[1]))
     assert len(os.listdir("/dev/fd")) == before
+
+
+def test_one_tensor_in_two_places_arrives_as_one(link: Any) -> None:
+    x = torch.arange(4.0)
+    parcels.send(link[0], {"a": x, "b": [x, x.clone()]})
+    got = parcels.receive(link[1])
+    got["a"] += 1
+    assert got["b"][0] is got["a"] and got["b"][1].tolist() == [0, 1, 2, 3]
+
+
+def test_a_nested_tensor_is_refused_or_comes_whole(link: Any) -> None:
+    parts = [torch.ones(2, 3), torch.zeros(1, 3)]
+    parcels.send(link[0], torch.nested.nested_tensor(parts, layout=torch.jagged))
+    assert [part.tolist() for part in parcels.receive(link[1]).unbind()] == [part.tolist() for part in parts]
+    with pytest.warns(UserWarning, match="prototype"):
+        nested = torch.nested.nested_tensor(parts)
+    with pytest.raises(TypeError, match="nested tensors of this layout"):
+        parcels.send(link[0], [nested])
+
+
+@pytest.fixture
+def few_files() -> Iterator[Callable[[int], None]]:
+    """Leaves room for so many files to be opened."""
+    old = resource.getrlimit(resource.RLIMIT_NOFILE)
+    held: list[int] = []
+
+    def fill(room: int) -> None:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (len(os.listdir("/dev/fd")) + 64, old[1]))
+        with suppress(OSError):
+            while True:
+                held.append(os.open("/dev/null", os.O_RDONLY))
+        for _ in range(room):
+            os.close(held.pop())
+
+    yield fill
+    for fd in held:
+        os.close(fd)
+    resource.setrlimit(resource.RLIMIT_NOFILE, old)
+
+
+@pytest.mark.parametrize(("room", "said"), [(0, "cut off the descriptor"), (1, "cannot be opened")])
+def test_a_receiver_that_may_open_no_more_files_says_so(
+    room: int, said: str, link: Any, few_files: Callable[[int], None]
+) -> None:
+    parcels.send(link[0], torch.ones(3))
+    few_files(room)
+    with pytest.raises(DataError) as err:
+        parcels.receive(link[1])
+    asked, numbers, remedy = three_parts(err.value)
+    assert asked == "A batch of a data worker cannot be taken." and said in numbers and "ulimit -n" in remedy
+    assert f"{resource.getrlimit(resource.RLIMIT_NOFILE)[0]} files" in numbers

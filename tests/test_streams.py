@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+import shutil
 from collections import OrderedDict
 from collections.abc import Iterator
 from pathlib import Path
@@ -19,10 +20,12 @@ from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 from torchdata.stateful_dataloader import StatefulDataLoader
 
 from tests.conftest import three_parts
+from tests.models import mlp
 from tests.test_data import Counting, Noisy, NoisyStream, draw_everywhere, feed_of, generators, same
 from tests.test_workers import Told
+from thalweg import Split, train
 from thalweg.core import DataError, FeedState
-from thalweg.data import ChangedFeed, Stream, as_source, streams
+from thalweg.data import ChangedFeed, Stream, as_source, held_out, streams
 from thalweg.data.coded import Uncodable, decode, encode
 
 #: torchdata calls a function of torch that says so since 2.13
@@ -186,7 +189,7 @@ class Lines:
 class Epochs(Lines):
     """Knows the epoch, and reads backwards in every second one; loaded after an end, it begins the next epoch."""
 
-    epoch, ended, goes_on = -1, False, False
+    epoch, ended, goes_on = -1, True, False
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
         if not self.goes_on:
@@ -367,19 +370,205 @@ def test_a_state_that_cannot_be_kept_is_told_once(data: Any, why: str) -> None:
     assert name == "data" and why in text and "reads up to its step" in text
 
 
-def test_another_reader_of_the_same_iterable_takes_its_state_away() -> None:
-    """As regularize.precise does: what the iterable would say then is where the other stands."""
-    feed = feed_of(Lines(9))
-    feed.tell = Told()
+class Onward:
+    """One place for all its iterators, which go on from there, as in torchdata; begins anew after an end."""
+
+    def __init__(self, num: int, bad: int = -1) -> None:
+        self.num, self.bad, self.at, self.fail = num, bad, 0, (-1, OSError)
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        while self.at < self.num:
+            i = self.at
+            if i == self.fail[0]:
+                raise self.fail[1]("broken")
+            self.at += 1
+            x = torch.full((6,), i / self.num) * (float("nan") if i == self.bad else 1)
+            yield {"x": x, "y": torch.tensor(i), "drawn": draw_everywhere()}
+        self.at = 0
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"at": self.at}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.at = state["at"]
+
+
+def test_readers_of_one_iterable_do_not_disturb_each_other() -> None:
+    """As regularize.precise and the checks before step 1 do; the state is the run's all the while."""
+    for make in (Onward, Lines):
+        whole = list(feed_of(make(9), seed=5).windows(0, 9))
+        feed = feed_of(make(9), seed=5)
+        feed.tell = Told()
+        got = []
+        windows = feed.windows(0, 9)
+        for step in range(9):
+            assert same(list(feed.windows(0, step % 4)), whole[: step % 4])
+            list(held_out(feed.source, 2, torch.device("cpu")))
+            got.append(next(windows))
+            list(feed.windows(0, 2))
+            again = feed_of(make(9), seed=5)
+            again.restore(step + 1, carried(feed.state(step + 1)))
+            assert same(list(again.windows(step + 1, 9)), whole[step + 1 :])
+        assert same(got, whole) and not feed.tell
+
+
+@pytest.mark.parametrize("known", [(), (2,), (2, 3), (6,)], ids=str)
+def test_going_back_reads_what_was_read_there(known: tuple[int, ...]) -> None:
+    whole = list(feed_of(Onward(9), seed=5).windows(0, 9))
+    feed = feed_of(Onward(9), seed=5)
+    windows = feed.windows(0, 9)
+    for step in range(1, 8):
+        next(windows)
+        if step in known:
+            assert feed.state(step) is not None
+    assert same(list(feed.windows(4, 9)), whole[4:])
+    assert same(list(feed.windows(0, 9)), whole)
+
+
+def samples_of(data: Any, **changes: Any) -> list[list[int]]:
+    """What each step of a run trains on."""
+    seen = []
+
+    def loss(model: Any, batch: Any) -> torch.Tensor:
+        if torch.is_grad_enabled():
+            seen.append(batch["y"].tolist())
+        return model(batch["x"]).square().mean()
+
+    recipe = {"train.batch": 4, "train.micro_batch": 4, "train.steps": 8, "precision": "fp32", "optimizer.lr": 1e-4}
+    train(
+        normed,
+        loss,
+        Split(train=data, test=Onward(3)) if "regularize.precise" in changes else data,
+        {**recipe, **changes},
+    )
+    return trained(seen)
+
+
+def trained(seen: list[list[int]]) -> list[list[int]]:
+    """Without the first window's readings by the checks before step 1."""
+    checks = [at for at, samples in enumerate(seen) if samples == [0, 1, 2, 3]][:3]
+    return seen[checks[-1] :]
+
+
+def normed() -> torch.nn.Module:
+    return torch.nn.Sequential(torch.nn.Linear(6, 2), torch.nn.BatchNorm1d(2))
+
+
+def test_a_run_reads_an_iterable_with_one_place_in_its_own_order() -> None:
+    plain = [[(4 * step + i) % 32 for i in range(4)] for step in range(8)]
+    assert samples_of(Onward(32)) == plain
+    data = Onward(32)
+    assert samples_of(data) == plain and samples_of(data) == plain
+    rewinds = {"guard.nonfinite": "rewind", "guard.every": 2}
+    assert samples_of(Onward(32, bad=18), **rewinds) == samples_of(Plain(32, bad=18), **rewinds)
+    averaged = {"regularize.average": 0.9, "regularize.precise": 2, "evaluate.every": 2, "evaluate.batch": 4}
+    assert samples_of(Onward(32), **averaged) == plain
+
+
+class Plain:
+    """The same samples, without a state."""
+
+    def __init__(self, num: int, bad: int = -1) -> None:
+        self.num, self.bad = num, bad
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        return iter(Onward(self.num, self.bad))
+
+
+@pytest.mark.parametrize("error", [OSError, MemoryError, KeyboardInterrupt])
+def test_within_a_window_there_is_no_state(error: type[BaseException]) -> None:
+    """The samples read for it are gone: a state of then would lose them."""
+    for asked in (False, True):
+        data = Onward(64)
+        feed = feed_of(data, seed=5)
+        feed.tell = Told()
+        windows = feed.windows(0, 9)
+        for _ in range(3):
+            next(windows)
+        before = feed.state(3) if asked else None
+        data.fail = (14, error)
+        with pytest.raises((DataError, MemoryError, KeyboardInterrupt)):
+            next(windows)
+        assert feed.state(3) is before
+        assert asked or "within a window" in feed.tell[0][1]
+
+
+def test_a_run_whose_stream_broke_off_loses_no_sample(tmp_path: Path) -> None:
+    seen = []
+
+    def loss(model: Any, batch: Any) -> torch.Tensor:
+        if torch.is_grad_enabled():
+            seen.append(batch["y"].tolist())
+        return model(batch["x"]).square().mean()
+
+    recipe = {"train.batch": 4, "train.micro_batch": 4, "train.steps": 6, "precision": "fp32", "checkpoint.every": 100}
+    data = Onward(64)
+    data.fail = (14, OSError)
+    with pytest.raises(DataError, match="broke off"):
+        train(mlp, loss, data, recipe, folder=tmp_path / "run")
+    data.fail = (-1, OSError)
+    for again in (data, Onward(64)):
+        shutil.copytree(tmp_path / "run", tmp_path / f"run-{len(seen)}")
+        train(mlp, loss, again, recipe, folder=tmp_path / f"run-{len(seen)}", resume=True)
+    rest = [[4 * step + i for i in range(4)] for step in range(3, 6)]
+    seen = [samples for samples in seen if samples != [0, 1, 2, 3]]  # which the checks before step 1 read too
+    assert seen == [[4, 5, 6, 7], [8, 9, 10, 11]] + rest + rest
+
+
+class Late(Onward):
+    """Knows no state before it is read."""
+
+    is_read = False
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        self.is_read = True
+        yield from super().__iter__()
+
+    def state_dict(self) -> dict[str, Any]:
+        if not self.is_read:
+            raise AttributeError("no iterator yet")
+        return super().state_dict()
+
+
+def test_data_that_cannot_be_read_from_its_beginning_again_is_refused() -> None:
+    feed = feed_of(Late(9))
+    next(iter(feed.windows(0, 1)))
+    with pytest.raises(DataError) as err:
+        next(feed.windows(0, 1))
+    asked, numbers, remedy = three_parts(err.value)
+    assert asked == "The data cannot be read from its beginning again."
+    assert "AttributeError: no iterator yet" in numbers and "before the first iter()" in remedy
+
+
+def test_data_that_does_not_go_back_to_its_beginning_is_refused() -> None:
+    class Forgets(Onward):
+        def load_state_dict(self, state: dict[str, Any]) -> None:
+            if not state["at"]:
+                raise KeyError("at")
+
+    with pytest.raises(DataError) as err:
+        next(feed_of(Forgets(9)).windows(0, 1))
+    asked, numbers, remedy = three_parts(err.value)
+    assert asked == "The data does not go back to its beginning." and "KeyError: 'at'" in numbers
+    assert "load_state_dict()" in remedy
+
+
+def test_a_reader_whose_place_could_not_be_kept_does_not_go_on() -> None:
+    class Once(Onward):
+        def state_dict(self) -> dict[str, Any]:
+            if self.at:
+                raise OSError("gone")
+            return super().state_dict()
+
+    feed = feed_of(Once(9))
     windows = feed.windows(0, 9)
     next(windows)
-    assert feed.state(1) is not None
-    list(feed.windows(0, 2))
-    next(windows)
-    next(windows)
-    assert feed.state(3) is None and "another iterator" in feed.tell[0][1]
-    for _ in range(2):  # the next epoch's iterator is its own again
+    list(feed.windows(0, 1))
+    with pytest.raises(DataError) as err:
         next(windows)
+    asked, numbers, remedy = three_parts(err.value)
+    assert "read from elsewhere meanwhile" in asked and "At step 1" in numbers and "OSError: gone" in numbers
+    assert "state_dict()" in remedy
 
 
 def test_data_that_lost_its_state_dict_is_read_up_to_the_step() -> None:

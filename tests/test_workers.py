@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import faulthandler
+import multiprocessing
 import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -75,9 +78,10 @@ class Trapped(Noisy):
         if index == self.at and get_worker_info() is not None:
             if self.once is None:
                 self.act()
-            elif not self.once.exists():
-                self.once.touch()
-                self.act()
+            else:
+                with suppress(FileExistsError):  # another worker may read the sample of the next epoch at the same time
+                    self.once.touch(exist_ok=False)
+                    self.act()
         return sample
 
 
@@ -142,6 +146,112 @@ def test_workers_do_not_keep_a_program_from_its_end() -> None:
     workers = [int(pid) for pid in done.stdout.split()]
     assert len(workers) == 2 and not any(is_alive(pid) for pid in workers)
     assert not done.stderr
+
+
+def read_and_leave_open() -> None:
+    windows = feed_of(Noisy(11), workers=2, **ON).windows(0, 9)
+    next(windows)
+    KEPT.append(windows)
+
+
+KEPT: list[Any] = []
+
+
+@pytest.mark.parametrize("method", ["fork", "forkserver", "spawn"])
+def test_workers_do_not_keep_a_process_of_multiprocessing_from_its_end(method: str) -> None:
+    """Where what is registered with atexit is not called."""
+    code = (
+        "import multiprocessing\nfrom tests.test_workers import *\n"
+        f"process = multiprocessing.get_context('{method}').Process(target=read_and_leave_open)\n"
+        "process.start()\nprocess.join(30)\nprint(process.exitcode, flush=True)\nos._exit(0)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert done.stdout == "0\n", done.stderr
+
+
+def test_workers_do_not_go_by_how_the_program_starts_its_processes() -> None:
+    """Forkserver is what Python 3.14 begins with: the workers' parent would be the server."""
+    code = (
+        "import multiprocessing\nfrom tests.test_workers import *\nmultiprocessing.set_start_method('forkserver')\n"
+        "class Local(Noisy):\n    also = lambda: 1\n"
+        "local = type('Nowhere', (Local,), {})(11)\n"
+        "print(len(list(feed_of(local, workers=2, **ON).windows(0, 9))))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert done.stdout == "9\n", done.stderr
+
+
+def test_a_daemonic_process_is_told_that_it_may_have_no_workers(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(multiprocessing.current_process()._config, "daemon", True)  # type: ignore[attr-defined]
+    with pytest.raises(DataError) as err:
+        read_and_leave_open()
+    asked, numbers, remedy = three_parts(err.value)
+    assert asked == "Data workers cannot be started here." and "MainProcess" in numbers and "daemonic" in numbers
+    assert "data.workers=0" in remedy
+
+
+def test_where_a_worker_cannot_be_started_none_is_left(monkeypatch: pytest.MonkeyPatch) -> None:
+    fork, forks = os.fork, iter([True, False])
+
+    def seldom() -> int:
+        if not next(forks, False):
+            raise BlockingIOError(11, "Resource temporarily unavailable")
+        return fork()
+
+    monkeypatch.setattr(os, "fork", seldom)
+    before = sockets("self")
+    with pytest.raises(DataError) as err:
+        next(feed_of(Noisy(11), workers=3, **ON).windows(0, 9))
+    asked, numbers, remedy = three_parts(err.value)
+    assert asked == "A data worker cannot be started." and "ulimit" in remedy
+    assert numbers == "Worker 1 of 3: Resource temporarily unavailable."
+    assert not children(os.getpid()) and sockets("self") == before
+
+
+def test_where_a_worker_cannot_be_started_again_none_is_left(monkeypatch: pytest.MonkeyPatch) -> None:
+    windows = feed_of(Noisy(11), workers=2, **ON).windows(0, 90)
+    next(windows)
+    os.kill(children(os.getpid())[0], signal.SIGKILL)
+
+    def never() -> int:
+        raise BlockingIOError(11, "Resource temporarily unavailable")
+
+    monkeypatch.setattr(os, "fork", never)
+    with pytest.raises(DataError, match="cannot be started"):
+        list(windows)
+    assert not children(os.getpid())
+
+
+def test_workers_outlive_the_thread_that_asked_first(reference: list[Any]) -> None:
+    """The kernel would take the end of that thread for the end of the parent."""
+    feed = feed_of(Noisy(11), workers=2, **ON)
+    feed.tell = Told()
+    windows, got = feed.windows(0, 9), []
+    thread = threading.Thread(target=lambda: got.append(next(windows)))
+    thread.start()
+    thread.join()
+    time.sleep(0.3)
+    assert same([*got, *windows], reference) and not feed.tell
+
+
+def sockets(pid: int | str) -> set[str]:
+    found = set()
+    for path in Path(f"/proc/{pid}/fd").iterdir():
+        with suppress(OSError):  # the descriptor of this listing is gone again
+            found.add(os.readlink(path))
+    return {name for name in found if name.startswith("socket")}
+
+
+def test_no_worker_holds_an_end_of_the_parents() -> None:
+    """It would not see then that the parent has ended."""
+    before = sockets("self")
+    windows = feed_of(Noisy(11), workers=3, **ON).windows(0, 9)
+    next(windows)
+    ours = sockets("self") - before
+    assert len(ours) == 3
+    for pid in children(os.getpid()):
+        assert not ours & sockets(pid)
+    windows.close()
 
 
 SETTINGS = ["--set", "train.batch=8", "--set", "train.micro_batch=4", "--set", "precision=fp32", "--quiet"]
@@ -441,6 +551,7 @@ def test_a_data_set_knows_in_which_worker_it_is_read() -> None:
     class Where(Noisy):
         def __getitem__(self, index: int) -> Any:
             info = get_worker_info()
+            assert info is None or info.dataset is self
             return torch.tensor([-1, 0] if info is None else [info.id, info.num_workers])
 
     seen = torch.cat([part for window in feed_of(Where(12), workers=3).windows(0, 3) for part in window])

@@ -22,6 +22,13 @@ class OwnRandom:
 
     def __enter__(self) -> None:
         self._theirs = _states()
+        try:
+            self._begin()
+        except BaseException:  # such as for states of another kind; __exit__ is not called then
+            _set(self._theirs)
+            raise
+
+    def _begin(self) -> None:
         if self._mine is not None:
             _set(self._mine)
         else:

@@ -129,7 +129,15 @@ class ItemFeed:
             yield parts(place)
 
     def _by_workers(self, parts: Parts, places: Iterator[Place]) -> Generator[Any, None, None]:
-        workers = Workers(parts, self.workers, name=parts.name, timeout=self.timeout, tell=self.tell, stop=self.stop)
+        workers = Workers(
+            parts,
+            self.workers,
+            dataset=self.source.dataset,
+            name=parts.name,
+            timeout=self.timeout,
+            tell=self.tell,
+            stop=self.stop,
+        )
         try:
             yield from workers.results(places)
         except Stopped:

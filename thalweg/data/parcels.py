@@ -11,6 +11,7 @@ from __future__ import annotations
 import io
 import os
 import pickle
+import resource
 import socket
 import struct
 import sys
@@ -20,6 +21,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
+
+from thalweg.core import DataError
 
 _HEADER = struct.Struct("<QQ")  # where the pickle begins, where it ends
 _ALIGNED = 64
@@ -51,18 +54,32 @@ def receive(link: socket.socket) -> Any:
 
     Raises:
         EOFError: if the sender has ended.
+        DataError: if this process may open no more files.
     """
-    header, fds, _, _ = socket.recv_fds(link, _HEADER.size, 1, socket.MSG_WAITALL)
+    header, fds, flags, _ = socket.recv_fds(link, _HEADER.size, 1, socket.MSG_WAITALL)
+    if flags & socket.MSG_CTRUNC:
+        raise _too_many("The kernel cut off the descriptor of its memory")
     if len(header) < _HEADER.size or not fds:
         raise EOFError("the sender has ended")
     begin, end = _HEADER.unpack(header)
     try:
         whole = _seen(fds[0], end)
+    except RuntimeError as err:
+        raise _too_many(f"Its memory cannot be opened: {str(err).splitlines()[0][:200]}") from err
     finally:
         os.close(fds[0])
     packed, buffers = pickle.loads(bytes(whole[begin:].numpy()))
     parts = [whole[place : place + size].numpy() for place, size in buffers]
     return _Unpacker(io.BytesIO(packed), whole, parts).load()
+
+
+def _too_many(what: str) -> DataError:
+    most = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+    return DataError(
+        "A batch of a data worker cannot be taken.",
+        f"{what}; this process may have {most} files open.",
+        "Raise that limit (ulimit -n), or see what keeps so many files open.",
+    )
 
 
 class _Packer(pickle.Pickler):
@@ -73,17 +90,27 @@ class _Packer(pickle.Pickler):
         self.parts: list[tuple[int, Tensor]] = []
         self.buffers: list[tuple[int, int]] = []
         self.size = 0
+        self.told: dict[int, tuple[Any, ...]] = {}  # by id
+        self.kept: list[Tensor] = []  # so that no id comes twice
 
     def persistent_id(self, value: Any) -> Any:
         if type(value) is not Tensor or value.device.type != "cpu" or value.layout != torch.strided:
             return None
+        if value.is_nested:
+            raise TypeError("nested tensors of this layout cannot be sent between processes; of torch.jagged they can")
+        if id(value) in self.told:  # what is one tensor here is one there
+            return self.told[id(value)]
         if value.requires_grad or value.is_quantized or value.is_conj() or value.is_neg():
             return None
         dense = (
             value if value.is_contiguous() else value.clone()
         )  # keeps the order of its strides, such as channels_last
         flat = dense.as_strided((dense.numel(),), (1,)).view(torch.uint8)
-        return self._set_aside(flat), flat.numel(), value.dtype, tuple(value.shape), dense.stride()
+        place = self._set_aside(flat)
+        told = (len(self.told), place, flat.numel(), value.dtype, tuple(value.shape), dense.stride())
+        self.told[id(value)] = told
+        self.kept.append(value)
+        return told
 
     def _set_buffer_aside(self, buffer: pickle.PickleBuffer) -> bool:
         raw = buffer.raw()
@@ -103,10 +130,13 @@ class _Unpacker(pickle.Unpickler):
     def __init__(self, file: io.BytesIO, whole: Tensor, buffers: list[Any]) -> None:
         super().__init__(file, buffers=buffers)
         self.whole = whole
+        self.read: dict[int, Tensor] = {}
 
     def persistent_load(self, pid: Any) -> Tensor:
-        place, size, dtype, shape, stride = pid
-        return self.whole[place : place + size].view(dtype).as_strided(shape, stride)
+        number, place, size, dtype, shape, stride = pid
+        if number not in self.read:
+            self.read[number] = self.whole[place : place + size].view(dtype).as_strided(shape, stride)
+        return self.read[number]
 
 
 def _memory() -> int:

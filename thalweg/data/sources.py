@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset, RandomSampler, SequentialSampler, default_collate
 
 from thalweg.core import DataError, Gather
+from thalweg.data.standing import Standing, standing_of
 from thalweg.data.trees import tensors, tree_map
 
 
@@ -100,7 +101,7 @@ class Stream:
     Attributes:
         stateful: whether it has ``state_dict()``, where its newest iterator stands, and ``load_state_dict(state)``, after
             which the next iterator goes on from there.
-        passes: iterators it was asked for.
+        standing: of the iterable, where it has a state.
     """
 
     def __init__(self, iterable: Any, collate: Callable[[list[Any]], Any] = default_collate) -> None:
@@ -108,7 +109,7 @@ class Stream:
         counted = iterable.dataset if isinstance(iterable, DataLoader) else iterable
         self.num = len(counted) if isinstance(counted, Sized) else 0
         self.stateful = _is_stateful(iterable)
-        self.passes = 0
+        self.standing = standing_of(iterable) if self.stateful else Standing()
 
 
 Source = Gather | Items | Stream
@@ -156,7 +157,7 @@ def as_source(data: Any) -> Source:
     if hasattr(data, "__getitem__") and hasattr(data, "__len__") and not isinstance(data, Mapping):
         return Items(data)
     if isinstance(data, Iterable) and not isinstance(data, Mapping):
-        if iter(data) is data:
+        if hasattr(data, "__next__") and iter(data) is data:  # iter() alone may move one that has a state
             raise DataError(
                 "The training data is an iterator that can be read once.",
                 f"Got a {type(data).__name__}; a run may need several epochs, and a resumed one starts anew.",

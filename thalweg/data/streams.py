@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import time
+import weakref
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -19,6 +21,7 @@ from thalweg.data.sources import Stream
 from thalweg.data.trees import to_device
 
 _TELL_SECONDS = 5.0
+_KNOWN = 2  # states that are kept
 
 
 class StreamFeed:
@@ -41,8 +44,9 @@ class StreamFeed:
         self.cut = Cut(source, batch, seed, keep_last, sizes)
         self.tell: Tell = quiet
         self.stop: Callable[[], bool] = never
-        self._position: Position | None = None
-        self._restored: tuple[int, FeedState] | None = None
+        self._position: Position | None = None  # of the newest window
+        self._positions: weakref.WeakSet[Position] = weakref.WeakSet()  # others that are still read from
+        self._known: dict[int, FeedState] = {}  # by step
         self._told: set[str] = set()
 
     def epoch_of(self, step: int) -> int:
@@ -56,6 +60,7 @@ class StreamFeed:
         if start >= stop:
             return
         position = self._position = self._begin(start)
+        self._positions.add(position)
         if not self._read_up_to(position, start):
             self._position = None
             return
@@ -63,6 +68,7 @@ class StreamFeed:
             step, samples = position.step, position.window(self.stop)
             if samples is None:
                 return
+            self._position = position
             parts = micro_batches(len(samples), self.micro_batch, self.share)
             yield [self.collated(step, at, samples[at : at + self.micro_batch]) for at in parts]
 
@@ -71,27 +77,37 @@ class StreamFeed:
         return to_device(put_together(self.source.collate, samples, name, f"In step {step + 1}"), self.device)
 
     def state(self, step: int) -> FeedState | None:
-        if self._restored is not None and self._restored[0] == step:
-            return self._restored[1]
+        if step in self._known:
+            return self._known[step]
         if self._position is None or not self.source.stateful or step == 0:
             return None
-        if self._position.step != step or not self._position.is_newest():
-            self._without("its iterable was asked for another iterator while this run reads one")
+        position = next((one for one in [self._position, *self._positions] if one.is_at(step)), None)
+        if position is None:
+            self._without("its iterable stands within a window, which is not whole, or at another step")
             return None
         try:
             with OwnRandom(0):  # whatever state_dict draws, it draws not from the caller
-                return FeedState(*encode(self._position.state()))
+                return self._keep(step, FeedState(*encode(position.state())))
         except Uncodable as err:
             self._without(f"{err}, which is neither plain data nor a tensor")
+        except MemoryError:
+            raise
         except Exception as err:
             self._without(f"its state_dict() raised {spoken(err)}")
         return None
 
     def restore(self, step: int, state: FeedState) -> None:
         if self.source.stateful:
-            self._restored = (step, state)
+            self._keep(step, state)
         else:
             self._without("the data has no load_state_dict() any more")
+
+    def _keep(self, step: int, state: FeedState) -> FeedState:
+        """The newest few: a run that goes back to an earlier step need not begin at the first."""
+        self._known[step] = state
+        for older in sorted(self._known)[:-_KNOWN]:
+            del self._known[older]
+        return state
 
     def _without(self, why: str) -> None:
         """No state, and it is said once what that costs."""
@@ -100,15 +116,11 @@ class StreamFeed:
             self.tell("data", f"The state of the data is not used: {why}. A resumed run reads up to its step.", {})
 
     def _begin(self, start: int) -> Position:
+        """At the newest state that is known and not beyond ``start``, or at the beginning."""
         position = Position(self.cut)
-        if self._restored is None or self._restored[0] != start:
-            return position
-        with told_as(
-            "The data does not take its saved state.",
-            f"At step {start}",
-            "Mend its load_state_dict(), or take it away: the stream is then read up to that step.",
-        ):
-            position.go_on(decode(self._restored[1].facts, self._restored[1].tensors))
+        at = max((step for step in self._known if step <= start), default=None)
+        if at is not None:
+            position.go_on(decode(self._known[at].facts, self._known[at].tensors))
         return position
 
     def _read_up_to(self, position: Position, start: int) -> bool:
@@ -158,15 +170,20 @@ class Position:
         # Not the feed, which holds this: loaders that the garbage collector finds in a ring do not end their workers well.
         self.cut = cut
         self.step = self.epoch = self.seen = self.passed = 0
+        self.is_whole = True  # between two windows
         self._pass: Pass | None = None  # None: an epoch that has not begun
-        self._number = cut.source.passes
+        self._held: dict[str, Any] | None = None  # where to go on when it is this reader's turn
+        self._lost = ""  # why it cannot go on
         self._loaded: dict[str, Any] | None = None
 
-    def is_newest(self) -> bool:
-        """Whether the iterable's state is that of this reader, and of no later one."""
-        return self._number == self.cut.source.passes
+    def is_at(self, step: int) -> bool:
+        """Whether the state of this reader is known, and that of this step."""
+        is_known = self._held is not None or self.cut.source.standing.is_read_by(self)
+        return self.step == step and self.is_whole and is_known
 
     def state(self) -> dict[str, Any]:
+        if self._held is not None:
+            return self._held
         return {
             "step": self.step,
             "epoch": self.epoch,
@@ -179,8 +196,44 @@ class Position:
     def go_on(self, state: dict[str, Any]) -> None:
         """From what ``state`` gave, in this process or an earlier one."""
         self.step, self.epoch, self.seen, self.passed = (state[name] for name in ("step", "epoch", "seen", "passed"))
-        self._loaded = state
-        self._pass = self._loaded_pass(state)
+        self._held = state
+
+    def hold(self) -> None:
+        if not self.is_whole:
+            self._lost = "it was in the middle of a window"
+            return
+        try:
+            with OwnRandom(0):
+                self._held = copy.deepcopy(self.state())
+        except MemoryError:
+            raise
+        except Exception as err:
+            self._lost = f"its state_dict() gave none that can be kept: {spoken(err)}"
+        self._pass = None
+
+    def _take_turn(self) -> None:
+        """An iterable with a state has one place: who reads on brings it to where it was for this reader."""
+        source = self.cut.source
+        if not source.stateful or source.standing.is_read_by(self):
+            return
+        source.standing.take(source.iterable, self)
+        if self._lost:
+            raise DataError(
+                "The data was read from elsewhere meanwhile, and does not go back to where it was.",
+                f"At step {self.step}, {self._lost}.",
+                "Mend its state_dict(), or take it away: each iter() is then to begin anew, beside the others.",
+            )
+        if self._held is None:
+            source.standing.begin(source.iterable)
+            return
+        state, self._held = self._held, None
+        with told_as(
+            "The data does not take its saved state.",
+            f"At step {self.step}",
+            "Mend its load_state_dict(), or take it away: the stream is then read up to that step.",
+        ):
+            source.standing.load(source.iterable, state["data"])
+            self._pass, self._loaded = Pass(source, self._name(), state["draws"]), state
 
     def window(self, stop: Callable[[], bool]) -> list[Any] | None:
         """The samples of the next step; None where someone wants the run to end before they are there.
@@ -188,6 +241,8 @@ class Position:
         Raises:
             DataError: for a stream that breaks off, or holds nothing.
         """
+        self.is_whole = False
+        self._take_turn()
         window: list[Any] = []
         while True:
             for sample in self._samples():
@@ -208,6 +263,7 @@ class Position:
 
     def _taken(self, window: list[Any]) -> list[Any]:
         self.step += 1
+        self.is_whole = True
         return window
 
     def _samples(self) -> Iterator[Any]:
@@ -215,7 +271,6 @@ class Position:
         try:
             if self._pass is None:
                 self._pass = Pass(self.cut.source, self._name())
-            self._number = self._pass.number
             yield from self._pass
         except MemoryError:
             raise
@@ -243,10 +298,6 @@ class Position:
     def _name(self) -> int:
         return seed_for(self.cut.seed, "stream", self.epoch)
 
-    def _loaded_pass(self, state: dict[str, Any]) -> Pass:
-        self.cut.source.iterable.load_state_dict(state["data"])
-        return Pass(self.cut.source, self._name(), state["draws"])
-
 
 class Pass:
     """One pass over a stream; what it draws comes from the stream of random numbers called ``name``.
@@ -257,8 +308,6 @@ class Pass:
 
     def __init__(self, source: Stream, name: int, states: States | None = None) -> None:
         self.own = OwnRandom(name)
-        source.passes += 1
-        self.number = source.passes
         with self.own:
             self.samples = iter(source.iterable)
         if states is not None:
@@ -272,6 +321,17 @@ class Pass:
             return next(self.samples)
 
 
+class Visit:
+    """A reader that does not come back."""
+
+    def hold(self) -> None:
+        """It has no place to keep."""
+
+
 def read_stream(source: Stream, name: int) -> Iterator[Any]:
-    """One pass over a stream."""
+    """One pass over a stream, from its beginning."""
+    visit = Visit()
+    if source.stateful:
+        source.standing.take(source.iterable, visit)
+        source.standing.begin(source.iterable)
     yield from Pass(source, name)

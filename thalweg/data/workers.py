@@ -8,7 +8,6 @@ blocks the reader for ever. Here each worker has a socket of its own, and batche
 
 from __future__ import annotations
 
-import atexit
 import contextlib
 import ctypes
 import multiprocessing
@@ -18,13 +17,16 @@ import signal
 import socket
 import struct
 import sys
+import threading
 import time
 import traceback
+import weakref
 from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from multiprocessing.connection import wait
+from multiprocessing.util import Finalize
 from typing import Any
 
 import torch
@@ -43,6 +45,10 @@ _GRACE_SECONDS = 1.0
 _PR_SET_PDEATHSIG = 1
 _PLACE = struct.Struct("<qq")
 _NO_PLACE = (-1, -1)
+_FORKS = sys.platform == "linux"
+# A data set need not be picklable where workers are forked, whatever else the program starts in other ways.
+_context: Any = multiprocessing.get_context("fork" if _FORKS else None)
+_links: weakref.WeakSet[socket.socket] = weakref.WeakSet()  # the parent's ends, of all workers
 
 
 class Stopped(Exception):
@@ -63,8 +69,12 @@ class Workers:
 
     Args:
         read: gives what lies at a place; runs in the workers.
+        dataset: what ``torch.utils.data.get_worker_info()`` names in the workers.
         name: what lies at a place, for people.
         timeout: seconds after which a worker that is waited for counts as hung; 0: never.
+
+    Raises:
+        DataError: where no process can be started.
     """
 
     def __init__(
@@ -72,16 +82,32 @@ class Workers:
         read: Callable[[Place], Any],
         num: int,
         *,
+        dataset: Any,
         name: Callable[[Place], str],
         timeout: float,
         tell: Tell,
         stop: Callable[[], bool],
     ) -> None:
         self.name, self.timeout, self.tell, self.stop = name, timeout, tell, stop
-        self._over = multiprocessing.RawValue(ctypes.c_bool, False)  # without a lock, which a killed worker might hold
+        if multiprocessing.current_process().daemon:
+            raise DataError(
+                "Data workers cannot be started here.",
+                f"This process ({multiprocessing.current_process().name}) is daemonic, and may have no children.",
+                "Use data.workers=0, or start this process with daemon=False.",
+            )
+        self._over = _context.RawValue(ctypes.c_bool, False)  # without a lock, which a killed worker might hold
         self._owner = os.getpid()
-        self._workers = [_Worker(read, number, num, self._over) for number in range(num)]
-        atexit.register(self.close)  # before multiprocessing waits for its children, which do not listen to SIGTERM
+        self._workers: list[_Worker] = []
+        # Before multiprocessing waits for its children, which do not listen to SIGTERM. In its own processes atexit is not heeded.
+        self._at_exit = Finalize(None, self.close, exitpriority=100)
+        try:
+            for number in range(num):
+                worker = _Worker(read, dataset, number, num, self._over)
+                self._workers.append(worker)
+                worker.start()
+        except BaseException:
+            self.close()
+            raise
 
     def results(self, places: Iterator[Place]) -> Iterator[Any]:
         """What lies at the places, in their order.
@@ -105,7 +131,7 @@ class Workers:
         """End the workers: those that do not end by themselves at once are killed."""
         if os.getpid() != self._owner:  # a forked child inherits the call at exit, not the workers
             return
-        atexit.unregister(self.close)
+        self._at_exit.cancel()
         self._over.value = True
         for worker in self._workers:
             worker.tell(_NO_PLACE)
@@ -161,21 +187,36 @@ class _Lost(Exception):
 class _Worker:
     """One process and the places that it has been told and has not answered; it can be started again."""
 
-    def __init__(self, read: Callable[[Place], Any], number: int, num: int, over: Any) -> None:
-        self.read, self.number, self.num, self.over = read, number, num, over
+    def __init__(self, read: Callable[[Place], Any], dataset: Any, number: int, num: int, over: Any) -> None:
+        self.read, self.dataset, self.number, self.num, self.over = read, dataset, number, num, over
         self.told: deque[Place] = deque()
         self.deaths = self.hangs = 0
-        self.start()
+        self.link: socket.socket | None = None
+        self.process: Any = None
 
     def start(self) -> None:
-        self.link, theirs = socket.socketpair()
-        self.process = multiprocessing.Process(
-            target=_work, args=(theirs, self.read, self.over, os.getpid(), self.number, self.num), daemon=True
-        )
-        self.process.start()
-        theirs.close()  # so that the end of the worker is the end of the link
+        try:
+            self._start()
+        except OSError as err:
+            self.end()
+            raise DataError(
+                "A data worker cannot be started.",
+                f"Worker {self.number} of {self.num}: {err.strerror or err}.",
+                "Use fewer data.workers, or raise the limit that is reached (ulimit -u processes, ulimit -n open files, memory).",
+            ) from err
         for place in self.told:
             self.tell(place)
+
+    def _start(self) -> None:
+        self.process = None
+        self.link, theirs = socket.socketpair()
+        _links.add(self.link)
+        with theirs:  # closed here, so that the end of the worker is the end of the link
+            by_kernel = threading.get_native_id() == os.getpid()
+            arguments = (theirs, self.read, self.dataset, self.over, os.getpid(), by_kernel, self.number, self.num)
+            process = _context.Process(target=_work, args=arguments, daemon=True)
+            process.start()
+            self.process = process
 
     def put(self, place: Place) -> None:
         self.told.append(place)
@@ -183,10 +224,12 @@ class _Worker:
 
     def tell(self, place: Place) -> None:
         with contextlib.suppress(OSError):  # it has ended, which is noticed where its result is waited for
+            assert self.link is not None
             self.link.sendall(_PLACE.pack(*place))
 
     def get(self, timeout: float, stop: Callable[[], bool]) -> Any:
         """The result of the first place it was told."""
+        assert self.link is not None
         since = time.monotonic()
         while not wait([self.link], 0):  # what it has sent counts, even if it has ended since
             if stop():
@@ -204,17 +247,23 @@ class _Worker:
         return result
 
     def end(self, grace: float = 0.0) -> int | None:
-        """No more of this process; how it ended, as ``Process.exitcode`` has it.
+        """No more of this process; how it ended, as ``Process.exitcode`` has it. None: it never began.
 
         Args:
             grace: seconds after which it is killed.
         """
+        if self.link is not None and self.process is None:
+            self.link.close()
+        if self.process is None:
+            return None
         self.process.join(grace)
         if self.process.exitcode is None:
             self.process.kill()
             self.process.join()
+        assert self.link is not None
         self.link.close()
-        return self.process.exitcode
+        code: int | None = self.process.exitcode
+        return code
 
 
 def _spoken(code: int | None) -> str:
@@ -234,16 +283,26 @@ def _remedy(code: int | None) -> str:
 # --- in the worker ---------------------------------------------------------------------------------------------------
 
 
-def _work(link: socket.socket, read: Callable[[Place], Any], over: Any, parent: int, number: int, num: int) -> None:
+def _work(
+    link: socket.socket,
+    read: Callable[[Place], Any],
+    dataset: Any,
+    over: Any,
+    parent: int,
+    by_kernel: bool,
+    number: int,
+    num: int,
+) -> None:
+    for inherited in list(_links):  # with a copy of the parent's end here, the end of the parent would not be seen
+        inherited.close()
     leave_signals_to_the_parent()
-    die_with_the_parent(parent)
+    die_with_the_parent(parent, by_kernel=by_kernel)
     torch.set_num_threads(1)
-    dataset: Any = read
     # what torch.utils.data.get_worker_info() tells a data set
     torch_worker._worker_info = torch_worker.WorkerInfo(id=number, num_workers=num, seed=number, dataset=dataset)
     while not over.value:
         if not wait([link], _WATCH_SECONDS):
-            if os.getppid() != parent:
+            if is_gone(parent):
                 return
             continue
         told = link.recv(_PLACE.size, socket.MSG_WAITALL)
@@ -301,9 +360,22 @@ def leave_signals_to_the_parent() -> None:
         signal.signal(getattr(signal, name), signal.SIG_IGN)
 
 
-def die_with_the_parent(parent: int) -> None:
-    """The kernel kills this process when its parent ends, however it ends."""
-    if sys.platform == "linux":
+def die_with_the_parent(parent: int, *, by_kernel: bool) -> None:
+    """The kernel kills this process when its parent ends, however it ends.
+
+    Args:
+        by_kernel: false where a thread beside the main one has forked: its end would be taken for the parent's. Then the end
+            of the link is heeded, between two places.
+    """
+    if _FORKS and by_kernel:
         ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, int(signal.SIGKILL), 0, 0, 0)
-        if os.getppid() != parent:  # it had ended before we asked
-            os._exit(1)
+    if is_gone(parent):  # it had ended before we asked
+        os._exit(1)
+
+
+def is_gone(parent: int) -> bool:
+    """Whether the process that wanted this one has ended; where it is not forked, a server may stand between."""
+    if _FORKS:
+        return os.getppid() != parent
+    known = multiprocessing.parent_process()
+    return known is not None and not known.is_alive()

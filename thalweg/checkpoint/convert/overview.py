@@ -9,6 +9,7 @@ from pathlib import Path
 from torch import Tensor
 
 from thalweg.checkpoint.convert.folders import WORDS, found
+from thalweg.checkpoint.convert.weights import printable
 from thalweg.checkpoint.store import Snapshot, Store
 from thalweg.core import CheckpointError, human_bytes
 
@@ -107,7 +108,13 @@ def _ranking(snapshot: Snapshot) -> Iterator[str]:
 
 def _tensors(snapshot: Snapshot) -> Iterator[str]:
     rows = [
-        (group, name, "x".join(map(str, tensor.shape)) or "-", str(tensor.dtype).removeprefix("torch."), tensor.nbytes)
+        (
+            group,
+            printable(name),
+            "x".join(map(str, tensor.shape)) or "-",
+            str(tensor.dtype).removeprefix("torch."),
+            tensor.nbytes,
+        )
         for group, tensors in _in_order(snapshot)
         for name, tensor in tensors.items()
     ]

@@ -6,16 +6,16 @@ few makers of tensors is refused; what is left goes to ``torch.load(weights_only
 
 from __future__ import annotations
 
-import pickletools
 import warnings
 import zipfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import IO, Any
 
 import torch
 from torch import Tensor
 
+from thalweg.checkpoint.convert.pickles import STORAGES, Reader
 from thalweg.checkpoint.convert.weights import Weights, listed, refused, separated
 from thalweg.core import CheckpointError
 
@@ -32,29 +32,14 @@ _MAKERS = {
     "torch Size",
     "torch device",
 }
-_STORAGES = {
-    f"torch {kind}Storage"
-    for kind in [
-        "Double",
-        "Float",
-        "Half",
-        "BFloat16",
-        "Long",
-        "Int",
-        "Short",
-        "Char",
-        "Byte",
-        "Bool",
-        "ComplexFloat",
-        "ComplexDouble",
-    ]
-}
 _DTYPES = {f"torch {name}" for name, value in vars(torch).items() if isinstance(value, torch.dtype)}
-_ALLOWED = _MAKERS | _STORAGES | _DTYPES
+_ALLOWED = _MAKERS | STORAGES.keys() | _DTYPES
 _REMEDY = (
     "If you trust who wrote it, save its tensors alone, in a process of its own: "
     "torch.save(model.state_dict(), 'weights.pt')."
 )
+_AGAIN = "Copy or download the file again, from where it came."
+_UNCHECKED = "The file was written without checksums, so a byte changed on its way would not be seen."
 
 
 def read_torch(path: Path) -> Weights:
@@ -63,10 +48,10 @@ def read_torch(path: Path) -> Weights:
     Raises:
         CheckpointError: if it is no such file, names a class that would have to be unpickled, or holds no state dict.
     """
-    whole = _loaded(path)
+    whole, unchecked = _loaded(path)
     if not isinstance(whole, dict):
         raise refused(path, f"It holds no table but {type(whole).__name__}.", "Save model.state_dict().")
-    told = []
+    told = [_UNCHECKED] if unchecked else []
     kind = "a Lightning checkpoint" if "pytorch-lightning_version" in whole else "a torch file"
     step = whole.get("global_step", 0)
     named: Mapping[Any, Any] = whole
@@ -92,16 +77,21 @@ def _holds_tensors(value: Any) -> bool:
     return isinstance(value, dict) and any(isinstance(inner, Tensor) for inner in value.values())
 
 
-def _loaded(path: Path) -> Any:
+def _loaded(path: Path) -> tuple[Any, bool]:
+    """What the file holds, and whether it has no checksums to compare that with."""
+    unchecked = False
     try:
         with open(path, "rb") as file:
             zipped = file.read(2) == b"PK"
             file.seek(0)
-            for pickle in _pickles_in_zip(file, path) if zipped else _pickles_in_a_row(file):
-                _check_pickle(pickle, path)
+            if zipped:
+                unchecked = _look_through_zip(file, path)
+            else:  # the form of torch before 1.6: five pickles, and the bytes of the storages behind them
+                for _ in range(_LEGACY_PICKLES):
+                    _reader(path).read(file)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of torch about how the file was written
-            return torch.load(path, map_location="cpu", weights_only=True, mmap=zipped or None)
+            return torch.load(path, map_location="cpu", weights_only=True, mmap=zipped or None), unchecked
     except CheckpointError:
         raise
     except Exception as err:  # whatever a reader makes of bytes that anyone may have written
@@ -109,7 +99,12 @@ def _loaded(path: Path) -> Any:
         raise refused(path, f"{type(err).__name__}: {what}.", "Write the file again, from where it came.") from None
 
 
-def _pickles_in_zip(file: IO[bytes], path: Path) -> Iterator[IO[bytes]]:
+def _look_through_zip(file: IO[bytes], path: Path) -> bool:
+    """Refuse what torch does not write, what was changed on its way, and what claims more than is there.
+
+    Returns:
+        whether it was written without checksums.
+    """
     size = path.stat().st_size
     with zipfile.ZipFile(file) as archive:
         entries = archive.infolist()
@@ -121,33 +116,41 @@ def _pickles_in_zip(file: IO[bytes], path: Path) -> Iterator[IO[bytes]]:
         total = sum(entry.file_size for entry in entries)
         if total > size:
             raise refused(path, f"Its parts claim {total} bytes, and it has {size}.", "Write it by torch.save.")
+        unchecked = not any(entry.CRC for entry in entries if entry.file_size)
         for entry in entries:
+            if unchecked:
+                entry.CRC = None  # type: ignore[assignment]  # as zipfile has it where there is none to compare
             if entry.filename.endswith(".pkl"):
-                if entry.file_size > _LARGEST_PICKLE:
-                    raise refused(path, f"Its table has {entry.file_size} bytes.", "Save model.state_dict() alone.")
-                with archive.open(entry) as pickle:
-                    yield pickle
+                _look_through_pickle(archive, entry, path)
+        bad = None if unchecked else archive.testzip()
+        if bad is not None:
+            raise refused(path, f"The bytes of its part {bad!r} are not those of its checksum.", _AGAIN)
+    return unchecked
 
 
-def _pickles_in_a_row(file: IO[bytes]) -> Iterator[IO[bytes]]:
-    """The form of torch before 1.6: five pickles, and the bytes of the storages behind them."""
-    for _ in range(_LEGACY_PICKLES):
-        yield file
+def _look_through_pickle(archive: zipfile.ZipFile, entry: zipfile.ZipInfo, path: Path) -> None:
+    if entry.file_size > _LARGEST_PICKLE:
+        raise refused(path, f"Its table has {entry.file_size} bytes.", "Save model.state_dict() alone.")
+    reader = _reader(path)
+    with archive.open(entry) as pickle:
+        reader.read(pickle)
+    folder = entry.filename.rpartition("/")[0]
+    sizes = {one.filename: one.file_size for one in archive.infolist()}
+    for key, claimed in reader.claimed.items():
+        name = f"{folder}/data/{key}"
+        if claimed > sizes.get(name, claimed):  # one that is missing is told by torch
+            why = f"A tensor claims {claimed} bytes of its part {name!r}, which has {sizes[name]}."
+            raise refused(path, why, _AGAIN)
 
 
-def _check_pickle(pickle: IO[bytes], path: Path) -> None:
-    """List a pickle's operations, doing none; the reader stands behind it afterwards."""
-    texts: list[str] = []  # the last two: what a class is named by, where that does not stand in the operation itself
-    for operation, argument, _ in pickletools.genops(pickle):
-        if "UNICODE" in operation.name:
-            texts = [*texts[-1:], str(argument)]
-        asked = str(argument)
-        if operation.name in ("STACK_GLOBAL", "INST", "OBJ", "EXT1", "EXT2", "EXT4"):
-            asked = asked if operation.name == "INST" else " ".join(texts)
-        elif operation.name != "GLOBAL" or argument in _ALLOWED:
-            continue
-        name = ".".join(asked[:160].split(" ", 1))
-        raise refused(path, f"It asks for {name}. That is no plain tensor, and unpickling it could run code.", _REMEDY)
+def _reader(path: Path) -> Reader:
+    def unknown(name: str) -> CheckpointError:
+        named = ".".join(name[:160].split(" ", 1))
+        return refused(
+            path, f"It asks for {named}. That is no plain tensor, and unpickling it could run code.", _REMEDY
+        )
+
+    return Reader(lambda why: refused(path, why, "Save model.state_dict() alone."), _ALLOWED.__contains__, unknown)
 
 
 def alone(tensor: Tensor) -> Tensor:

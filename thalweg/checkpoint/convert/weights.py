@@ -51,14 +51,23 @@ def listed(names: Iterable[Any], most: int = SHOWN) -> str:
     >>> listed(["a", "b", "c"], most=2)
     'a, b and 1 more'
     """
-    named = [str(name)[:120] for name in names]
+    named = [printable(str(name)[:120]) for name in names]
     more = len(named) - most
     return ", ".join(named[:most]) + (f" and {more} more" if more > 0 else "") if named else "none"
 
 
+def printable(text: str) -> str:
+    """What a terminal would act on, as an escape; the rest as it is.
+
+    >>> printable("größe\\x1b[2J")
+    'größe\\\\x1b[2J'
+    """
+    return "".join(letter if letter.isprintable() else ascii(letter)[1:-1] for letter in text)
+
+
 def refused(path: Path, why: str, remedy: str) -> CheckpointError:
     """The error for a file that weights cannot be taken from."""
-    return CheckpointError(f"The weights in {path} cannot be read.", why, remedy)
+    return CheckpointError(f"The weights in {path} cannot be read.", printable(why), remedy)
 
 
 def separated(named: Mapping[Any, Any], path: Path) -> tuple[dict[str, Tensor], dict[str, str], list[str]]:
