@@ -6,6 +6,7 @@ import itertools
 import json
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -176,7 +177,14 @@ class _Run:
         return resolved
 
     def _train(self, resolved: Resolved, earlier: Earlier, asked: Asked) -> Result:
-        step, plan, kept = self._built(resolved, earlier)
+        step = build(resolved.plan, resolved.model, resolved.loss, resolved.device, resolved.policy, self.ranks)
+        try:
+            return self._through(resolved, earlier, asked, step)
+        finally:
+            self._give_back(step)
+
+    def _through(self, resolved: Resolved, earlier: Earlier, asked: Asked, step: Step) -> Result:
+        plan, kept = self._filled(step, resolved, earlier)
         news = [] if self.folder is None else self._claim(self.folder, plan, earlier, step.state.step)
         sinks = self._sinks(earlier.snapshot)
         precise = self._precise(resolved)
@@ -187,18 +195,15 @@ class _Run:
         if kept is not None:
             self._take_up(loop, keeper, kept)
         self._begin(loop, plan, resolved, [*news, *self.news])
-        reason = StopReason.FAILED
         try:
             reason = loop.run()
             if keeper is not None and keeper.values:
                 loop.tell("best weights", f"The model is that of step {loop.best_steps()[0]}.")
-        finally:
-            if saving is not None:
-                reason = saving.finish(reason)
-            if step.recomputation is not None:
-                step.recomputation.release()
-            for sink in sinks:
-                sink.stop(reason)
+        except BaseException:
+            with suppress(BaseException):  # the first error is the one that counts
+                self._wind_up(StopReason.FAILED, saving, step, sinks)
+            raise
+        reason = self._wind_up(reason, saving, step, sinks)
         reason = self.ranks.from_first(reason)  # whether it could be saved, the first one alone knows
         self._hand_over(step, precise, keeper)
         sample = self._sample(step.state.model, reason)
@@ -210,10 +215,29 @@ class _Run:
             reason, step.state.model, plan, memory.records, memory.evaluations, self.path, sample, signal=number
         )
 
-    def _built(self, resolved: Resolved, earlier: Earlier) -> tuple[Step, Plan, Snapshot | None]:
-        """The step with the state that the run goes on from, the plan as it is kept, and what else was in the checkpoint."""
+    @staticmethod
+    def _wind_up(reason: StopReason, saving: Saving | None, step: Step, sinks: Sequence[Sink]) -> StopReason:
+        """Nothing follows but what must be done: each part of it, whatever another raises; the first error is passed on."""
+        found: list[BaseException] = []
+        if saving is not None:
+            try:
+                reason = saving.finish(reason)
+            except BaseException as err:
+                reason, found = StopReason.FAILED, [err]
+        if step.recomputation is not None:
+            step.recomputation.release()
+        for sink in sinks:
+            try:
+                sink.stop(reason)
+            except BaseException as err:
+                found.append(err)
+        if found:
+            raise found[0]
+        return reason
+
+    def _filled(self, step: Step, resolved: Resolved, earlier: Earlier) -> tuple[Plan, Snapshot | None]:
+        """The step has the state that the run goes on from; the plan as it is kept, and what else was in the checkpoint."""
         ranks = self.ranks
-        step = build(resolved.plan, resolved.model, resolved.loss, resolved.device, resolved.policy, ranks)
         plan = replace(resolved.plan, sizes=step.state.nbytes())
         if earlier.plan is None:
             if plan.ledger is not None:
@@ -222,7 +246,7 @@ class _Run:
         ranks.together(lambda: None if earlier.snapshot is None else step.state.load(earlier.snapshot))
         kept, told = same_state(step.state, earlier.snapshot, ranks)
         self.news += [("ranks", text) for text in told]
-        return step, plan, kept
+        return plan, kept
 
     def _claim(self, folder: RunFolder, plan: Plan, earlier: Earlier, at: int) -> list[tuple[str, str]]:
         """All checks are behind us and the run goes on from step ``at``: what lies ahead of it in the folder is another's."""
@@ -272,12 +296,18 @@ class _Run:
 
     @staticmethod
     def _hand_over(step: Step, precise: PreciseStatistics | None, keeper: BestWeights | None) -> None:
-        """The model is the user's again, with the weights that were evaluated; its layers draw from torch's generator."""
+        """The model has the weights that were evaluated."""
         step.state.adopt_average()
         if precise is not None:
             precise.estimate(version=step.state.step).put(step.state.model)
         if keeper is not None:
             keeper.adopt()
+
+    @staticmethod
+    def _give_back(step: Step) -> None:
+        """The model is the user's again, however the run has ended; its layers draw from torch's generator."""
+        if step.recomputation is not None:
+            step.recomputation.release()
         if step.streams is not None:
             step.streams.release()
             set_factors(step.state.model, {"dropout": None, "stochastic_depth": None})
