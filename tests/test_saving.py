@@ -91,27 +91,29 @@ class Gated(LocalPlace):
 # --- the thread ------------------------------------------------------------------------------------------------------
 
 
-def saver(place: Any, kept: list[int] | None = None) -> Saver:
-    return Saver(Store(place), retain=lambda job: None if kept is None else kept.append(job.step))
+def saver(place: Any, kept: list[int] | None = None, **options: Any) -> Saver:
+    return Saver(Store(place), retain=lambda job: None if kept is None else kept.append(job.step), **options)
 
 
 def test_whoever_saves_does_not_wait_for_the_disk(tmp_path: Path) -> None:
     place = Gated(tmp_path)
     one = saver(place)
-    one.put(Job(1, small(1)))
+    one.put(lambda: Job(1, small(1)))
     assert place.entered.acquire(timeout=10) and Store(tmp_path).steps() == []  # under way, and we are here
     place.gate.release()
     assert one.finish(0) and Store(tmp_path).steps() == [1]
 
 
-def test_a_later_checkpoint_takes_the_place_of_one_that_waits_unless_that_must_be_kept(tmp_path: Path) -> None:
+def test_a_later_checkpoint_takes_the_place_of_one_that_waits_unless_that_must_be_kept(
+    tmp_path: Path,
+) -> None:
     place = Gated(tmp_path)
-    one = saver(place)
-    one.put(Job(1, small(1)))
+    one = saver(place, patience=0.05)
+    one.put(lambda: Job(1, small(1)))
     assert place.entered.acquire(timeout=10)
-    one.put(Job(2, small(2)))
-    one.put(Job(3, small(3), must=True))
-    fourth = threading.Thread(target=lambda: one.put(Job(4, small(4))))
+    one.put(lambda: Job(2, small(2)))
+    one.put(lambda: Job(3, small(3), must=True))
+    fourth = threading.Thread(target=lambda: one.put(lambda: Job(4, small(4))))
     fourth.start()
     fourth.join(0.2)
     assert fourth.is_alive()  # it waits, because the third must be kept
@@ -122,18 +124,175 @@ def test_a_later_checkpoint_takes_the_place_of_one_that_waits_unless_that_must_b
     assert left_out == [2]
 
 
+def test_a_fast_disk_leaves_out_none(tmp_path: Path) -> None:
+    one = saver(tmp_path)
+    for step in range(1, 20):
+        one.put(lambda step=step: Job(step, small(step)))  # type: ignore[misc]
+    assert one.finish(0) and Store(tmp_path).steps() == list(range(1, 20))
+
+
+def test_a_disk_that_hangs_does_not_keep_a_run_that_is_to_end(tmp_path: Path) -> None:
+    """And what is copied is let go; the thread is a daemon."""
+    place = Gated(tmp_path)
+    asked: list[int] = []
+    one = saver(place, hurry=lambda: bool(asked), patience=0.05)
+    one.put(lambda: Job(1, small(1)))
+    assert place.entered.acquire(timeout=10)
+    one.put(lambda: Job(2, small(2), must=True))
+    asked.append(15)
+    one.put(lambda: Job(3, small(3), must=True))  # does not wait for the second, that must be kept, for ever
+    assert not one.finish(0.2)
+    place.gate.release(2)
+
+
+def test_the_thread_ends_with_the_run_and_holds_nothing(tmp_path: Path) -> None:
+    import gc
+    import weakref
+
+    before = set(threading.enumerate())
+    result = go(tmp_path / "run")
+    model = weakref.ref(result.model)
+    del result
+    gc.collect()
+    assert model() is None
+    assert set(threading.enumerate()) <= before
+
+
+def test_a_store_that_raises_anything_ends_neither_the_thread_nor_the_run(tmp_path: Path) -> None:
+    import asyncio
+
+    class Odd(LocalPlace):
+        @contextmanager
+        def new(self, folder: str) -> Iterator[Any]:
+            raise asyncio.CancelledError("no more")
+            yield
+
+    one = saver(Odd(tmp_path))
+    one.put(lambda: Job(1, small(1)))
+    assert not one.finish(0.3) and "CancelledError" in one.news[0].failed
+
+
+def test_the_best_that_was_not_saved_does_not_cost_the_second_best(tmp_path: Path) -> None:
+    store = Store(tmp_path)
+    for step in (1, 2, 3, 4):
+        store.save(step, small(step))
+    assert store.retain(last=1, every=0, best=[9, 2, 1], num_best=1) == [1, 3]
+
+
+def test_what_cannot_be_read_now_is_neither_passed_over_nor_removed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A mount that is away, no more descriptors, no memory: the checkpoint may be whole."""
+    from thalweg.checkpoint import store as store_module
+    from thalweg.checkpoint.convert.prune import prune
+
+    go(tmp_path / "run")
+    store = Store(tmp_path / "run" / "checkpoints")
+    newest, real = store.steps()[-1], os.open
+    away = [10**6]
+
+    def opened(path: Any, *rest: Any) -> int:
+        if f"step-{newest:08d}/weights" in str(path) and away[0]:
+            away[0] -= 1
+            raise OSError(errno.EMFILE, "Too many open files")
+        return real(path, *rest)
+
+    monkeypatch.setattr(os, "open", opened)
+    monkeypatch.setattr(store_module, "_MOMENT", 0.0)
+    with pytest.raises(CheckpointError) as err:
+        go(tmp_path / "run", resume=True)
+    asked, numbers, remedy = three_parts(err.value)
+    assert f"step {newest}" in asked and "Too many open files" in numbers and "--resume 10" in remedy
+    assert prune(tmp_path / "run", damaged=True).removed == [] and store.steps()[-1] == newest
+    away[0] = 1  # it passes: asked once more, all is well
+    assert go(tmp_path / "run", resume=True).reason is StopReason.FINISHED
+    assert store.steps()[-1] == newest
+
+
+def test_two_runs_do_not_share_a_store(tmp_path: Path) -> None:
+    where = str(tmp_path / "shared")
+    go(tmp_path / "a", **{"checkpoint.store": where})
+    with pytest.raises(RunFolderError) as err:
+        go(tmp_path / "b", **{"checkpoint.store": where, "optimizer.lr": 0.5})
+    assert "another recipe" in three_parts(err.value)[0]
+    held = Store(where, sweep=False).steps()
+    (tmp_path / "shared" / "run" / "recipe.toml").unlink()
+    (tmp_path / "shared" / "run" / "plan.json").unlink()
+    (tmp_path / "shared" / "run").rmdir()
+    with pytest.raises(RunFolderError) as err:
+        go(tmp_path / "c", **{"checkpoint.store": where})
+    assert "already holds checkpoints" in three_parts(err.value)[0] and Store(where, sweep=False).steps() == held
+
+
+def test_the_newest_run_owns_a_store_that_has_no_locks(memory: str) -> None:
+    first, second = Store(memory, sweep=False), Store(memory, sweep=False)
+    first.place.claim()
+    first.save(1, small(1))
+    second.place.claim()
+    with pytest.raises(CheckpointError) as err:
+        first.save(2, small(2))
+    assert "another run has begun" in three_parts(err.value)[1]
+    second.save(3, small(3))
+    assert second.steps() == [1, 3]
+
+
+@pytest.mark.parametrize("where", ["simplecache::s3://bucket/x", "://x", "a b://x"])
+def test_addresses_that_are_none(tmp_path: Path, where: str) -> None:
+    with pytest.raises(CheckpointError) as err:
+        go(tmp_path / "run", **{"checkpoint.store": where})
+    assert "no address of a store" in three_parts(err.value)[0]
+
+
+def test_a_step_saved_again_without_exchange_is_never_lost(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Killed between the two renames: the old one gets its name back."""
+    from thalweg.checkpoint import files
+
+    monkeypatch.setattr(files, "exchange", lambda a, b: False)
+    store = Store(tmp_path)
+    store.save(1, small(1))
+    real, count = os.rename, itertools.count()
+
+    def rename(a: Any, b: Any) -> None:
+        if next(count) == 1:
+            raise KeyboardInterrupt  # as a kill, but for the process
+        real(a, b)
+
+    monkeypatch.setattr(os, "rename", rename)
+    with pytest.raises(KeyboardInterrupt):
+        store.save(1, Snapshot({"weights": {"w": torch.zeros(1)}}, {"step": 1}))
+    monkeypatch.setattr(os, "rename", real)
+    assert Store(tmp_path).load(1).facts == {"step": 1} and Store(tmp_path).fault(1) == ""
+    assert torch.equal(Store(tmp_path).load(1).groups["weights"]["w"], small(1).groups["weights"]["w"])
+    store.save(1, small(5))
+    assert [p.name for p in tmp_path.iterdir()] == ["step-00000001"]
+
+
+def test_links_in_the_place_of_lock_and_records_are_not_followed(tmp_path: Path) -> None:
+    go(tmp_path / "run")
+    precious = tmp_path / "precious"
+    precious.write_text("keep me")
+    for name in ("lock", "records.jsonl"):
+        (tmp_path / "run" / name).unlink()
+        (tmp_path / "run" / name).symlink_to(precious)
+        with pytest.raises(RunFolderError):
+            go(tmp_path / "run", resume=True)
+        assert precious.read_text() == "keep me"
+        (tmp_path / "run" / name).unlink()
+        (tmp_path / "run" / name).touch()
+
+
 def test_what_failed_is_tried_again_at_the_end(tmp_path: Path) -> None:
     place = Gated(tmp_path)
     place.failing = 2
     place.gate.release(3)
     kept: list[int] = []
     one = saver(place, kept)
-    one.put(Job(5, small(5)))
+    one.put(lambda: Job(5, small(5)))
     assert one.finish(20) and Store(tmp_path).steps() == [5] and kept == [5]
     assert [bool(news.failed) for news in one.news] == [True, True, False] and one.failures == 0
     place.failing = 10**6
     place.gate.release(10**6)
-    one.put(Job(6, small(6)))
+    one.put(lambda: Job(6, small(6)))
     assert not one.finish(0.3) and one.failures >= 1 and Store(tmp_path).steps() == [5]
 
 
@@ -179,9 +338,9 @@ class Failing(LocalPlace):
 
 
 def on_place(monkeypatch: pytest.MonkeyPatch, fails: Callable[[int], bool]) -> None:
-    from thalweg.checkpoint import store
+    from thalweg.run import folder
 
-    monkeypatch.setattr(store, "open_place", lambda where: Failing(Path(where), fails))
+    monkeypatch.setattr(folder, "open_place", lambda where, make=True: Failing(Path(where), fails))
 
 
 def test_a_run_goes_on_in_memory_and_saves_again_when_it_can(

@@ -167,12 +167,12 @@ def slow(row: Row, given: Given) -> None:
         gone = OSError(errno.ENOTCONN, "Transport endpoint is not connected")
         answers: list[float | OSError] = [given.draw.choice((0.2, 0.3, gone)) for _ in range(6)]
         store = Store(_Slow(given.folder / f"store-{number}", answers))
-        saver = Saver(store, retain=lambda job: None)
+        saver = Saver(store, retain=lambda job: None, patience=0.02)
         with row.trial(f"store {number}"):
             longest = 0.0
             for step in range(1, 41):
                 began = time.perf_counter()
-                saver.put(Job(step, snapshot(step, 4), must=step == 20))
+                saver.put(lambda step=step: Job(step, snapshot(step, 4), must=step == 20))
                 longest = max(longest, time.perf_counter() - began) if not 20 <= step <= 23 else longest
                 time.sleep(0.002)
             assert saver.finish(10.0), "the last one was not saved"

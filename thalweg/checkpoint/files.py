@@ -6,15 +6,17 @@ All that is written here goes through the functions of ``os``, one call an opera
 from __future__ import annotations
 
 import ctypes
+import errno
 import hashlib
 import os
 import shutil
 import uuid
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 _CHUNK = 4 << 20
+_TMP, _GONE, _OLD = ".tmp", ".gone", ".old"
 _NEW = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW
 
 #: Writes bytes to an open file, all of them.
@@ -59,7 +61,7 @@ def digest(path: Path) -> str:
 
 def _beside(path: Path) -> Path:
     """A name that nobody has, in the same folder; ``sweep`` knows it by its form."""
-    return path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.tmp")
+    return path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}{_TMP}")
 
 
 def write_all(handle: int, data: bytes | memoryview) -> None:
@@ -127,12 +129,21 @@ def begin_folder(path: Path) -> Path:
 
 
 def name_folder(aside: Path, path: Path) -> None:
-    """Give a folder whose files are durable its name; the one that had it before is afterwards called ``aside``."""
+    """Give a folder whose files are durable its name; the one that had it before is removed by whoever called."""
     sync_folder(aside)
-    if not (path.exists() and exchange(aside, path)):
-        if path.exists():  # no exchange on this file system: for an instant, neither stands under the name
-            remove_folder(path)
+    if not path.exists():
         os.rename(aside, path)
+    elif not exchange(aside, path):
+        # For an instant neither stands under the name; ``sweep`` gives the old one its name back if we are killed there.
+        before = _beside(path).with_suffix(_OLD)
+        os.rename(path, before)
+        try:
+            os.rename(aside, path)
+        except OSError:
+            os.rename(before, path)
+            raise
+        sync_folder(path.parent)
+        shutil.rmtree(before, ignore_errors=True)
 
 
 def exchange(a: Path, b: Path) -> bool:
@@ -143,21 +154,37 @@ def exchange(a: Path, b: Path) -> bool:
     """
     here, exchanged = -100, 2  # AT_FDCWD, RENAME_EXCHANGE
     try:
-        return not ctypes.CDLL(None).renameat2(here, os.fsencode(a), here, os.fsencode(b), exchanged)
+        failed = ctypes.CDLL(None, use_errno=True).renameat2(here, os.fsencode(a), here, os.fsencode(b), exchanged)
     except AttributeError:
         return False
+    if failed and ctypes.get_errno() not in (errno.ENOSYS, errno.EINVAL, errno.EOPNOTSUPP, errno.EPERM, 0):
+        raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()), str(b))
+    return not failed
 
 
 def remove_folder(path: Path) -> None:
     """Remove a folder so that it never stands half-removed under its own name."""
-    aside = _beside(path)
+    if path.is_symlink():
+        os.unlink(path)
+        return
+    aside = _beside(path).with_suffix(_GONE)
     os.rename(path, aside)
     sync_folder(path.parent)  # or, after a power cut, it could be back under its name with some of its files
     shutil.rmtree(aside)
 
 
 def sweep(folder: Path, is_ours: Callable[[str], bool]) -> None:
-    """Remove what an earlier, killed process left half-written."""
-    for path in folder.iterdir():
-        if path.name.startswith(".") and path.name.endswith(".tmp") and is_ours(path.name):
-            shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
+    """Remove what an earlier, killed process left half-written; what cannot be removed now is left for the next time."""
+    for path in list(folder.iterdir()):
+        if not (path.name.startswith(".") and path.suffix in (_TMP, _GONE, _OLD) and is_ours(path.name)):
+            continue
+        with suppress(OSError):
+            if path.is_symlink() or not path.is_dir():
+                path.unlink()
+                continue
+            named = folder / path.name[1:].rsplit(".", 2)[0]
+            if path.suffix == _OLD and not named.exists():
+                os.rename(path, named)
+                sync_folder(folder)
+            else:
+                shutil.rmtree(path)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import os
+import stat
 from pathlib import Path
 from typing import IO
 
@@ -32,7 +34,7 @@ class FolderLock:
         """
         try:
             make_folder(self.path.parent)
-            self._file = open(self.path, "a+", encoding="utf-8")  # noqa: SIM115 - held open as long as the lock
+            self._file = self._opened()
         except OSError as err:
             raise RunFolderError(
                 f"The run folder {self.path.parent} cannot be written.",
@@ -41,7 +43,15 @@ class FolderLock:
             ) from None
         try:
             fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
+        except OSError as err:
+            if err.errno not in (errno.EWOULDBLOCK, errno.EAGAIN, errno.EACCES):
+                self._file.close()
+                self._file = None
+                raise RunFolderError(
+                    f"The file system of {self.path.parent} has no locks.",
+                    f"{err.strerror}.",
+                    "Keep the run folder where flock works, and its checkpoints elsewhere by checkpoint.store.",
+                ) from None
             self._file.seek(0)
             owner = self._file.read().strip() or "unknown"
             self._file.close()
@@ -51,10 +61,31 @@ class FolderLock:
                 f"Its process id is {owner}.",
                 "Wait for it, stop it, or start this run under another name with --name.",
             ) from None
+        if not self._is_the_one():  # it was deleted and made again while we asked for it
+            self._file.close()
+            self._file = None
+            return self.acquire()
         self._file.truncate(0)
         self._file.write(f"{os.getpid()}\n")
         self._file.flush()
         _HELD.add(self)
+
+    def _opened(self) -> IO[str]:
+        """A plain file of this folder: whoever put a link here would have us write elsewhere."""
+        handle = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK, 0o666)
+        if not stat.S_ISREG(os.fstat(handle).st_mode):
+            os.close(handle)
+            raise OSError(errno.EINVAL, "it is no plain file", str(self.path))
+        return os.fdopen(handle, "r+", encoding="utf-8", errors="replace")
+
+    def _is_the_one(self) -> bool:
+        assert self._file is not None
+        try:
+            there = os.stat(self.path, follow_symlinks=False)
+        except OSError:
+            return False
+        mine = os.fstat(self._file.fileno())
+        return (there.st_dev, there.st_ino) == (mine.st_dev, mine.st_ino)
 
     def release(self) -> None:
         _HELD.discard(self)

@@ -7,8 +7,9 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
+from thalweg.checkpoint.damage import Damage, Unreadable
 from thalweg.checkpoint.place import Place, Reading
-from thalweg.checkpoint.tensors import CHUNK, Damage
+from thalweg.checkpoint.tensors import CHUNK
 
 FORMAT = 2
 NAME = "manifest.json"
@@ -20,6 +21,17 @@ def manifest_bytes(step: int, files: Mapping[str, Any]) -> bytes:
     told = {"format": FORMAT, "step": step, "files": files}
     own = hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()
     return json.dumps({**told, "sha256": own}, indent=1, sort_keys=True).encode()
+
+
+def check_size(data: bytes, what: str) -> bytes:
+    """Refuse to write plain data that would not be read.
+
+    Raises:
+        ValueError: for more than a gibibyte.
+    """
+    if len(data) > _MOST:
+        raise ValueError(f"{what} would have {len(data)} bytes, and at most {_MOST} are read")
+    return data
 
 
 def read_manifest(place: Place, folder: str, step: int) -> dict[str, Any]:
@@ -37,7 +49,7 @@ def read_manifest(place: Place, folder: str, step: int) -> dict[str, Any]:
     try:
         manifest = json.loads(written.decode("utf-8"))
         if manifest["format"] != FORMAT:
-            raise Damage(f"it is of format {manifest['format']!r}, this thalweg reads {FORMAT}")
+            raise Unreadable(f"it is of format {manifest['format']!r}, this thalweg reads {FORMAT}")
         files = dict(manifest["files"])
         ours = written == manifest_bytes(step, files)
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as err:

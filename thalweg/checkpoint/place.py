@@ -10,7 +10,9 @@ from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Protocol
 
+from thalweg.checkpoint.damage import Damage
 from thalweg.checkpoint.files import Write, make_folder, new_file, new_folder, remove_folder, sweep, sync_folder
+from thalweg.checkpoint.lock import FolderLock
 from thalweg.core import CheckpointError
 
 
@@ -28,7 +30,8 @@ class Reading(Protocol):
         """Fill ``view`` with the bytes from ``at`` on.
 
         Raises:
-            OSError: if they cannot be read, or the file ends before.
+            Damage: if the file ends before.
+            OSError: if they cannot be read.
         """
 
 
@@ -46,7 +49,7 @@ class Place(Protocol):
         """The names of all whole folders, in no order."""
 
     def files(self, folder: str) -> dict[str, int]:
-        """Name to size of all files of a folder; anything else in it, such as a link, is an OSError that names it."""
+        """Name to size of all files of a folder; anything else in it, such as a link, is a Damage that names it."""
 
     def open(self, folder: str, name: str) -> AbstractContextManager[Reading]: ...
 
@@ -57,6 +60,16 @@ class Place(Protocol):
 
     def remove(self, folder: str) -> None: ...
 
+    def claim(self) -> None:
+        """From now on this process alone writes here.
+
+        Raises:
+            RunFolderError: if another one does, where that can be known.
+        """
+
+    def release(self) -> None:
+        """It no longer does."""
+
     def sweep(self) -> None:
         """Remove what an earlier, killed process left half-written."""
 
@@ -64,18 +77,31 @@ class Place(Protocol):
         """As a person would write it."""
 
 
-def open_place(where: str | Path) -> Place:
+def open_place(where: str | Path, *, make: bool = True) -> Place:
     """The place that a path or an address such as ``s3://bucket/runs/digits`` names.
+
+    Args:
+        make: make it, where it is not there.
 
     Raises:
         CheckpointError: if it cannot be used.
         MissingExtra: if the store's own package is not installed.
     """
-    if isinstance(where, str) and re.match(r"[a-z][a-z0-9+.-]+://", where) and not where.startswith("file://"):
-        from thalweg.checkpoint.remote import RemotePlace
+    text = str(where)
+    if isinstance(where, str) and ("://" in where or "::" in where):
+        protocol, _, rest = where.partition("://")
+        if not re.fullmatch(r"[A-Za-z][A-Za-z0-9+.-]+", protocol):
+            raise CheckpointError(
+                f"checkpoint.store='{where}' is no address of a store.",
+                "It has one protocol, then :// and a path; layers such as simplecache:: do not keep what they are given.",
+                "Write, for example, s3://bucket/runs/digits.",
+            )
+        if protocol.lower() not in ("file", "local"):
+            from thalweg.checkpoint.remote import RemotePlace
 
-        return RemotePlace(where)
-    return LocalPlace(Path(str(where).removeprefix("file://")))
+            return RemotePlace(f"{protocol.lower()}://{rest}", make=make)
+        text = rest
+    return LocalPlace(Path(text), make=make)
 
 
 class LocalPlace:
@@ -87,6 +113,7 @@ class LocalPlace:
 
     def __init__(self, root: Path, *, make: bool = True) -> None:
         self.root = root
+        self._lock: FolderLock | None = None
         if not make:
             return
         try:
@@ -105,12 +132,12 @@ class LocalPlace:
     def files(self, folder: str) -> dict[str, int]:
         path = self.root / folder
         if path.is_symlink():
-            raise OSError(f"{path} is a link")
+            raise Damage(f"{path} is a link")
         found = {}
         for entry in path.iterdir():
             facts = entry.lstat()
             if not stat.S_ISREG(facts.st_mode):
-                raise OSError(f"{entry} is no plain file")
+                raise Damage(f"{entry} is no plain file")
             found[entry.name] = facts.st_size
         return found
 
@@ -134,8 +161,17 @@ class LocalPlace:
     def remove(self, folder: str) -> None:
         remove_folder(self.root / folder)
 
+    def claim(self) -> None:
+        lock = FolderLock(self.root)
+        lock.acquire()
+        self._lock = lock
+
+    def release(self) -> None:
+        if self._lock is not None:
+            self._lock.release()
+
     def sweep(self) -> None:
-        sweep(self.root, lambda name: name.startswith(".step-"))
+        sweep(self.root, lambda name: name.startswith((".step-", ".run.")))
 
 
 _AHEAD = 16 << 20
@@ -148,11 +184,12 @@ class _Descriptor:
 
     def read_into(self, at: int, view: memoryview) -> None:
         # Several threads read from different places: the kernel would see no order in it, and read nothing ahead.
-        os.posix_fadvise(self.handle, at + len(view), _AHEAD, os.POSIX_FADV_WILLNEED)
+        if hasattr(os, "posix_fadvise"):  # not on every Unix
+            os.posix_fadvise(self.handle, at + len(view), _AHEAD, os.POSIX_FADV_WILLNEED)
         while view:
             num = os.preadv(self.handle, [view], at)
             if not num:
-                raise OSError(f"it ends at byte {at}")
+                raise Damage(f"it ends at byte {at}")
             at, view = at + num, view[num:]
 
 

@@ -1,4 +1,4 @@
-"""Checkpoints in a store that fsspec knows: S3, GCS, Azure, ssh and so on.
+"""Checkpoints in an object store that fsspec knows: S3, GCS, Azure and so on.
 
 Such a store has no rename. A folder is whole once its manifest is there, and the manifest is written last; its objects are whole or
 not there, and durable when the store has said so. A folder that is written again gets another name in the store
@@ -7,17 +7,22 @@ not there, and durable when the store has said so. A folder that is written agai
 
 from __future__ import annotations
 
+import os
 import re
-from collections.abc import Iterator
+import socket
+import uuid
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
+from thalweg.checkpoint.damage import Damage
 from thalweg.checkpoint.files import Write
 from thalweg.checkpoint.place import Reading, Writing
 from thalweg.core import CheckpointError, MissingExtra
 
 _LAST = ("manifest.json", "recipe.toml")  # what makes a folder whole
 _DAMAGED = ".damaged"
+_OWNER = "owner"
 
 
 class RemotePlace:
@@ -31,14 +36,15 @@ class RemotePlace:
         CheckpointError: if it cannot be reached.
     """
 
-    def __init__(self, address: str) -> None:
+    def __init__(self, address: str, *, make: bool = True) -> None:
         import fsspec
 
         self.address = address.rstrip("/")
         protocol = address.partition("://")[0]
         try:
             self.fs, self.root = fsspec.core.url_to_fs(self.address)
-            self.fs.makedirs(self.root, exist_ok=True)
+            if make:
+                self.fs.makedirs(self.root, exist_ok=True)
         except (ImportError, ValueError) as err:
             raise MissingExtra(
                 f"checkpoint.store='{address}' is of a kind that is not known here.",
@@ -52,8 +58,25 @@ class RemotePlace:
                 "See to its address and its keys.",
             ) from None
 
+        self._token = ""
+
     def __str__(self) -> str:
         return self.address
+
+    def claim(self) -> None:
+        """The newest run to begin here is the owner; an older one that lives yet saves nothing more."""
+        self._token = f"{uuid.uuid4().hex} {socket.gethostname()} {os.getpid()}"
+        with _as_os_errors():
+            self.fs.pipe_file(f"{self.root}/{_OWNER}", self._token.encode())
+
+    def release(self) -> None:
+        self._token = ""
+
+    def _check_owner(self) -> None:
+        if self._token:
+            owner = bytes(self.fs.cat_file(f"{self.root}/{_OWNER}")).decode(errors="replace")
+            if owner != self._token:
+                raise OSError(f"another run has begun in {self.address}: {owner.partition(' ')[2]}")
 
     def _listed(self, path: str) -> list[dict[str, Any]]:
         with _as_os_errors():
@@ -88,7 +111,7 @@ class RemotePlace:
     def files(self, folder: str) -> dict[str, int]:
         rows = self._listed(self._path(folder))
         if odd := [row["name"] for row in rows if row["type"] != "file"]:
-            raise OSError(f"{odd[0]} is no plain file")
+            raise Damage(f"{odd[0]} is no plain file")
         return {str(row["name"]).rpartition("/")[2]: int(row["size"]) for row in rows}
 
     @contextmanager
@@ -103,8 +126,9 @@ class RemotePlace:
             before = self._variants().get(folder, {})
             number = self._free(folder)
             path = f"{self.root}/{folder}" + (f".{number}" if number > 1 else "")
+            self._check_owner()
             try:
-                yield _Prefix(self.fs, path)
+                yield _Prefix(self.fs, path, self._check_owner)
             except BaseException:
                 self._remove(path)
                 raise
@@ -157,13 +181,13 @@ class _Object:
         with _as_os_errors():
             data = self.fs.cat_file(self.path, start=at, end=at + len(view))
         if len(data) != len(view):
-            raise OSError(f"it ends at byte {at + len(data)}")
+            raise Damage(f"it ends at byte {at + len(data)}")
         view[:] = data
 
 
 class _Prefix:
-    def __init__(self, fs: Any, path: str) -> None:
-        self.fs, self.path = fs, path
+    def __init__(self, fs: Any, path: str, check_owner: Callable[[], None]) -> None:
+        self.fs, self.path, self.check_owner = fs, path, check_owner
 
     def file(self, name: str) -> AbstractContextManager[Write]:
         return self._file(name)
@@ -171,6 +195,8 @@ class _Prefix:
     @contextmanager
     def _file(self, name: str) -> Iterator[Write]:
         self.fs.makedirs(self.path, exist_ok=True)
+        if name in _LAST:
+            self.check_owner()
         with self.fs.open(f"{self.path}/{name}", "wb") as file:
             yield lambda data: _swallow(file.write(data))
 
@@ -184,7 +210,7 @@ def _as_os_errors() -> Iterator[None]:
     """Each store's package has errors of its own; to us all of them are a place that could not do what was asked."""
     try:
         yield
-    except (OSError, CheckpointError, GeneratorExit):
+    except (OSError, CheckpointError, Damage, GeneratorExit):
         raise
     except Exception as err:
         raise OSError(f"{type(err).__name__}: {err}") from err

@@ -20,11 +20,12 @@ from typing import Any
 import torch.distributed as dist
 from torch import Tensor
 
+from thalweg.checkpoint.damage import Damage
 from thalweg.checkpoint.files import begin_folder, name_folder, new_file, sync_file, sync_folder
 from thalweg.checkpoint.manifest import NAME, manifest_bytes
 from thalweg.checkpoint.place import LocalPlace
 from thalweg.checkpoint.store import STATE, Store
-from thalweg.checkpoint.tensors import Damage, describe
+from thalweg.checkpoint.tensors import describe
 from thalweg.core import CheckpointError
 
 Groups = Mapping[str, Mapping[str, Tensor]]
@@ -100,8 +101,8 @@ def _from_first(act: Callable[[], str], step: int, store: Store) -> str:
     if dist.get_rank() == 0:
         try:
             mine = ("", act())
-        except (OSError, ValueError, TypeError) as err:
-            mine = (str(err), "")
+        except Exception as err:  # whatever it is, the others wait to hear of it
+            mine = (str(err) or type(err).__name__, "")
     failed, value = _told_by_all(mine)[0]
     if failed:
         raise CheckpointError(

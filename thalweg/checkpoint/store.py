@@ -17,6 +17,7 @@ import hashlib
 import itertools
 import json
 import re
+import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,13 +25,15 @@ from typing import Any, TypeVar
 
 from torch import Tensor
 
-from thalweg.checkpoint.manifest import NAME, check_sha256, manifest_bytes, read_all, read_manifest
+from thalweg.checkpoint.damage import Damage, Unreadable, damage_of
+from thalweg.checkpoint.manifest import NAME, check_sha256, check_size, manifest_bytes, read_all, read_manifest
 from thalweg.checkpoint.place import LocalPlace, Place, open_place
-from thalweg.checkpoint.tensors import Damage, Entry, check_tensors, joined, read_tensors, write_tensors
+from thalweg.checkpoint.tensors import Entry, check_tensors, joined, read_tensors, write_tensors
 from thalweg.core import CheckpointError, human_bytes
 
 _NAME = re.compile(r"step-([0-9]{8}|[1-9][0-9]{8,})")
 STATE = "state.json"
+_MOMENT = 0.5  # seconds
 _SHARD = "shard-"
 _ASIDE = re.compile(r"step-[0-9]{8,}\.damaged(-[0-9]+)?")
 _T = TypeVar("_T")
@@ -55,11 +58,16 @@ class Snapshot:
         """A copy in the CPU's memory, which goes on living when the run goes on."""
         return Snapshot(
             {
-                stem: {name: t.detach().to("cpu", copy=True).contiguous() for name, t in tensors.items()}
+                stem: {name: _plain(t.detach().to("cpu", copy=True)) for name, t in tensors.items()}
                 for stem, tensors in self.groups.items()
             },
             dict(self.facts),
         )
+
+
+def _plain(tensor: Tensor) -> Tensor:
+    """On the CPU, in one piece, with nothing to be done when it is read."""
+    return tensor.detach().resolve_conj().resolve_neg().contiguous().cpu()
 
 
 class Store:
@@ -71,7 +79,7 @@ class Store:
     """
 
     def __init__(self, where: Path | str | Place, *, sweep: bool = True) -> None:
-        self.place: Place = open_place(where) if isinstance(where, (str, Path)) else where
+        self.place: Place = open_place(where, make=sweep) if isinstance(where, (str, Path)) else where
         if sweep:
             self._asking(self.place.sweep)
 
@@ -126,18 +134,18 @@ class Store:
             with self.place.new(name) as folder:
                 files: dict[str, Any] = {}
                 for stem, tensors in snapshot.groups.items():
-                    plain = {key: t.detach().contiguous().cpu() for key, t in tensors.items()}
+                    plain = {key: _plain(t) for key, t in tensors.items()}
                     with folder.file(f"{stem}.safetensors") as write:
                         files[f"{stem}.safetensors"] = write_tensors(write, plain)
-                facts = json.dumps(dict(snapshot.facts), indent=1, sort_keys=True).encode()
+                facts = check_size(json.dumps(dict(snapshot.facts), indent=1, sort_keys=True).encode(), STATE)
                 with folder.file(STATE) as write:
                     write(facts)
                 files[STATE] = {"bytes": len(facts), "sha256": hashlib.sha256(facts).hexdigest()}
                 with folder.file(
                     NAME
                 ) as write:  # last: in a store without renames, it is what makes the rest a checkpoint
-                    write(manifest_bytes(step, files))
-        except (OSError, ValueError, TypeError) as err:
+                    write(check_size(manifest_bytes(step, files), NAME))
+        except (OSError, ValueError, TypeError, RuntimeError) as err:
             full = getattr(err, "errno", None) in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
             raise CheckpointError(
                 f"The checkpoint of step {step} could not be written to {self.place}.",
@@ -188,14 +196,44 @@ class Store:
         return None, faults
 
     def load_newest(self) -> tuple[Snapshot | None, dict[int, str]]:
-        """The newest checkpoint that verifies, read once, and the faults of newer ones, by step."""
+        """The newest checkpoint that verifies, read once, and the faults of newer ones, by step.
+
+        Raises:
+            CheckpointError: where one cannot be reached, and may be whole: it is not passed over for an older one.
+        """
         faults: dict[int, str] = {}
         for step in reversed(self.steps()):
             try:
-                return self._read(step), faults
+                return self._read_patiently(step), faults
+            except Unreadable as fault:
+                older = [s for s in self.steps() if s < step]
+                remedy = f" To go on from an older one: --resume {older[-1]}." if older else ""
+                raise CheckpointError(
+                    f"The checkpoint of step {step} cannot be read now, and may be whole.",
+                    str(fault),
+                    f"Nothing was changed. See to what is named, and say the same again.{remedy}",
+                ) from None
             except Damage as fault:
                 faults[step] = str(fault)
         return None, faults
+
+    def _read_patiently(self, step: int) -> Snapshot:
+        """Once more after a moment, where the way to the file failed."""
+        try:
+            return self._read(step)
+        except Unreadable:
+            time.sleep(_MOMENT)
+            return self._read(step)
+
+    def damaged(self, step: int) -> str:
+        """As ``fault``, but only where it is sure that the checkpoint is none; an empty text otherwise."""
+        try:
+            self._walk(step, check_tensors, lambda file, row: check_sha256(file, row))
+        except Unreadable:
+            return ""
+        except Damage as fault:
+            return str(fault)
+        return ""
 
     def _read(self, step: int) -> Snapshot:
         """
@@ -265,15 +303,20 @@ class Store:
                         other(file, row)
             return found
         except (Damage, OSError, RuntimeError, ValueError, OverflowError, MemoryError) as err:
-            raise Damage(f"{self.place}/{folder}/{at}: {str(err)[:300].rstrip('.')}.") from None
+            raise damage_of(err, f"{self.place}/{folder}/{at}") from None
 
-    def retain(self, *, last: int, every: int, best: list[int]) -> list[int]:
+    def retain(self, *, last: int, every: int, best: list[int], num_best: int | None = None) -> list[int]:
         """Remove what need not be kept: all but the ``last`` newest, multiples of ``every``, and the steps in ``best``.
 
         Nothing is removed unless the newest checkpoint verifies.
+
+        Args:
+            best: steps by their metric, best first; of those that have a checkpoint, the first ``num_best`` are kept.
+            num_best: None: all of them.
         """
         steps = self.steps()
-        keep = {*steps[-last:], *best, *(s for s in steps if every and s % every == 0)}
+        there = [s for s in best if s in steps][:num_best]
+        keep = {*steps[-last:], *there, *(s for s in steps if every and s % every == 0)}
         doomed = [s for s in steps if s not in keep]
         if doomed and self.fault(steps[-1]):
             return []

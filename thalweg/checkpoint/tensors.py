@@ -20,11 +20,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from thalweg.checkpoint.damage import Damage
 from thalweg.checkpoint.files import Write
 from thalweg.checkpoint.place import Reading
 
 CHUNK = 4 << 20
 _MOST_HEADER = 100 << 20  # as in the package
+_MOST_DIMENSIONS = 64
 _THREADS = 2  # one waits for the disk while the other computes digests
 
 NAMES = {
@@ -48,10 +50,6 @@ NAMES = {
     torch.complex64: "C64",
 }
 DTYPES = {name: dtype for dtype, name in NAMES.items()}
-
-
-class Damage(Exception):
-    """A file is not what was written, or is nothing that was ever written by us."""
 
 
 def raw(tensor: Tensor) -> memoryview:
@@ -80,6 +78,8 @@ def header_of(tensors: Mapping[str, Tensor]) -> tuple[bytes, list[str]]:
         at += tensor.nbytes
     text = json.dumps(table, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
+    if len(text) > _MOST_HEADER:
+        raise ValueError(f"the names of {len(order)} tensors take {len(text)} bytes, and the format has {_MOST_HEADER}")
     return len(text).to_bytes(8, "little") + text, order
 
 
@@ -174,6 +174,8 @@ def _shards(metadata: Any) -> Mapping[str, Any]:
 
 def _entry(name: str, row: Mapping[str, Any], base: int, shard: Any = None) -> Entry:
     dtype, shape, (start, stop) = DTYPES[row["dtype"]], row["shape"], row["data_offsets"]
+    if len(shape) > _MOST_DIMENSIONS:  # before their product is taken, which takes long for many
+        raise ValueError(f"'{name}' has {len(shape)} dimensions")
     if not all(type(n) is int and 0 <= n < 2**62 for n in (*shape, start, stop)):
         raise ValueError(f"'{name}' has no whole numbers for its shape and place")
     if stop - start != math.prod(shape) * dtype.itemsize:
@@ -288,6 +290,10 @@ def joined(shards: Iterable[tuple[Entry, Tensor]]) -> dict[str, Tensor]:
         if math.prod(shape) != sum(math.prod(entry.shape) for entry, _ in mine):
             raise Damage(f"the shards of '{name}' do not fill it")
         found[name] = torch.empty(shape, dtype=mine[0][0].dtype)
+        filled = torch.zeros(shape, dtype=torch.bool)
         for start, stop, (_, tensor) in zip(offsets, ends, mine):
-            found[name][tuple(slice(a, b) for a, b in zip(start, stop))] = tensor
+            place = tuple(slice(a, b) for a, b in zip(start, stop))
+            found[name][place], filled[place] = tensor, True
+        if not filled.all():  # as many elements, and some of them twice
+            raise Damage(f"the shards of '{name}' do not fill it")
     return found

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
 
-from thalweg.checkpoint import LocalPlace, Store, write_file
+from thalweg.checkpoint import LocalPlace, Store, open_place, write_file
 from thalweg.core import Plan, Recipe, RunFolderError, ThalwegError
 from thalweg.core.changes import changed_plan, differences, refuse_changes
 
@@ -31,11 +31,25 @@ class RunFolder:
         recipe = self._recipe
         if recipe is None and self.recipe_file.exists():
             recipe = Recipe.from_file(self.recipe_file)
-        return Store((recipe.checkpoint.store if recipe else "") or self.path / "checkpoints", sweep=self._own)
+        place = open_place((recipe.checkpoint.store if recipe else "") or self.path / "checkpoints", make=self._own)
+        local = isinstance(place, LocalPlace)
+        if local and self._own and self.elsewhere:
+            place.claim()
+        return Store(place, sweep=self._own and local)
+
+    @property
+    def elsewhere(self) -> bool:
+        """Whether the recipe names another place for its checkpoints than this folder."""
+        return self._recipe is not None and bool(self._recipe.checkpoint.store)
+
+    def release(self) -> None:
+        """This process is done here."""
+        if self.elsewhere and "store" in vars(self):
+            self.store.place.release()
 
     def holds_run(self) -> bool:
         """Whether a run has begun here; one whose folder is lost, and whose checkpoints lie elsewhere, is fetched first."""
-        if not self.recipe_file.exists() and not isinstance(self.store.place, LocalPlace):
+        if not self.recipe_file.exists() and self.elsewhere:
             self._fetch()
         return self.recipe_file.exists()
 
@@ -52,6 +66,12 @@ class RunFolder:
                 f"Newest checkpoint: {self.store.steps()[-1] if self.store.steps() else 'none'}.",
                 "Go on with --resume, or start another with --name.",
             )
+        if self.elsewhere and self.store.steps():
+            raise RunFolderError(
+                f"{self.store.place} already holds checkpoints, and not of this run.",
+                f"Steps: {', '.join(map(str, self.store.steps()[-4:]))}.",
+                "Give each run a checkpoint.store of its own.",
+            )
 
     def write(self, plan: Plan, recipe: Recipe) -> None:
         """Say what the run is. The recipe comes last: with it, the folder holds a run.
@@ -61,7 +81,7 @@ class RunFolder:
         """
         files = {"plan.json": plan.to_json().encode(), "recipe.toml": recipe.to_toml().encode()}
         try:
-            if not isinstance(self.store.place, LocalPlace):
+            if self.elsewhere:
                 with self.store.place.new("run") as folder:
                     for name, data in files.items():
                         with folder.file(name) as write:
@@ -72,7 +92,10 @@ class RunFolder:
             raise unwritable(self.path, err) from None
 
     def goes_on(self) -> None:
-        """How the run ended before is no longer how it ended."""
+        """All checks are behind us: this process is the owner, and how the run ended before is no longer how it ended."""
+        if not isinstance(self.store.place, LocalPlace):  # it has no lock: whoever trains now is the owner
+            self.store.place.claim()
+            self.store.place.sweep()
         try:
             (self.path / "outcome.json").unlink(missing_ok=True)
         except OSError as err:

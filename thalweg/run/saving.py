@@ -25,7 +25,7 @@ class Saving:
     def __init__(self, store: Store, loop: Loop, lines: JsonLines, keeper: BestWeights | None, asked: Asked) -> None:
         self.loop, self.lines, self.keeper, self.asked = loop, lines, keeper, asked
         self.wanted = loop.plan.recipe.checkpoint
-        self.saver = Saver(store, before=self._before, retain=self._retain)
+        self.saver = Saver(store, before=self._before, retain=self._retain, hurry=asked)
         self._trained = [name for arena in loop.step.state.arenas for name in arena.places]
         self._failing = self._unfit = False
         self._records_fail = ""
@@ -33,6 +33,9 @@ class Saving:
     def save(self, must: bool) -> None:
         """Hand over a checkpoint of this moment; the run waits for the copy alone."""
         self.asked.heard()
+        self.saver.put(lambda: self._job(must))
+
+    def _job(self, must: bool) -> Job:
         loop = self.loop
         facts = {
             "ranking": list(loop.ranking),
@@ -49,10 +52,9 @@ class Saving:
             snapshot = replace(snapshot, groups={**snapshot.groups, "feed": fed.tensors})
         if self.keeper is not None and self.keeper.values:
             snapshot = replace(snapshot, groups={**snapshot.groups, "best": self.keeper.values})
-        best = loop.best_steps()[: self.wanted.keep_best]
         every = self.wanted.keep_every
         must = must or bool(every and loop.step.state.step % every == 0)
-        self.saver.put(Job(loop.step.state.step, snapshot.on_host(), must=must, best=best))
+        return Job(loop.step.state.step, snapshot.on_host(), must=must, best=loop.best_steps())
 
     def watch(self) -> StopReason | None:
         """What the thread has to say; a reason where too many saves in a row have failed."""
@@ -74,6 +76,7 @@ class Saving:
         self.asked.rest()
         saved = self.saver.finish(self.wanted.grace)
         self._tell()
+        self.saver.close()
         if self._unfit and reason is not StopReason.FAILED:
             return StopReason.DIVERGED
         return reason if saved or reason in (StopReason.DIVERGED, StopReason.FAILED) else StopReason.UNSAVED
@@ -108,4 +111,6 @@ class Saving:
         self.lines.make_durable(int(job.snapshot.facts["records_bytes"]))
 
     def _retain(self, job: Job) -> None:
-        self.saver.store.retain(last=self.wanted.keep_last, every=self.wanted.keep_every, best=job.best)
+        wanted = self.wanted
+        kept = {"last": wanted.keep_last, "every": wanted.keep_every, "num_best": wanted.keep_best}
+        self.saver.store.retain(best=job.best, **kept)

@@ -94,12 +94,14 @@ def train_task(
     if folder is None:
         return _Run(task, recipe, None, sinks, ranks, None).go()
     path = Path(folder)
-    lock = FolderLock(path)
+    lock, here = FolderLock(path), None
     try:
         on_first(ranks, lock.acquire)
         here = on_first(ranks, lambda: RunFolder(path, recipe))  # the other ranks write nothing, and read nothing there
         return _Run(task, recipe, here, sinks, ranks, path).go(resume, accept)
     finally:
+        if here is not None:
+            here.release()
         lock.release()
 
 
@@ -250,11 +252,11 @@ class _Run:
 
     def _claim(self, folder: RunFolder, plan: Plan, earlier: Earlier, at: int) -> list[tuple[str, str]]:
         """All checks are behind us and the run goes on from step ``at``: what lies ahead of it in the folder is another's."""
+        folder.goes_on()
         if earlier.plan is None or earlier.changes:
             folder.write(plan, self.recipe)
         aside = {damaged: folder.store.set_aside(damaged) for damaged in earlier.faults}
         folder.store.remove_after(at)
-        folder.goes_on()
         passed = [
             f"Passed over a damaged checkpoint: {earlier.faults[damaged]} Going on from step {at}. It is kept as {name}."
             for damaged, name in aside.items()

@@ -33,9 +33,8 @@ class JsonLines:
         self._waiting = bytearray()
 
     def start(self, plan: Plan, step: int) -> None:
-        flags = (
-            os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_NONBLOCK
-        )  # a pipe that nobody reads is refused, not waited for
+        # A pipe that nobody reads is refused, not waited for; a link could lead anywhere.
+        flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_NONBLOCK | os.O_NOFOLLOW
         self._file = os.open(self.path, flags, 0o666)
         self._written = min(self.keep_bytes, os.fstat(self._file).st_size)
         os.ftruncate(self._file, self._written)

@@ -7,7 +7,9 @@ from pathlib import Path
 
 from thalweg.checkpoint.convert.folders import found, is_run
 from thalweg.checkpoint.convert.overview import steps_of
+from thalweg.checkpoint.damage import Damage
 from thalweg.checkpoint.lock import FolderLock
+from thalweg.checkpoint.place import LocalPlace
 from thalweg.checkpoint.store import Store
 from thalweg.core import CheckpointError, RecipeError, RunFolderError
 
@@ -65,6 +67,7 @@ def prune(
     if not is_run(run):
         raise RunFolderError(f"{run} is no run folder.", "It has no checkpoints.", "Name a folder below runs/.")
     store, _ = found(run)
+    _check_own(run, store)
     lock = FolderLock(run)
     try:
         lock.acquire()
@@ -78,9 +81,30 @@ def prune(
         lock.release()
 
 
+def _check_own(run: Path, store: Store) -> None:
+    """Refuse a place elsewhere that another run keeps its checkpoints in, whatever the recipe of this one says."""
+    recipe = run / "recipe.toml"
+    if isinstance(store.place, LocalPlace) and store.place.root == run / "checkpoints":
+        return
+    try:
+        with store.place.open("run", "recipe.toml") as file:
+            data = bytearray(min(file.size, 1 << 20))
+            file.read_into(0, memoryview(data))
+        same = data == recipe.read_bytes()
+    except (OSError, Damage):
+        same = False
+    if not same:
+        raise RunFolderError(
+            f"{store.place} is not known to hold the checkpoints of {run}.",
+            "It does not hold this run's recipe.",
+            "Name the run that they are of.",
+        )
+
+
 def _pruned(store: Store, last: int | None, every: int, best: int, damaged: bool, dry: bool) -> Pruned:
     steps = steps_of(store)
     faults = {step: store.fault(step) for step in steps}
+    sure = {step: store.damaged(step) if faults[step] else "" for step in steps}  # and not only out of reach now
     good = [step for step in steps if not faults[step]]
     if not good:
         raise CheckpointError(
@@ -93,7 +117,7 @@ def _pruned(store: Store, last: int | None, every: int, best: int, damaged: bool
             "Resume the run, which passes over it, or add --damaged.",
         )
     reasons = _reasons(store, good, last, every, best)
-    doomed = [(store.name(s), f"damaged: {faults[s]}") for s in steps if faults[s]] if damaged else []
+    doomed = [(store.name(s), f"damaged: {sure[s]}") for s in steps if sure[s]] if damaged else []
     doomed += [(name, "set aside as damaged") for name in store.set_asides()] if damaged else []
     doomed += [(store.name(s), "not among those to keep") for s in good if s not in reasons]
     if not damaged:
