@@ -23,6 +23,7 @@ import thalweg.run.whole
 from tests.conftest import join_ranks
 from tests.models import batchnorm_net, mean_loss, mlp, points, ragged_text, small_gpt, text_loss
 from thalweg.core import Event, Loss, Recipe, Split, Task, ThalwegError
+from thalweg.data import Order
 from thalweg.engine import Step
 from thalweg.parallel import Joined
 from thalweg.watch import Memory
@@ -297,6 +298,25 @@ def out_of_memory_on(rank: int, mine: int) -> dict[str, Any]:
     return {**found, "most": states[-1].limit.most}
 
 
+def bad_samples(rank: int, *, forget: bool) -> dict[str, Any]:
+    """One of rank 0's share and one of rank 1's; ``forget``: a guard that goes back, and memory that runs out on rank 1 later."""
+    data, order = exact_points(48), Order(48, 8, seed=0, keep_last=True)
+    bad = [int(order.window(1)[1][5]), int(order.window(3)[1][2])]  # of micro-batches of 2: number 2 and number 1
+    data["x"][bad[:1] if forget else bad] = float("nan")
+
+    def loss(model: nn.Module, batch: Any) -> Tensor:
+        if forget and rank == 1 and _now == [2] and len(batch["x"]) > 1:
+            raise torch.OutOfMemoryError("CUDA out of memory, says the test")
+        return mean_loss(model, batch)
+
+    changes: dict[str, Any] = {"train.batch": 8, "train.micro_batch": 2}
+    if forget:
+        changes |= {"guard.nonfinite": "rewind", "guard.every": 4}
+    with recorded():
+        found = train(Task(model=lambda: mlp().double(), loss=loss, data=Split(train=data)), changes)
+    return {**found, "bad": bad}
+
+
 def other_weights(ranks: Joined) -> dict[str, Any]:
     """Rank 1 begins with weights of its own."""
 
@@ -395,6 +415,8 @@ def go_through(rank: int, world: int, port: int, out: str) -> None:
         2, lambda _: train(bn_task(), {"train.batch": 16, "train.micro_batch": "auto", "precision": "auto"})
     )
     found["memory"] = on(2, lambda ranks: out_of_memory_on(1, ranks.rank))
+    found["bad samples"] = on(2, lambda ranks: bad_samples(ranks.rank, forget=False))
+    found["rewound"] = on(2, lambda ranks: bad_samples(ranks.rank, forget=True))
     found["refused"] = on(3, refusals)
     found["chosen"] = on(3, lambda _: train(bn_task(), {"train.batch": 24, "train.steps": 3}))
     found["hung"] = on(2, lambda ranks: hung(ranks, folder / "hung", 9.0), short)

@@ -160,12 +160,14 @@ def test_a_run_that_begins_again_needs_the_file_that_it_began_with(source: dict[
         for file in checkpoint.iterdir():
             file.unlink()
         checkpoint.rmdir()
+    (tmp_path / "run" / "saved").unlink()  # as if none had ever been saved
     again = thalweg.train(mlp, mean_loss, points(), recipe, folder=tmp_path / "run", resume=True)
     assert torch.equal(again.model.state_dict()["0.weight"], source["0.weight"]) and again.records[0].step == 1
     for checkpoint in (tmp_path / "run" / "checkpoints").iterdir():
         for file in checkpoint.iterdir():
             file.unlink()
         checkpoint.rmdir()
+    (tmp_path / "run" / "saved").unlink()  # as if none had ever been saved
     torch.save({name: tensor + 1 for name, tensor in source.items()}, tmp_path / "w.pt")
     with pytest.raises(RecipeError, match="is not what this run began with"):
         thalweg.train(mlp, mean_loss, points(), recipe, folder=tmp_path / "run", resume=True)

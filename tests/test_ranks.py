@@ -139,6 +139,20 @@ def test_memory_that_runs_out_on_one_rank_is_its_own_trouble_and_the_others_less
     assert [one["most"] for one in told] == [2, 2], "learnt by rank 1, kept by both"
 
 
+def test_a_bad_sample_is_named_where_the_rank_that_tells_has_it_and_else_whose_share_was_seen(four: Any) -> None:
+    found = four[0][0]["bad samples"]
+    mine, others = (text for text in found["told"] if text.startswith("Step "))
+    assert f"Step 2: the loss is not finite. Sample {found['bad'][0]}. What is not finite is in the data." in mine
+    assert "Only the share of rank 0 of 2 was looked into." in others and "everything is finite" in others
+
+
+def test_ranks_go_back_together_where_memory_teaches_one_of_them_just_then(four: Any) -> None:
+    told = [found["rewound"] for found in four[0][:2]]
+    assert [sum("Back to the weights of step 0" in text for text in one["told"]) for one in told[:1]] == [1]
+    assert [one["reason"] for one in told] == ["finished"] * 2
+    assert told[0]["steps"] == list(range(1, 7)) and told[0]["digest"] == told[1]["digest"]
+
+
 def test_what_cannot_be_is_refused_on_all_ranks(four: Any) -> None:
     told = [found["refused"] for found in four[0][:3]]
     for rank, one in enumerate(told):

@@ -12,15 +12,15 @@ from pathlib import Path
 from thalweg import __version__
 from thalweg.cli import checkpoint, train
 from thalweg.cli.words import pair, recipe_of
-from thalweg.core import RanksError, RecipeError, RunFolderError, ThalwegError
+from thalweg.core import RanksError, RecipeError, RunFolderError, StopReason, ThalwegError
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command.
 
     Returns:
-        The exit code: 0 done, 1 a checkpoint is damaged, 2 a mistake in what was asked, 3 the run diverged, 4 it could not
-        be saved; 128 and the number of the signal that ended it, saved.
+        The exit code: 0 done, 1 a run failed or a checkpoint is damaged, 2 a mistake in what was asked, 3 the run diverged, 4 it
+        could not be saved; 128 and the number of the signal that ended it, saved.
     """
     words = sys.argv[1:] if arguments is None else list(arguments)
     asked = _parser().parse_args(_joined(words))
@@ -32,7 +32,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except ThalwegError as err:
         if not (isinstance(err, RanksError) and err.told):  # another rank says it
             print(f"error: {err}", file=sys.stderr)
-        return 2
+        return StopReason.FAILED.exit_code if err.in_run else 2
     except BrokenPipeError:  # nobody reads our output any more; Python would complain once more when it flushes
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1

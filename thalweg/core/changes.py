@@ -82,6 +82,19 @@ def refuse_changes(folder: Path, changes: Sequence[Difference], accept: Sequence
         )
 
 
+_ACCEPTED = "accepted on resuming; was "
+
+
+def accepted(plan: Plan) -> list[str]:
+    """A line for each change that a run was allowed so far, in order."""
+    made = [decision for decision in plan.decisions if decision.reason.startswith(_ACCEPTED)]
+    return [_line(d.path, d.reason.removeprefix(_ACCEPTED), d.value) for d in made]
+
+
+def _line(path: str, before: str, now: Any) -> str:
+    return f"{path}: {before} before, {now!r} from here on"
+
+
 def changed_plan(plan: Plan, recipe: Recipe, changes: Sequence[Difference]) -> tuple[Plan, list[str]]:
     """A run's plan with accepted changes; what had been derived stays, unless it is what changes.
 
@@ -97,7 +110,7 @@ def changed_plan(plan: Plan, recipe: Recipe, changes: Sequence[Difference]) -> t
             complete = replace(complete, **{table: replace(getattr(complete, table), **{name: change.now})})
     if any(change.path == "train.epochs" for change in changes) and recipe.train.steps is None:
         complete = replace(complete, train=replace(complete.train, steps=None))
-    told = [f"{c.path}: {c.before!r} before, {c.now!r} from here on" for c in changes if not c.within(FREE)]
-    made = [Decision(c.path, c.now, f"accepted on resuming; was {c.before!r}") for c in changes if not c.within(FREE)]
+    told = [_line(c.path, repr(c.before), c.now) for c in changes if not c.within(FREE)]
+    made = [Decision(c.path, c.now, f"{_ACCEPTED}{c.before!r}") for c in changes if not c.within(FREE)]
     steps = complete.train.steps or plan.steps
     return replace(plan, recipe=complete, steps=steps, decisions=(*plan.decisions, *made)), told

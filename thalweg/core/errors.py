@@ -14,11 +14,16 @@ class ThalwegError(Exception):
         numbers: the figures or names that show why it cannot be.
         remedy: what to do instead.
 
+    Attributes:
+        in_run: whether it ended a run that had begun, and so is no mistake in what was asked.
+
     >>> print(RecipeError("batch=96 is not a whole number of micro_batch=36.", "96/36 = 2.67.", "Use micro_batch=32."))
     batch=96 is not a whole number of micro_batch=36.
       96/36 = 2.67.
       Use micro_batch=32.
     """
+
+    in_run = False
 
     def __init__(self, asked: str, numbers: str, remedy: str) -> None:
         super().__init__(asked, numbers, remedy)

@@ -3,7 +3,7 @@
 from thalweg.data.changed import ChangedFeed, SharedFeed, sequence_length, shortened
 from thalweg.data.feeds import Augment, held_out, make_feed
 from thalweg.data.order import Order, permute, uniforms
-from thalweg.data.share import WHOLE, Share
+from thalweg.data.share import WHOLE, Share, micro_batches
 from thalweg.data.sources import Items, Source, Stream, Tensors, TokenWindows, as_source
 from thalweg.data.trees import batch_size, split, tensors, to_device, tree_map
 
@@ -23,6 +23,7 @@ __all__ = [
     "batch_size",
     "held_out",
     "make_feed",
+    "micro_batches",
     "permute",
     "sequence_length",
     "shortened",

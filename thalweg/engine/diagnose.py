@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from thalweg.core import Feed
-from thalweg.data import batch_size, split, tensors
+from thalweg.data import batch_size, micro_batches, split, tensors
 from thalweg.device.kept import restored, same_generators, same_modes
 from thalweg.engine.losses import sum_and_weight
 from thalweg.engine.portions import uncuttable
@@ -83,6 +83,7 @@ def _as_it_was(step: Step, at: int) -> Iterator[None]:
 
 def _looked_into(step: Step, feed: Feed, at: int, samples: list[int]) -> Finding:
     window = next(iter(feed.windows(at - 1, at)))
+    whole, samples = samples, _own(step, samples)
     if rows := _rows_not_finite(window):
         return Finding([samples[i] for i in rows], "the data", "What is not finite is in the data.")
     found, first = _Origin(step.state.model), 0
@@ -92,9 +93,25 @@ def _looked_into(step: Step, feed: Feed, at: int, samples: list[int]) -> Finding
             if found.module:
                 break
     if not found.module:
-        return Finding(samples, "", "Gone through again, everything is finite at the weights as they are now.")
+        return Finding(whole, "", _nothing_found(step))
     rows = _rows_alone(step, window)
     return Finding([samples[i] for i in rows] if rows else samples, found.module, found.sentence())
+
+
+def _own(step: Step, samples: list[int]) -> list[int]:
+    """Those samples of a window that this process goes through, in order: all, or its rank's share."""
+    place = step.place
+    if place is None:
+        return samples
+    starts = micro_batches(len(samples), place.micro_batch, (place.rank, place.world))
+    return [sample for start in starts for sample in samples[start : start + place.micro_batch]]
+
+
+def _nothing_found(step: Step) -> str:
+    found = "Gone through again, everything is finite at the weights as they are now."
+    if step.place is None:
+        return found
+    return f"Only the share of rank {step.place.rank} of {step.place.world} was looked into. {found}"
 
 
 def _rows_not_finite(window: list[Any]) -> list[int]:

@@ -78,5 +78,11 @@ class Feedback:
         for (name, _), row in zip(self.pieces, self._rows):
             now[name].mul_(row[0])
 
+    def forget(self, kind: str) -> None:
+        """What was best counts no more, where other values are heard from here on; what has fallen stays fallen."""
+        for (_, piece), row in zip(self.pieces, self._rows):
+            if piece.kind == kind:
+                row[1], row[2] = float("inf"), 0.0
+
     def hears(self, kind: str) -> bool:
         return any(piece.kind == kind for _, piece in self.pieces)

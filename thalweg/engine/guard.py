@@ -17,7 +17,7 @@ from thalweg.engine.step import Step
 from thalweg.precision import LEAST
 from thalweg.regularize.moments import alone
 
-#: Bad steps of a process that are looked into and told one by one; what comes after is in the records alone.
+#: Bad steps of a run that are looked into and told one by one; what comes after is in the records alone.
 TOLD = 5
 _GROUPS = ("rewind-old", "rewind-new")
 _MOST_SAMPLES = 256  # of a step, that an event names
@@ -132,6 +132,7 @@ class Warden:
 
     def add_to(self, snapshot: Snapshot) -> Snapshot:
         """A checkpoint's snapshot with what the guard keeps, where it keeps anything."""
+        snapshot = replace(snapshot, facts={**snapshot.facts, "bad_told": self._told})
         if not self.options.rewinding:
             return snapshot
         groups, steps = dict(snapshot.groups), {}
@@ -146,6 +147,7 @@ class Warden:
         """Take over what ``add_to`` has kept."""
         kept = snapshot.facts.get("guard", {"rewinds": 0, "steps": {}})
         self.rewinds = int(kept["rewinds"])
+        self._told = int(snapshot.facts.get("bad_told", 0))
         self.copies = []
         for stem in _GROUPS:
             if stem in kept["steps"]:

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from typing import Any
 
 import torch
 
-from thalweg.core import Evaluation, Event, Feed, Plan, Record, Sink, StopReason, ThalwegError
+from thalweg.core import Evaluation, Event, Feed, Plan, Record, Sink, StopReason
 from thalweg.device import ran_out
 from thalweg.engine.evaluate import Interrupted
 from thalweg.engine.guard import Tripped, Warden
@@ -51,16 +52,21 @@ class Loop:
         self.plan, self.step, self.feed, self.sinks = plan, step, feed, sinks
         self.evaluate, self.save, self.stop, self.best, self.watch = evaluate, save, stop, best, watch
         self.ranks, self.talk = ranks, ranks.talk()
+        # A step that holds up the run is dealt with on all ranks after the same step: none reads its rows by itself then.
+        self._alone = ranks.world == 1 or not plan.recipe.guard.trips
         wanted = plan.recipe.evaluate
         self.early = EarlyStop(wanted.patience, wanted.goal or "min", wanted.min_delta)
         self.ranking: list[tuple[float, int]] = []  # (value of the chosen metric, step), best first
         self.streak = 0  # bad steps in a row
+        self.gave_up = (
+            False  # whether they have ever been too many: good ones after them, read together with them, change nothing
+        )
         self.guard = Warden(step, feed, self.tell, plan.recipe.guard)
         self._began = time.perf_counter()
         self._flushed_at = self._began
         self._pending: list[float] = []  # seconds of the steps whose rows are still on the device
         self._saved = -1
-        self.owed = False  # an evaluation of this step that a signal broke off
+        self.owed = False  # whether this step is still to be evaluated
         self.measured: Callable[[], str] = lambda: ""  # the peak of memory beside what was predicted
 
     def run(self, until: int | None = None) -> StopReason:
@@ -86,15 +92,17 @@ class Loop:
                     return self._end(reason)
                 for window in self.feed.windows(state.step, last):
                     self.step.run(window)
+                    self.owed = (
+                        self._evaluation_is_due()
+                    )  # before anything that can fail: a resumed run makes up for it
                     self._note()
-                    if state.limit.news:
+                    if state.limit.news and (self._alone or not self._pending):
                         self._tell_of_memory()
                     if state.step == settled and (text := self.measured()):
                         self.tell("memory", text)
                     if self.guard.is_due():
                         self.flush()
                         self.guard.copy()
-                    self.owed = self._evaluation_is_due()
                     if reason := self._after_step():
                         return self._end(reason)
                 if state.step < last and self.stop():  # heard while the feed waited for data
@@ -126,7 +134,6 @@ class Loop:
             except Interrupted:
                 self._save(must=True)  # it stands in the checkpoint that this evaluation is still owed
                 return StopReason.INTERRUPTED
-            self.owed = False
         if self._is_due(self.plan.recipe.checkpoint.every) or self._is_best_now():
             self._save(must=not going_on or self._is_best_now())
         if self.early.is_over() and going_on:
@@ -147,7 +154,7 @@ class Loop:
         What memory has taught one rank goes the same way: windows are cut alike on all.
         """
         reason = self.watch()
-        diverged = self.streak >= self.plan.recipe.guard.patience or reason is StopReason.DIVERGED
+        diverged = self.gave_up or reason is StopReason.DIVERGED
         wishes = diverged, self.stop(), reason is StopReason.UNSAVED
         if self.ranks.world == 1:
             return wishes
@@ -174,6 +181,7 @@ class Loop:
         records = self.guard.look(records, rows)
         for record, row in zip(records, rows):
             self.streak = self.guard.in_a_row(self.streak, record, row)
+            self.gave_up |= self.streak >= self.plan.recipe.guard.patience
         for sink in self.sinks:
             sink.steps(records)
         self.guard.after()
@@ -193,9 +201,7 @@ class Loop:
     def _note(self) -> None:
         now = time.perf_counter()
         self._pending.append(now - self._began)
-        # A step that holds up the run is dealt with on all ranks after the same step: the clock has no say in it then.
-        timed = self.ranks.world == 1 or not self.guard.holds_up
-        due = now - self._flushed_at > _FLUSH_SECONDS if timed else self.step.state.step % _FLUSH_STEPS == 0
+        due = now - self._flushed_at > _FLUSH_SECONDS if self._alone else self.step.state.step % _FLUSH_STEPS == 0
         if due or len(self._pending) == RING:
             self.flush()
 
@@ -233,6 +239,7 @@ class Loop:
         if wanted.every and now % wanted.every == 0:  # the one at a run's end comes out of turn, and is not counted
             self._listen(value if wanted.goal == "min" else -value)
             self.early.tell(value)
+        self.owed = False  # it has been taken note of: whoever fails to hear of it, it does not count twice
         evaluation = Evaluation(now, metrics, self.best_steps()[:1] == [now], seconds)
         if evaluation.best:
             self.best()
@@ -262,20 +269,23 @@ class Loop:
     def _rescue(self) -> None:
         """A step broke off before its update: the state is that of the step before, and is kept; a half moved one is not."""
         self.step.state.statistics.restore()
-        try:
-            self._tell_of_memory()
-        except Tripped as trip:
-            if self.guard.act(trip.bad) is not None:
-                return  # the newest checkpoint is from before the step that holds up the run
-        if self.step.state.step:
+        with suppress(Exception):  # what broke the step is the error that counts, whatever a sink says
             try:
-                self._save(must=True)
-            except Exception as err:  # what broke the step is the error that counts
-                if not (isinstance(err, ThalwegError) or ran_out(err)):
-                    raise
-                self.tell("not saved", str(err))
+                self._tell_of_memory()
+            except Tripped as trip:
+                if self.guard.act(trip.bad) is not None:
+                    return  # the newest checkpoint is from before the step that holds up the run
+                self.owed = self._evaluation_is_due()
+        if self.step.state.step:
+            with suppress(Exception):
+                try:
+                    self._save(must=True)
+                except Exception as err:
+                    self.tell("not saved", str(err) or type(err).__name__)
 
     def _end(self, reason: StopReason) -> StopReason:
         self.talk.end()
         self.flush()
+        if self.step.state.limit.news:
+            self._tell_of_memory()
         return reason

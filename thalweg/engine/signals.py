@@ -87,15 +87,20 @@ def end_children() -> None:
 
 @contextmanager
 def asked_to_end(grace: float) -> Iterator[Asked]:
-    """Inside, signals are noted; afterwards they are what they were. In another thread than the main one none arrives."""
+    """Inside, signals are noted; afterwards they are what they were. In another thread than the main one none arrives.
+
+    What was ignored from the start, as SIGHUP is under nohup, stays ignored.
+    """
     asked = Asked(grace)
     if threading.current_thread() is not threading.main_thread():
         yield asked
         return
-    before = {number: signal.signal(number, asked.note) for number in ASKING}
+    heard = [number for number in ASKING if signal.getsignal(number) is not signal.SIG_IGN]
+    before = {number: signal.signal(number, asked.note) for number in heard}
     try:
         yield asked
     finally:
         asked.rest()
         for number, handler in before.items():
-            signal.signal(number, handler)
+            # None: it was installed by another than Python, who cannot be given it back
+            signal.signal(number, signal.SIG_DFL if handler is None else handler)

@@ -117,6 +117,9 @@ class Step:
             if not ran_out(err):
                 raise
             failure = Failure.of(err, "a step, outside of its passes")
+        except BaseException:  # Ctrl-C: the layers are the user's
+            self.state.statistics.restore()
+            raise
         raise in_update(failure, moved=self.state.moved())
 
     def _run(self, window: Sequence[Any]) -> Tensor:

@@ -21,6 +21,9 @@ def check_snapshot(snapshot: Snapshot, folder: Path) -> None:
     for name in ("step", "records_bytes", "streak"):
         if not _is_count(facts.get(name)):
             raise _not_ours(folder, f"{name} is {str(facts.get(name))[:60]!r}")
+    for name in ("bad_told", "accepted"):
+        if not _is_count(facts.get(name, 0)):
+            raise _not_ours(folder, f"{name} is {str(facts[name])[:60]!r}")
     ranking, most = facts.get("ranking"), facts.get("most_samples", {})
     if not isinstance(ranking, list) or not all(map(_is_pair, ranking)):
         raise _not_ours(folder, f"ranking is {str(ranking)[:60]!r}")

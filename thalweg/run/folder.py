@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
@@ -9,6 +10,9 @@ from pathlib import Path
 from thalweg.checkpoint import LocalPlace, Store, open_place, write_file
 from thalweg.core import Plan, Recipe, RunFolderError, ThalwegError
 from thalweg.core.changes import changed_plan, differences, refuse_changes
+
+#: Says that a checkpoint of the run has been saved: without one, a run that goes on begins again.
+SAVED = "saved"
 
 
 class RunFolder:
@@ -22,7 +26,8 @@ class RunFolder:
     def __init__(self, path: Path, recipe: Recipe | None = None, *, own: bool = True) -> None:
         self.path, self._own = path, own
         self.recipe_file, self.plan_file = path / "recipe.toml", path / "plan.json"
-        self.records_file = path / "records.jsonl"
+        self.records_file, self.saved_file = path / "records.jsonl", path / SAVED
+        self._next_file = path / "plan.next.json"  # an accepted change, while it is written down
         self._recipe = recipe
 
     @cached_property
@@ -36,6 +41,13 @@ class RunFolder:
         if local and self._own and self.elsewhere:
             place.claim()
         return Store(place, sweep=self._own and local)
+
+    def store_before(self) -> Store | None:
+        """Where the run in the folder had its checkpoints, to read from; None: where it has them now."""
+        before = Recipe.from_file(self.recipe_file).checkpoint.store
+        if self._recipe is None or before == self._recipe.checkpoint.store:
+            return None
+        return Store(open_place(before or self.path / "checkpoints", make=False), sweep=False)
 
     @property
     def elsewhere(self) -> bool:
@@ -74,7 +86,7 @@ class RunFolder:
             )
 
     def write(self, plan: Plan, recipe: Recipe) -> None:
-        """Say what the run is. The recipe comes last: with it, the folder holds a run.
+        """Say what the run is. With the recipe, the folder holds a run; a change of both holds once the recipe is there.
 
         Raises:
             RunFolderError: if it cannot be written.
@@ -86,8 +98,15 @@ class RunFolder:
                     for name, data in files.items():
                         with folder.file(name) as write:
                             write(data)
+            changed = self.recipe_file.exists()
+            if changed:
+                both = {name: data.decode() for name, data in files.items()}
+                write_file(self._next_file, json.dumps(both).encode())
+                write_file(self.recipe_file, files.pop("recipe.toml"))
             for name, data in files.items():
                 write_file(self.path / name, data)
+            if changed:
+                self._next_file.unlink()
         except OSError as err:
             raise unwritable(self.path, err) from None
 
@@ -124,6 +143,14 @@ class RunFolder:
         refuse_changes(self.path, changes, accept)
         return changed_plan(self.saved_plan(), recipe, changes)
 
+    def _settle(self) -> None:
+        """A change that was broken off while it was written down holds if its recipe is there, and else never was."""
+        if self._own and self._next_file.exists():
+            both = json.loads(self._next_file.read_text(encoding="utf-8"))
+            if both["recipe.toml"] == self.recipe_file.read_text(encoding="utf-8"):
+                write_file(self.plan_file, both["plan.json"].encode())
+            self._next_file.unlink()
+
     @staticmethod
     def recipe_in(path: Path) -> Recipe:
         """The recipe that the run in ``path`` began with."""
@@ -134,6 +161,7 @@ class RunFolder:
 
     def saved_plan(self) -> Plan:
         try:
+            self._settle()
             return Plan.from_json(self.plan_file.read_text(encoding="utf-8"))
         except ThalwegError:
             raise

@@ -2,15 +2,24 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from dataclasses import replace
 
-from thalweg.checkpoint import Job, Saver, Store, Unfit
-from thalweg.core import StopReason
+from thalweg.checkpoint import Job, Saver, Store, Unfit, write_file
+from thalweg.core import Plan, StopReason
+from thalweg.core.changes import accepted
 from thalweg.engine import Loop
 from thalweg.engine.guard import unfit
 from thalweg.engine.signals import Asked
 from thalweg.run.best import BestWeights
+from thalweg.run.folder import SAVED
 from thalweg.watch import JsonLines
+
+
+def ranked_by(plan: Plan) -> str:
+    """What evaluations are compared by, for people."""
+    wanted = plan.recipe.evaluate
+    return f"{wanted.best} ({wanted.goal})"
 
 
 class Saving:
@@ -29,6 +38,7 @@ class Saving:
         self._trained = [name for arena in loop.step.state.arenas for name in arena.places]
         self._failing = self._unfit = False
         self._records_fail = ""
+        self._marked = lines.path.parent / SAVED
 
     def save(self, must: bool) -> None:
         """Hand over a checkpoint of this moment; the run waits for the copy alone."""
@@ -43,6 +53,8 @@ class Saving:
             "streak": loop.streak,
             "owed": loop.owed,
             "records_bytes": self.lines.length,
+            "ranked": ranked_by(loop.plan),
+            "accepted": len(accepted(loop.plan)),
         }
         fed = loop.feed.state(loop.step.state.step)
         if fed is not None:
@@ -111,6 +123,9 @@ class Saving:
         self.lines.make_durable(int(job.snapshot.facts["records_bytes"]))
 
     def _retain(self, job: Job) -> None:
+        if not self._marked.exists():  # from now on, a store without checkpoints has lost them
+            with suppress(OSError):  # the records lie in this folder too, and tell of it
+                write_file(self._marked, b"")
         wanted = self.wanted
         kept = {"last": wanted.keep_last, "every": wanted.keep_every, "num_best": wanted.keep_best}
         self.saver.store.retain(best=job.best, **kept)

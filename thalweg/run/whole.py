@@ -6,7 +6,8 @@ import itertools
 import json
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,6 @@ from torch import nn
 from thalweg.checkpoint import FolderLock, Snapshot, write_file
 from thalweg.core import (
     VERSION,
-    CheckpointError,
     FeedState,
     Plan,
     Recipe,
@@ -26,6 +26,7 @@ from thalweg.core import (
     Task,
     ThalwegError,
 )
+from thalweg.core.changes import accepted
 from thalweg.engine import Loop, Resolved, Step, build, evaluate, resolve
 from thalweg.engine.memory import PeakWatch, begun
 from thalweg.engine.signals import Asked, asked_to_end
@@ -34,10 +35,10 @@ from thalweg.parallel import Ranks, check_equal, join, on_first
 from thalweg.regularize import PreciseStatistics, set_factors
 from thalweg.report import write_report
 from thalweg.run.best import BestWeights
-from thalweg.run.facts import check_snapshot
-from thalweg.run.folder import RunFolder, nothing_to_resume, unwritable
+from thalweg.run.earlier import Earlier, check_end, look
+from thalweg.run.folder import RunFolder, unwritable
 from thalweg.run.result import Result, Resume
-from thalweg.run.saving import Saving
+from thalweg.run.saving import Saving, ranked_by
 from thalweg.watch import JsonLines, Memory
 
 
@@ -109,23 +110,6 @@ def _held(recipe: Recipe) -> list[str]:
     return [f"thalweg {VERSION}", f"torch {torch.__version__}", *recipe.to_toml().splitlines()]
 
 
-@dataclass(frozen=True)
-class Earlier:
-    """What an earlier process left of the run.
-
-    Attributes:
-        plan: by which it goes on; None: the run begins.
-        snapshot: from where; None: from the start.
-        faults: newer checkpoints that are damaged, by step.
-        changes: what differs from the recipe in the folder, a line each.
-    """
-
-    plan: Plan | None = None
-    snapshot: Snapshot | None = None
-    faults: dict[int, str] = field(default_factory=dict)
-    changes: list[str] = field(default_factory=list)
-
-
 class _Run:
     """One process's part of a run.
 
@@ -178,7 +162,15 @@ class _Run:
         return resolved
 
     def _train(self, resolved: Resolved, earlier: Earlier, asked: Asked) -> Result:
-        step, plan, kept = self._built(resolved, earlier)
+        step = build(resolved.plan, resolved.model, resolved.loss, resolved.device, resolved.policy, self.ranks)
+        try:
+            return self._through(resolved, earlier, asked, step)
+        finally:
+            self._give_back(step)
+
+    def _through(self, resolved: Resolved, earlier: Earlier, asked: Asked, step: Step) -> Result:
+        plan, kept = self._filled(step, resolved, earlier)
+        check_end(plan, step.state.step)  # a plan with fewer epochs knows its end only now
         news = [] if self.folder is None else self._claim(self.folder, plan, earlier, step.state.step)
         sinks = self._sinks(earlier.snapshot)
         precise = self._precise(resolved)
@@ -189,18 +181,17 @@ class _Run:
         if kept is not None:
             self._take_up(loop, keeper, kept)
         self._begin(loop, plan, resolved, [*news, *self.news])
-        reason = StopReason.FAILED
         try:
             reason = loop.run()
             if keeper is not None and keeper.values:
                 loop.tell("best weights", f"The model is that of step {loop.best_steps()[0]}.")
-        finally:
-            if saving is not None:
-                reason = saving.finish(reason)
-            if step.recomputation is not None:
-                step.recomputation.release()
-            for sink in sinks:
-                sink.stop(reason)
+        except BaseException as err:
+            if isinstance(err, ThalwegError):
+                err.in_run = True
+            with suppress(BaseException):  # the first error is the one that counts
+                self._wind_up(StopReason.FAILED, saving, step, sinks)
+            raise
+        reason = self._wind_up(reason, saving, step, sinks)
         reason = self.ranks.from_first(reason)  # whether it could be saved, the first one alone knows
         self._hand_over(step, precise, keeper)
         sample = self._sample(step.state.model, reason)
@@ -212,10 +203,29 @@ class _Run:
             reason, step.state.model, plan, memory.records, memory.evaluations, self.path, sample, signal=number
         )
 
-    def _built(self, resolved: Resolved, earlier: Earlier) -> tuple[Step, Plan, Snapshot | None]:
-        """The step with the state that the run goes on from, the plan as it is kept, and what else was in the checkpoint."""
+    @staticmethod
+    def _wind_up(reason: StopReason, saving: Saving | None, step: Step, sinks: Sequence[Sink]) -> StopReason:
+        """Nothing follows but what must be done: each part of it, whatever another raises; the first error is passed on."""
+        found: list[BaseException] = []
+        if saving is not None:
+            try:
+                reason = saving.finish(reason)
+            except BaseException as err:
+                reason, found = StopReason.FAILED, [err]
+        if step.recomputation is not None:
+            step.recomputation.release()
+        for sink in sinks:
+            try:
+                sink.stop(reason)
+            except BaseException as err:
+                found.append(err)
+        if found:
+            raise found[0]
+        return reason
+
+    def _filled(self, step: Step, resolved: Resolved, earlier: Earlier) -> tuple[Plan, Snapshot | None]:
+        """The step has the state that the run goes on from; the plan as it is kept, and what else was in the checkpoint."""
         ranks = self.ranks
-        step = build(resolved.plan, resolved.model, resolved.loss, resolved.device, resolved.policy, ranks)
         plan = replace(resolved.plan, sizes=step.state.nbytes())
         if earlier.plan is None:
             if plan.ledger is not None:
@@ -224,11 +234,13 @@ class _Run:
         ranks.together(lambda: None if earlier.snapshot is None else step.state.load(earlier.snapshot))
         kept, told = same_state(step.state, earlier.snapshot, ranks)
         self.news += [("ranks", text) for text in told]
-        return step, plan, kept
+        return plan, kept
 
     def _claim(self, folder: RunFolder, plan: Plan, earlier: Earlier, at: int) -> list[tuple[str, str]]:
         """All checks are behind us and the run goes on from step ``at``: what lies ahead of it in the folder is another's."""
         folder.goes_on()
+        if earlier.plan is None:
+            folder.saved_file.unlink(missing_ok=True)
         if earlier.plan is None or earlier.changes:
             folder.write(plan, self.recipe)
         aside = {damaged: folder.store.set_aside(damaged) for damaged in earlier.faults}
@@ -237,8 +249,11 @@ class _Run:
             f"Passed over a damaged checkpoint: {earlier.faults[damaged]} Going on from step {at}. It is kept as {name}."
             for damaged, name in aside.items()
         ]
-        changed = [f"{text} (accepted)" for text in earlier.changes]
-        return [*(("checkpoint passed over", t) for t in passed), *(("recipe changed", t) for t in changed)]
+        known = 0 if earlier.snapshot is None else earlier.snapshot.facts.get("accepted")
+        all_accepted = accepted(plan)  # also what another process had been allowed, and was ended before it was saved
+        changed = [f"{t} (accepted)" for t in (earlier.changes if known is None else all_accepted[known:])]
+        told = {"checkpoints": earlier.news, "checkpoint passed over": passed, "recipe changed": changed}
+        return [(name, text) for name, texts in told.items() for text in texts]
 
     def _wired(self, loop: Loop, keeper: BestWeights | None, asked: Asked) -> Saving | None:
         """What goes on beside the loop is connected with it; what saves, where something is saved."""
@@ -274,12 +289,18 @@ class _Run:
 
     @staticmethod
     def _hand_over(step: Step, precise: PreciseStatistics | None, keeper: BestWeights | None) -> None:
-        """The model is the user's again, with the weights that were evaluated; its layers draw from torch's generator."""
+        """The model has the weights that were evaluated."""
         step.state.adopt_average()
         if precise is not None:
             precise.estimate(version=step.state.step).put(step.state.model)
         if keeper is not None:
             keeper.adopt()
+
+    @staticmethod
+    def _give_back(step: Step) -> None:
+        """The model is the user's again, however the run has ended; its layers draw from torch's generator."""
+        if step.recomputation is not None:
+            step.recomputation.release()
         if step.streams is not None:
             step.streams.release()
             set_factors(step.state.model, {"dropout": None, "stochastic_depth": None})
@@ -296,49 +317,23 @@ class _Run:
 
     def _open(self, resume: Resume, accept: Sequence[str]) -> Earlier:
         """What there is to go on from."""
-        if self.folder is None:
-            return Earlier()
-        if resume is False or (resume == "auto" and not self.folder.holds_run()):
-            self.folder.begin(self.recipe)
-            return Earlier()
-        if not self.folder.holds_run():
-            raise nothing_to_resume(self.folder.path)
-        plan, changes = self.folder.plan_for(self.recipe, accept)
-        store = self.folder.store
-        faults: dict[int, str] = {}
-        snapshot: Snapshot | None
-        if isinstance(resume, bool) or resume == "auto":
-            snapshot, faults = store.load_newest()
-        else:
-            store.check(int(resume))
-            snapshot = store.load(int(resume))
-        if snapshot is not None:
-            check_snapshot(snapshot, self.folder.path)
-        if snapshot is None and faults:
-            raise CheckpointError(
-                f"No checkpoint of {self.folder.path} is whole.",
-                " ".join(faults.values()),
-                "Start a new run with --name.",
-            )
-        at = 0 if snapshot is None else int(snapshot.facts["step"])
-        if changes and at > plan.steps:
-            raise RunFolderError(
-                f"train.steps={plan.steps} lies behind the checkpoint that the run goes on from.",
-                f"It is of step {at}.",
-                f"Give {at} or more, or resume from an earlier step.",
-            )
-        # Without a snapshot it was stopped before its first checkpoint: the run begins again, in the same folder.
-        return Earlier(plan, snapshot, faults, changes)
+        return Earlier() if self.folder is None else look(self.folder, self.recipe, resume, accept)
 
-    @staticmethod
-    def _take_up(loop: Loop, keeper: BestWeights | None, snapshot: Snapshot) -> None:
+    def _take_up(self, loop: Loop, keeper: BestWeights | None, snapshot: Snapshot) -> None:
         """What the loop knew when the checkpoint was made."""
         facts = snapshot.facts
-        loop.ranking = [(value, at) for value, at in facts["ranking"]]
-        loop.early.restore(facts["early"])
+        now = ranked_by(loop.plan)
+        before = facts.get("ranked", now)
+        if before == now:
+            loop.ranking = [(value, at) for value, at in facts["ranking"]]
+            loop.early.restore(facts["early"])
+        else:
+            loop.step.state.timetable.feedback.forget("evaluation")
+            text = f"Evaluations are compared by {now} from here on; those before, compared by {before}, count no more."
+            self.news.append(("evaluations", text))
         loop.owed = bool(facts.get("owed", False)) and loop.evaluate is not None
         loop.streak = facts["streak"] % loop.plan.recipe.guard.patience  # one that gave up gets another try
-        if keeper is not None:
+        if keeper is not None and before == now:
             keeper.values = dict(snapshot.groups.get("best", {}))
         loop.guard.restore(snapshot)
         if "feed" in facts:
