@@ -28,7 +28,7 @@ from torch import Tensor
 from thalweg.checkpoint.damage import Damage, Unreadable, damage_of
 from thalweg.checkpoint.manifest import NAME, check_sha256, check_size, manifest_bytes, read_all, read_manifest
 from thalweg.checkpoint.place import LocalPlace, Place, open_place
-from thalweg.checkpoint.tensors import Entry, check_tensors, joined, read_tensors, write_tensors
+from thalweg.checkpoint.tensors import Entry, check_tensors, copied, joined, read_tensors, write_tensors
 from thalweg.core import CheckpointError, human_bytes
 
 _NAME = re.compile(r"step-([0-9]{8}|[1-9][0-9]{8,})")
@@ -57,10 +57,7 @@ class Snapshot:
     def on_host(self) -> Snapshot:
         """A copy in the CPU's memory, which goes on living when the run goes on."""
         return Snapshot(
-            {
-                stem: {name: _plain(t.detach().to("cpu", copy=True)) for name, t in tensors.items()}
-                for stem, tensors in self.groups.items()
-            },
+            {stem: {name: copied(t) for name, t in tensors.items()} for stem, tensors in self.groups.items()},
             dict(self.facts),
         )
 
