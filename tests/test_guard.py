@@ -145,7 +145,8 @@ def test_the_policy_is_followed(fault: str, policy: str, precision: str, parts: 
         for event in events:
             since, t = event.detail["to"], event.detail["from"]
             assert since % 4 == 0 and (4 <= t - since <= 8 or since == 0 or event is not events[0])
-            assert told[t + 1] - (not result.records[t].skipped) == told[since], "updates go back, steps do not"
+            if t < 90:  # after the last step there is no record to see it in
+                assert told[t + 1] - (not result.records[t].skipped) == told[since], "updates go back, steps do not"
     assert result.metrics["loss"] <= 1.2 * spread
 
 

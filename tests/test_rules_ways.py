@@ -104,11 +104,12 @@ def walk(
 
 
 def ulps(got: Sequence[Tensor], wanted: Sequence[Tensor]) -> float:
-    """Largest difference, in units of rounding of the element, or of a middling one where it is smaller."""
+    """Largest difference, in units of rounding of the element, or of a middling one of all where it is smaller."""
     worst = 0.0
+    middling = float(torch.cat([b.to(F64).abs().reshape(-1) for b in wanted]).mean()) or 1e-300
     for a, b in zip(got, wanted, strict=True):
         wide = b.to(F64)
-        unit = torch.finfo(b.dtype).eps * torch.clamp(wide.abs(), min=float(wide.abs().mean()) or 1e-300)
+        unit = torch.finfo(b.dtype).eps * torch.clamp(wide.abs(), min=middling)
         worst = max(worst, float(((a.to(F64) - wide).abs() / unit).max()))
     return worst
 

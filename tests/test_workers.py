@@ -12,6 +12,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import suppress
+from multiprocessing import resource_tracker
 from pathlib import Path
 from typing import Any
 
@@ -46,8 +47,10 @@ def is_alive(pid: int) -> bool:
 
 
 def children(pid: int) -> list[int]:
+    """But for the tracker of multiprocessing's resources, which other tests in this process may have started."""
     found = [int(path.name) for path in Path("/proc").iterdir() if path.name.isdigit()]
-    return [child for child in found if status(child).get("PPid") == str(pid) and is_alive(child)]
+    tracker = resource_tracker._resource_tracker._pid
+    return [c for c in found if status(c).get("PPid") == str(pid) and is_alive(c) and c != tracker]
 
 
 def comes_true(what: Callable[[], Any], seconds: float = 20) -> bool:

@@ -101,7 +101,7 @@ class Store:
         """Bytes of the files of a folder, of those that are still there."""
         try:
             return sum(self.place.files(name).values())
-        except OSError:
+        except (OSError, Damage):
             return 0
 
     def set_asides(self) -> list[str]:
