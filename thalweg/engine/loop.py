@@ -58,9 +58,8 @@ class Loop:
         self.early = EarlyStop(wanted.patience, wanted.goal or "min", wanted.min_delta)
         self.ranking: list[tuple[float, int]] = []  # (value of the chosen metric, step), best first
         self.streak = 0  # bad steps in a row
-        self.gave_up = (
-            False  # whether they have ever been too many: good ones after them, read together with them, change nothing
-        )
+        # Whether they have ever been too many: good ones after them, read together with them, change nothing.
+        self.gave_up = False
         self.guard = Warden(step, feed, self.tell, plan.recipe.guard)
         self._began = time.perf_counter()
         self._flushed_at = self._began
@@ -92,9 +91,7 @@ class Loop:
                     return self._end(reason)
                 for window in self.feed.windows(state.step, last):
                     self.step.run(window)
-                    self.owed = (
-                        self._evaluation_is_due()
-                    )  # before anything that can fail: a resumed run makes up for it
+                    self.owed = self._evaluation_is_due()  # before what can fail: a resumed run makes up for it
                     self._note()
                     if state.limit.news and (self._alone or not self._pending):
                         self._tell_of_memory()
