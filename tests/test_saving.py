@@ -722,3 +722,16 @@ def test_the_commands_look_after_a_run_whose_checkpoints_lie_elsewhere(tmp_path:
     done = prune(tmp_path / "run", last=1)
     assert {name for name, _ in done.removed} == {"step-00000008", "step-00000010"} and done.freed > 1000
     assert Store(memory, sweep=False).steps() == [12]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf"), None])
+def test_what_is_not_finite_is_found_without_torchs_threads(dtype: torch.dtype, bad: float | None) -> None:
+    from thalweg.engine.guard import unfit
+
+    weight = torch.randn(3, 70_001).to(dtype)
+    weight[0, 0], weight[1, 1] = torch.finfo(dtype).max, torch.finfo(dtype).tiny
+    if bad is not None:
+        weight[2, -1] = bad
+    told = unfit(Snapshot({"weights": {"w": weight, "mask": torch.full((2,), -torch.inf)}}, {}), {"w"})
+    assert told == ("" if bad is None else "'w' of the weights has 1 of 210003 values that are not finite")

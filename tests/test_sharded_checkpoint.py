@@ -55,12 +55,18 @@ def differs(got: Any, wanted: Any) -> list[str]:
     ]
 
 
+def ended() -> None:
+    """This rank is done. A gloo group that Python's end finds still there, as DCP keeps it, aborts the process now and then."""
+    dist.barrier()
+    os._exit(0)
+
+
 def _save(rank: int, world: int, port: int, folder: str) -> None:
     from thalweg.checkpoint.sharded import save_sharded
 
     join_ranks(rank, world, port)
     save_sharded(Store(Path(folder)), 12, spread(values(), world), {"step": 12, "rank": rank})
-    dist.destroy_process_group()
+    ended()
 
 
 def _load(rank: int, world: int, port: int, folder: str) -> None:
@@ -79,7 +85,7 @@ def _load(rank: int, world: int, port: int, folder: str) -> None:
         text = refusal(lambda step=step: load_sharded(store, step, into))
         assert "damaged" in text and "shard-0000" in text, text
     assert differs(into, before) == []
-    dist.destroy_process_group()
+    ended()
 
 
 def refusal(act: Callable[[], Any]) -> str:
@@ -185,7 +191,7 @@ def _fail(rank: int, world: int, port: int, folder: str) -> None:
     assert "rank 1" in text and "No space left" in text, text
     dist.barrier()
     assert list(Path(folder).iterdir()) == []
-    dist.destroy_process_group()
+    ended()
 
 
 def test_a_rank_that_cannot_write_is_named_on_all(tmp_path: Path) -> None:

@@ -7,6 +7,7 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from thalweg.checkpoint import Snapshot
@@ -223,6 +224,27 @@ def _samples(feed: Feed, at: int) -> list[int] | None:
         return None
 
 
+def _is_finite(tensor: Tensor) -> bool:
+    """By numpy, for tensors of the CPU. Torch would start a second team of threads for the thread that saves, and from then on
+    the threads of every step would sleep where they waited for one another.
+    """
+    if tensor.device.type != "cpu" or tensor.dtype not in _EXPONENTS:
+        return bool(tensor.isfinite().all())
+    bits, ones = _EXPONENTS[tensor.dtype]
+    whole = tensor.detach().reshape(-1).view(bits).numpy()
+    return all(((part & ones) != ones).all() for part in (whole[i : i + _PART] for i in range(0, len(whole), _PART)))
+
+
+_PART = 1 << 16
+#: Integers of the same width, and the exponent that infinities and NaN have.
+_EXPONENTS = {
+    torch.float32: (torch.int32, 0x7F800000),
+    torch.float64: (torch.int64, 0x7FF0000000000000),
+    torch.float16: (torch.int16, 0x7C00),
+    torch.bfloat16: (torch.int16, 0x7F80),
+}
+
+
 def unfit(snapshot: Snapshot, parameters: Collection[str]) -> str:
     """Why a snapshot should not be kept, "" where nothing is against it: the first trainable weight, average or optimizer slot
     that is not finite.
@@ -235,7 +257,7 @@ def unfit(snapshot: Snapshot, parameters: Collection[str]) -> str:
     for group in ("weights", "average", "state"):
         for name, tensor in snapshot.groups.get(group, {}).items():
             owner = name.partition("/")[2] if group == "state" else name
-            if owner in trained and tensor.is_floating_point() and not bool(tensor.isfinite().all()):
+            if owner in trained and tensor.is_floating_point() and not _is_finite(tensor):
                 count = int((~tensor.isfinite()).sum())
                 return f"'{name}' of the {group} has {count} of {tensor.numel()} values that are not finite"
     return ""
