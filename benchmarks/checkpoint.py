@@ -1,11 +1,11 @@
 """What saving costs a run, and how fast a verified load is against the disk's own reading.
 
-1. The time of a run of pycode (its own recipe) with a checkpoint every 100 steps over the same run without, in pairs, their order
-   in turn; and how long each step that saves waits for the copy.
+1. What a checkpoint every 100 steps costs a run of pycode (its own recipe), measured in one run that saves more often: the steps
+   after a save against their neighbours; and how long each step that saves waits for the copy.
 2. A load of 1 GiB, every byte compared with its digest, against a plain read of the same files into memory; the page cache is
    emptied of them before each. Bytes a second of both, in pairs.
 
-    python -m benchmarks.checkpoint [--pairs 6] [--steps 200] [--gib 1]
+    python -m benchmarks.checkpoint [--pairs 8] [--steps 420] [--gib 1]
 """
 
 from __future__ import annotations
@@ -25,9 +25,12 @@ from thalweg.checkpoint import Snapshot, Store
 from thalweg.recipes import find_task, recipe_for
 from thalweg.run import saving, train_task
 
+EVERY = 20  # steps between two saves of the measured run
+AROUND = 10  # steps after a save that are held against as many before it and after them
 
-def run(folder: Path, steps: int, every: int) -> tuple[float, list[float]]:
-    """(seconds from the first step's end to the last's, seconds that each save held the loop)."""
+
+def run(folder: Path, steps: int) -> tuple[list[float], list[float]]:
+    """(seconds of each step, seconds that each save held the loop)."""
     held: list[float] = []
     real = saving.Saving.save
 
@@ -37,31 +40,35 @@ def run(folder: Path, steps: int, every: int) -> tuple[float, list[float]]:
         held.append(time.perf_counter() - began)
 
     saving.Saving.save = timed  # type: ignore[method-assign]
-    changes = {"train.steps": steps, "evaluate.every": 0, "checkpoint.every": every, "precision": "bf16"}
+    changes = {"train.steps": steps, "evaluate.every": 0, "checkpoint.every": EVERY, "precision": "bf16"}
     task = find_task("pycode")
     try:
         result = train_task(task, recipe_for(task).override(changes), folder=folder)
     finally:
         saving.Saving.save = real  # type: ignore[method-assign]
-    return result.records[-1].seconds - result.records[9].seconds, held
+    times = [0.0, *(record.seconds for record in result.records)]
+    return [b - a for a, b in zip(times, times[1:])], held
 
 
-def cost_of_saving(pairs: int, steps: int) -> dict[str, Any]:
-    ratios, held = [], []
+def cost_of_saving(steps: int) -> dict[str, Any]:
+    """Within one run, because two runs on a shared machine differ by a third: what the steps after a save take beyond their
+    neighbours, as a share of 100 steps."""
     with tempfile.TemporaryDirectory(dir=Path.cwd()) as place:
-        for pair in range(pairs):
-            seconds = {}
-            for every in (100, 0) if pair % 2 else (0, 100):
-                seconds[every], waits = run(Path(place) / f"{pair}-{every}", steps, every)
-                held += waits if every else []
-            ratios.append(seconds[100] / seconds[0])
-            print(f"pair {pair}: x {ratios[-1]:.4f}", flush=True)
-        size = sum(f.stat().st_size for f in next((Path(place) / "0-100" / "checkpoints").iterdir()).iterdir())
+        seconds, held = run(Path(place) / "run", steps)
+        size = sum(f.stat().st_size for f in next((Path(place) / "run" / "checkpoints").iterdir()).iterdir())
+    shares = []
+    for save in range(
+        2 * EVERY, steps - EVERY, EVERY
+    ):  # index of the first step after it; the first holds checks of its own
+        after = sum(seconds[save : save + AROUND])
+        others = (sum(seconds[save - AROUND : save]) + sum(seconds[save + AROUND : save + 2 * AROUND])) / 2
+        shares.append((after - others) / (100 * others / AROUND))
     return {
-        "what": "pycode, a checkpoint every 100 steps over none",
+        "what": "pycode: a checkpoint every 100 steps, its cost as a share of the run's time",
         "steps": steps,
-        "time": summary(ratios),
-        "ms held a save": round(1000 * statistics.median(held), 2),
+        "share": summary(shares),
+        "step, ms": round(1000 * statistics.median(seconds), 1),
+        "held a save, ms": round(1000 * statistics.median(held), 2),
         "bytes": size,
     }
 
@@ -117,11 +124,11 @@ def speed_of_loading(pairs: int, gib: float) -> dict[str, Any]:
 
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser()
-    parser.add_argument("--pairs", type=int, default=6)
-    parser.add_argument("--steps", type=int, default=200)
+    parser.add_argument("--pairs", type=int, default=8)
+    parser.add_argument("--steps", type=int, default=420)
     parser.add_argument("--gib", type=float, default=1.0)
     asked = parser.parse_args(arguments)
-    rows = [speed_of_loading(asked.pairs + 4, asked.gib), cost_of_saving(asked.pairs, asked.steps)]
+    rows = [speed_of_loading(asked.pairs, asked.gib), cost_of_saving(asked.steps)]
     for row in rows:
         print(row)
     keep("checkpoint", rows, f"python -m benchmarks checkpoint (pairs {asked.pairs}, steps {asked.steps})")

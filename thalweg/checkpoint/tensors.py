@@ -28,7 +28,7 @@ from thalweg.checkpoint.place import Reading
 CHUNK = 4 << 20
 _MOST_HEADER = 100 << 20  # as in the package
 _MOST_DIMENSIONS = 64
-_THREADS = 2  # one waits for the disk while the other computes digests
+_THREADS = 4  # some wait for the disk while others compute digests
 
 NAMES = {
     torch.bool: "BOOL",
