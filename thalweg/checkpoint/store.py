@@ -176,11 +176,20 @@ class Store:
 
     def fault(self, step: int) -> str:
         """What is wrong with a checkpoint, or an empty text; every byte of it is read."""
+        found = self._damage(step)
+        return "" if found is None else str(found)
+
+    def damaged(self, step: int) -> str:
+        """As ``fault``, but only where it is sure that the checkpoint is none; an empty text otherwise."""
+        found = self._damage(step)
+        return "" if found is None or isinstance(found, Unreadable) else str(found)
+
+    def _damage(self, step: int) -> Damage | None:
         try:
-            self._walk(step, check_tensors, lambda file, row: check_sha256(file, row))
-        except Damage as fault:
-            return str(fault)
-        return ""
+            self._walk(step, check_tensors, check_sha256)
+        except Damage as found:
+            return found
+        return None
 
     def newest_good(self) -> tuple[int | None, list[str]]:
         """The newest step whose checkpoint verifies, and the faults of newer ones that were passed over."""
@@ -221,16 +230,6 @@ class Store:
         except Unreadable:
             time.sleep(_MOMENT)
             return self._read(step)
-
-    def damaged(self, step: int) -> str:
-        """As ``fault``, but only where it is sure that the checkpoint is none; an empty text otherwise."""
-        try:
-            self._walk(step, check_tensors, lambda file, row: check_sha256(file, row))
-        except Unreadable:
-            return ""
-        except Damage as fault:
-            return str(fault)
-        return ""
 
     def _read(self, step: int) -> Snapshot:
         """
