@@ -7,6 +7,7 @@ gradients are added to the arena as they come, and the sum is divided by the wei
 
 from __future__ import annotations
 
+import hashlib
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -17,12 +18,19 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from thalweg.core import ModelError
+from thalweg.core import ModelError, Recipe
 from thalweg.engine.blocks import repeated_blocks
+from thalweg.engine.precision import gradient_dtype
 from thalweg.optim import Arena, plain_name
-from thalweg.optim.layout import Layout
 from thalweg.optim.sharded_arena import ShardedArena
+from thalweg.optim.shards import Shards
+from thalweg.parallel import Ranks
 
+# The names of torch 2.13, and those before.
+_all_gather: Any = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)
+_reduce_scatter: Any = getattr(dist, "reduce_scatter_single", dist.reduce_scatter_tensor)
+# What FSDP2 writes into modules: attributes, and hooks.
+_NOTES = ("_is_fsdp_managed_module", "_fsdp_use_orig_params", "__composable_api_state_key")
 _HOOKS = (
     "_forward_pre_hooks",
     "_forward_hooks",
@@ -49,6 +57,7 @@ class FullySharded:
         from torch.distributed.fsdp import fully_shard
 
         self.model, self.mesh, self.exact = model, mesh, exact
+        self.others: list[int] = []  # ranks that began with other weights than the first
         self.idle = False  # whether what this rank adds to the sums is nothing
         named = dict(model.named_parameters())
         self._check(named)
@@ -63,10 +72,10 @@ class FullySharded:
         self.everyone = group
         replica = 0 if mesh.ndim == 1 else mesh.get_local_rank(0)
         self.replicas = None if mesh.ndim == 1 else mesh.get_group(0)
-        self.layout = Layout(self.shapes, group, replica)
+        self.shards = Shards(self.shapes, group, replica)
         for p in named.values():
             p.data = p.data.contiguous()
-        self.units = units(model)
+        self.units: list[Any] = list(units(model))
         for module in self.units:
             wide = sums if sums is not None and any(p.dtype != sums for p in module.parameters()) else None
             fully_shard(module, mesh=mesh, reshard_after_forward=module is not model, mp_policy=_policy(wide))
@@ -103,13 +112,11 @@ class FullySharded:
     def parts(self) -> list[tuple[str, nn.Parameter]]:
         """(plain name, this rank's part) of what is trained, for arenas to take over."""
         return [
-            (self.names[id(p)], nn.Parameter(_local(p).detach()))
-            for p in self.model.parameters()
-            if p.requires_grad
+            (self.names[id(p)], nn.Parameter(_local(p).detach())) for p in self.model.parameters() if p.requires_grad
         ]
 
     def arena(self, named: Sequence[tuple[str, nn.Parameter]], treatments: Any, how: Any) -> ShardedArena:
-        return ShardedArena(named, treatments, how, self.layout)
+        return ShardedArena(named, treatments, how, self.shards)
 
     def take(self, arenas: Sequence[Arena]) -> None:
         """The parts are those of the arenas: what FSDP2 gathers is what updates move, and gradients come into their buffers."""
@@ -119,7 +126,7 @@ class FullySharded:
             if arena is None:
                 continue  # not trained
             start = arena.places[name][0]
-            one._sharded_param_data = arena.params[start : start + self.layout.pieces[name].room]
+            one._sharded_param_data = arena.params[start : start + self.shards.pieces[name].room]
             one.sharded_param._local_tensor = arena.view(arena.params, name)
             self._views[name] = arena.view(arena.grads, name).view(-1)
 
@@ -172,7 +179,7 @@ class FullySharded:
     def _deliver(self, summing: _Sum, p: Any) -> None:
         """The sum of a parameter's gradients, of this rank's part, is there."""
         name = self.names[id(p)]
-        view, room = self._views[name], self.layout.pieces[name].room
+        view, room = self._views[name], self.shards.pieces[name].room
         for given in summing.given:
             view.add_(given[summing.at : summing.at + view.numel()])
         summing.at += room
@@ -190,7 +197,7 @@ class FullySharded:
         wholes: dict[str, Tensor] = {}
         for name, p in list(self.model.named_parameters()):
             name = plain_name(name)
-            found = self.layout.whole(name, _local(p), all_ranks=True)
+            found = self.shards.whole(name, _local(p), all_ranks=True)
             assert found is not None
             wholes[name] = found
         where = {(id(module), key): self.names[id(module._parameters[key])] for module, key, _ in self._before}
@@ -207,12 +214,32 @@ class FullySharded:
             module.__class__ = self._types[id(module)]
             for hooks in _HOOKS:
                 _without_fsdp(module, hooks)
-            for key in ("_is_fsdp_managed_module", "_fsdp_use_orig_params"):
-                module.__dict__.pop(key, None)
             for key in set(module.__dict__) - self._keys[id(module)]:
-                if not isinstance(key, str):  # what torch notes of composable wrappers
+                if key.startswith(_NOTES):
                     del module.__dict__[key]
             _module_state_mapping.pop(module, None)
+
+
+def cut(model: nn.Module, mesh: Any, ranks: Ranks, recipe: Recipe) -> FullySharded:
+    """The model in parts, of the first rank's weights.
+
+    Raises:
+        ModelError: for a model that cannot be cut.
+    """
+    whole = [p.detach() for p in model.parameters()] + list(model.buffers())
+    told = ranks.told(_digest(whole))
+    ranks.copy(whole)
+    made = FullySharded(model, mesh, sums=gradient_dtype(recipe), exact=recipe.exact_reduce)
+    made.others = [rank for rank, one in enumerate(told) if one != told[0]]
+    return made
+
+
+def _digest(tensors: Sequence[Tensor]) -> str:
+    found = hashlib.sha256()
+    for tensor in tensors:
+        flat = tensor.detach().cpu().contiguous().reshape(-1)
+        found.update(flat.view(torch.uint8).numpy().tobytes() if flat.numel() else b"")
+    return found.hexdigest()
 
 
 class _Sum:
@@ -230,12 +257,14 @@ class _Sum:
     def allocate(self, size: Sequence[int], *, dtype: torch.dtype, device: torch.device) -> Tensor:
         return torch.empty(*size, dtype=dtype, device=device)
 
-    def __call__(self, output_tensor: Tensor, input_tensor: Tensor, group: Any, op: Any, async_op: bool = False) -> None:
+    def __call__(
+        self, output_tensor: Tensor, input_tensor: Tensor, group: Any, op: Any, async_op: bool = False
+    ) -> None:
         if self.sharded.idle:
             input_tensor.zero_()
         self.at = 0
         if not self.sharded.exact:
-            dist.reduce_scatter_tensor(output_tensor, input_tensor, op=dist.ReduceOp.SUM, group=group)
+            _reduce_scatter(output_tensor, input_tensor, group=group)
             self.given = [output_tensor]
             return
         world = dist.get_world_size(group)
@@ -244,7 +273,7 @@ class _Sum:
         if self.sharded.replicas is not None:
             copies = dist.get_world_size(self.sharded.replicas)
             all_found = found.new_empty(copies * found.numel())
-            dist.all_gather_into_tensor(all_found, found, group=self.sharded.replicas)
+            _all_gather(all_found, found, group=self.sharded.replicas)
             found, world = all_found, copies * world
         self.given = list(found.view(world, -1).unbind())
         output_tensor.zero_()
@@ -256,7 +285,8 @@ def units(model: nn.Module) -> list[nn.Module]:
     A block that shares a parameter with something outside of it is left to the rest.
     """
     blocks = list(repeated_blocks(model).values())
-    uses = Counter(id(p) for part in [*blocks, _Rest(model, blocks)] for p in {id(p): p for p in part.parameters()}.values())
+    parts: list[Any] = [*blocks, _Rest(model, blocks)]
+    uses = Counter(id(p) for part in parts for p in {id(p): p for p in part.parameters()}.values())
     blocks = [block for block in blocks if all(uses[id(p)] == 1 for p in block.parameters())]
     found: list[nn.Module] = []
     for unit in [*blocks, model]:
@@ -299,7 +329,7 @@ def _policy(sums: torch.dtype | None) -> Any:
 
 
 def _local(x: Tensor) -> Tensor:
-    found: Tensor = x._local_tensor if hasattr(x, "_local_tensor") else x  # type: ignore[attr-defined]
+    found: Tensor = x._local_tensor if hasattr(x, "_local_tensor") else x
     return found.detach()
 
 
@@ -309,5 +339,9 @@ def _without_fsdp(module: nn.Module, hooks: str) -> None:
         function = getattr(hook, "hook", hook)
         if (getattr(function, "__module__", "") or "").startswith("torch.distributed.fsdp"):
             del kept[key]
-            for more in ("_forward_pre_hooks_with_kwargs", "_forward_hooks_with_kwargs", "_forward_hooks_always_called"):
+            for more in (
+                "_forward_pre_hooks_with_kwargs",
+                "_forward_hooks_with_kwargs",
+                "_forward_hooks_always_called",
+            ):
                 module.__dict__.get(more, {}).pop(key, None)

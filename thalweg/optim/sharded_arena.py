@@ -20,8 +20,8 @@ from thalweg.device import exact_dtype
 from thalweg.optim.arena import Arena, How, Segment, Treatment, aligned
 from thalweg.optim.batch import Batch, evaluation_weights
 from thalweg.optim.codecs import Part
-from thalweg.optim.layout import Layout, Owners
 from thalweg.optim.program import Program, due_now
+from thalweg.optim.shards import Owners, Shards
 
 
 @dataclass
@@ -42,7 +42,7 @@ class ShardedArena(Arena):
 
     Args:
         named: (name, this rank's part).
-        layout: which part of the whole it is.
+        shards: which part of the whole it is.
     """
 
     def __init__(
@@ -50,9 +50,9 @@ class ShardedArena(Arena):
         named: Sequence[tuple[str, nn.Parameter]],
         treatments: Mapping[str, Treatment],
         how: How,
-        layout: Layout,
+        shards: Shards,
     ) -> None:
-        self.layout = layout
+        self.shards = shards
         self.owners: Owners | None = None
         self._owned = self._must_be_whole(named, treatments, how)
         super().__init__(named, treatments, how)
@@ -68,17 +68,17 @@ class ShardedArena(Arena):
         whole = {t for t in kinds if _reads_more(self._program(t, 0))}
         names = [name for name, _ in named if treatments[name] in whole]
         if names:
-            self.owners = Owners(self.layout, names)
+            self.owners = Owners(self.shards, names)
             parts = {name: p.detach() for name, p in named if treatments[name] in whole}
             self._wholes = self.owners.gather(parts, self.dtype, self.device)  # slots may start from the weights
         return whole
 
     def _room(self, name: str, p: Tensor) -> int:
-        return self.layout.pieces[name].room
+        return self.shards.pieces[name].room
 
     def _extent(self, names: Sequence[str]) -> int:
         """Elements of a segment on one rank: what decides how it is updated."""
-        return sum(aligned(self.layout.pieces[name].numel) for name in names)
+        return sum(aligned(self.shards.pieces[name].numel) for name in names)
 
     def _segment(self, treatment: Treatment, names: list[str], border: tuple[int, int]) -> Segment:
         program = self._program(treatment, self._extent(names))
@@ -89,7 +89,7 @@ class ShardedArena(Arena):
             return Segment(treatment, names, program, Batch(ps, gs, slots, ["batch"]), lowered)
         assert self.owners is not None
         program.clear = False  # its gradients are there for the update alone
-        mine = [name for name in names if self.owners.of[name] == self.layout.rank]
+        mine = [name for name in names if self.owners.of[name] == self.shards.rank]
         ps = [self._seen(program, self._wholes.pop(name)) for name in mine]
         if not mine:
             ps = [self._stand_in(program)]
@@ -98,7 +98,7 @@ class ShardedArena(Arena):
         firsts, place = {}, 0
         for name in names:
             firsts[name] = place
-            numel = self.layout.pieces[name].numel
+            numel = self.shards.pieces[name].numel
             place += aligned(numel) if program.reads == "element" else numel
         at = [firsts[name] for name in mine] or [0]
         return OwnedSegment(treatment, names, program, Batch([], [], slots, folds, firsts=at), lowered, mine, at)
@@ -139,7 +139,7 @@ class ShardedArena(Arena):
         self._fill(gradients=True)
 
     def total(self, value: Tensor) -> Tensor:
-        return self.layout.total(value)
+        return self.shards.total(value)
 
     def run(self, given: Mapping[str, Any], *, due: int) -> None:
         for segment in self.segments:
@@ -163,8 +163,8 @@ class ShardedArena(Arena):
         begin, place = self.places[segment.names[0]][0], 0
         cuts, firsts = [], []
         for name in segment.names:
-            piece = self.layout.pieces[name]
-            start, stop = piece.bounds(self.layout.rank)
+            piece = self.shards.pieces[name]
+            start, stop = piece.bounds(self.shards.rank)
             at = self.places[name][0] - begin
             cuts.append(slice(at, at + stop - start))
             firsts.append(place + start)
@@ -186,12 +186,12 @@ class ShardedArena(Arena):
 
     def noise(self, segment: Segment, k: int, step: int) -> Tensor:
         """The numbers that one rank would draw; of them, those that are asked for here."""
-        piece = self.layout.pieces[segment.names[k]]
+        piece = self.shards.pieces[segment.names[k]]
         seed = seed_for(self.how.seed, "noise", segment.names[0], k, step)
         generator = torch.Generator(self.device).manual_seed(seed)
         shape = (piece.numel,) if segment.program.reads == "element" else piece.shape
         drawn = torch.randn(shape, generator=generator, device=self.device, dtype=segment.program.wide)
-        return drawn if isinstance(segment, OwnedSegment) else drawn[slice(*piece.bounds(self.layout.rank))]
+        return drawn if isinstance(segment, OwnedSegment) else drawn[slice(*piece.bounds(self.shards.rank))]
 
     def alone(self, segment: Segment, k: int) -> Batch:
         raise AssertionError("gradients are not released on ranks")
@@ -204,7 +204,9 @@ class ShardedArena(Arena):
 
     def averages(self) -> list[tuple[Tensor, Tensor]]:
         self.wait()
-        pairs, wholes, found = [], {}, False
+        pairs: list[tuple[Tensor, Tensor]] = []
+        wholes: dict[str, Tensor] = {}
+        found = False
         for segment in self.segments:
             if isinstance(segment, OwnedSegment):
                 continue
@@ -233,7 +235,7 @@ class ShardedArena(Arena):
             return {segment.names[0]: mine[0]}
         views = dict(zip(segment.mine, mine))
         if segment.program.reads == "element" and part.shape == "like":
-            return {name: view.view(self.layout.pieces[name].shape) for name, view in views.items()}
+            return {name: view.view(self.shards.pieces[name].shape) for name, view in views.items()}
         return views
 
 

@@ -8,6 +8,7 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +31,7 @@ from thalweg.core.changes import accepted
 from thalweg.engine import Loop, Resolved, Step, build, evaluate, resolve
 from thalweg.engine.memory import PeakWatch, begun
 from thalweg.engine.signals import Asked, asked_to_end
-from thalweg.engine.together import same_state
+from thalweg.engine.together import take_state
 from thalweg.parallel import Ranks, check_equal, join, on_first
 from thalweg.regularize import PreciseStatistics, set_factors
 from thalweg.report import write_report
@@ -38,7 +39,7 @@ from thalweg.run.best import BestWeights
 from thalweg.run.earlier import Earlier, check_end, look
 from thalweg.run.folder import RunFolder, unwritable
 from thalweg.run.result import Result, Resume
-from thalweg.run.saving import Saving, ranked_by
+from thalweg.run.saving import Saving, ranked_by, snapshot_of
 from thalweg.watch import JsonLines, Memory
 
 
@@ -103,6 +104,11 @@ def train_task(
         if here is not None:
             here.release()
         lock.release()
+
+
+def _take_part(loop: Loop, keeper: BestWeights | None, must: bool) -> None:
+    """A rank's part in a checkpoint that the first one writes."""
+    snapshot_of(loop, keeper, {})
 
 
 def _held(recipe: Recipe) -> list[str]:
@@ -231,8 +237,7 @@ class _Run:
             if plan.ledger is not None:
                 plan = replace(plan, ledger=begun(plan.ledger, resolved.device))
             plan = replace(plan, decisions=(*plan.decisions, *step.state.ways()))
-        ranks.together(lambda: None if earlier.snapshot is None else step.state.load(earlier.snapshot))
-        kept, told = same_state(step.state, earlier.snapshot, ranks)
+        kept, told = take_state(step.state, earlier.snapshot, ranks)
         self.news += [("ranks", text) for text in told]
         return plan, kept
 
@@ -263,6 +268,8 @@ class _Run:
         if keeper is not None:
             loop.best = keeper.keep
         if self.folder is None or self.lines is None:
+            if self.path is not None and loop.step.state.fully is not None:
+                loop.save = partial(_take_part, loop, keeper)
             return None
         saving = Saving(self.folder.store, loop, self.lines, keeper, asked)
         loop.save, loop.watch = saving.save, saving.watch
@@ -292,9 +299,13 @@ class _Run:
         """The model has the weights that were evaluated."""
         step.state.adopt_average()
         if precise is not None:
-            precise.estimate(version=step.state.step).put(step.state.model)
+            with step.state.whole():
+                found = precise.estimate(version=step.state.step)
+            found.put(step.state.model)
         if keeper is not None:
             keeper.adopt()
+        if step.state.fully is not None:
+            step.state.fully.release()
 
     @staticmethod
     def _give_back(step: Step) -> None:

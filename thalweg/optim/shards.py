@@ -52,7 +52,7 @@ class Piece:
         return ((stop - start) // self.row if self.row else 0, *self.shape[1:])
 
 
-class Layout:
+class Shards:
     """How the parameters of a model lie on ranks.
 
     Args:
@@ -102,60 +102,60 @@ class Owners:
         names: parameters that must be whole to be worked on.
     """
 
-    def __init__(self, layout: Layout, names: Sequence[str]) -> None:
-        self.layout = layout
-        load = [0] * layout.world
+    def __init__(self, shards: Shards, names: Sequence[str]) -> None:
+        self.shards = shards
+        load = [0] * shards.world
         self.of: dict[str, int] = {}
-        for name in sorted(names, key=lambda name: (-layout.pieces[name].numel, name)):
+        for name in sorted(names, key=lambda name: (-shards.pieces[name].numel, name)):
             self.of[name] = load.index(min(load))
-            load[self.of[name]] += layout.pieces[name].numel
-        self.names = [[name for name in names if self.of[name] == rank] for rank in range(layout.world)]
+            load[self.of[name]] += shards.pieces[name].numel
+        self.names = [[name for name in names if self.of[name] == rank] for rank in range(shards.world)]
 
     @property
     def mine(self) -> list[str]:
-        return self.names[self.layout.rank]
+        return self.names[self.shards.rank]
 
     def gather(self, parts: Mapping[str, Tensor], dtype: torch.dtype, device: torch.device) -> dict[str, Tensor]:
         """Whole tensors of what this rank owns, from everyone's parts: one exchange."""
-        layout = self.layout
+        shards = self.shards
         runs = [parts[name].reshape(-1) for names in self.names for name in names]
         given = torch.cat(runs).to(dtype) if runs else torch.empty(0, dtype=dtype, device=device)
-        sent = [sum(self._extent(name, layout.rank) for name in names) for names in self.names]
-        sizes = [sum(self._extent(name, rank) for name in self.mine) for rank in range(layout.world)]
+        sent = [sum(self._extent(name, shards.rank) for name in names) for names in self.names]
+        sizes = [sum(self._extent(name, rank) for name in self.mine) for rank in range(shards.world)]
         got = torch.empty(sum(sizes), dtype=dtype, device=device)
-        dist.all_to_all_single(got, given, sizes, sent, group=layout.group)
-        wholes = {name: torch.empty(layout.pieces[name].shape, dtype=dtype, device=device) for name in self.mine}
+        dist.all_to_all_single(got, given, sizes, sent, group=shards.group)
+        wholes = {name: torch.empty(shards.pieces[name].shape, dtype=dtype, device=device) for name in self.mine}
         at = 0
-        for rank in range(layout.world):
+        for rank in range(shards.world):
             for name in self.mine:
-                start, stop = layout.pieces[name].bounds(rank)
+                start, stop = shards.pieces[name].bounds(rank)
                 wholes[name].view(-1)[start:stop] = got[at : at + stop - start]
                 at += stop - start
         return wholes
 
     def scatter(self, wholes: Mapping[str, Tensor], dtype: torch.dtype, device: torch.device) -> dict[str, Tensor]:
         """This rank's parts of all parameters, from who owns them: one exchange, the way back of ``gather``."""
-        layout = self.layout
+        shards = self.shards
         runs = [
-            wholes[name].reshape(-1)[slice(*layout.pieces[name].bounds(rank))]
-            for rank in range(layout.world)
+            wholes[name].reshape(-1)[slice(*shards.pieces[name].bounds(rank))]
+            for rank in range(shards.world)
             for name in self.mine
         ]
         given = torch.cat(runs).to(dtype) if runs else torch.empty(0, dtype=dtype, device=device)
-        sent = [sum(self._extent(name, rank) for name in self.mine) for rank in range(layout.world)]
-        sizes = [sum(self._extent(name, layout.rank) for name in names) for names in self.names]
+        sent = [sum(self._extent(name, rank) for name in self.mine) for rank in range(shards.world)]
+        sizes = [sum(self._extent(name, shards.rank) for name in names) for names in self.names]
         got = torch.empty(sum(sizes), dtype=dtype, device=device)
-        dist.all_to_all_single(got, given, sizes, sent, group=layout.group)
+        dist.all_to_all_single(got, given, sizes, sent, group=shards.group)
         return dict(self._cut(got))
 
     def _cut(self, got: Tensor) -> Iterator[tuple[str, Tensor]]:
-        at, layout = 0, self.layout
+        at, shards = 0, self.shards
         for names in self.names:
             for name in names:
-                num = self._extent(name, layout.rank)
-                yield name, got[at : at + num].view(layout.pieces[name].size(layout.rank))
+                num = self._extent(name, shards.rank)
+                yield name, got[at : at + num].view(shards.pieces[name].size(shards.rank))
                 at += num
 
     def _extent(self, name: str, rank: int) -> int:
-        start, stop = self.layout.pieces[name].bounds(rank)
+        start, stop = self.shards.pieces[name].bounds(rank)
         return stop - start
