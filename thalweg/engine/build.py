@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -45,13 +44,8 @@ def build(
     device: Device,
     policy: Policy,
     ranks: Ranks = ALONE,
-    mesh: Any = None,
 ) -> Step:
-    """The step of a plan; the model's parameters become views of flat buffers.
-
-    Args:
-        mesh: the DeviceMesh over which parameters are cut into parts; None: each rank has them whole.
-    """
+    """The step of a plan; the model's parameters become views of flat buffers."""
     recipe = plan.recipe
     optimizer, regularize = recipe.optimizer, recipe.regularize
     in_update = regularize.averages and regularize.average_form != "window"
@@ -69,10 +63,10 @@ def build(
         gradients=gradient_dtype(recipe),
     )
     fully = None
-    if mesh is None:
+    if ranks.world == 1 or plan.layout.get("shard", 1) == 1:
         arenas = make_arenas(named_trainable(model), plan.parameters, optimizer, how)
     else:
-        fully = cut(model, mesh, ranks, recipe)
+        fully = cut(model, plan, device, ranks)
         arenas = make_arenas(fully.parts(), plan.parameters, optimizer, how, fully.arena)
         fully.take(arenas)
     span = run_span(plan)

@@ -18,13 +18,14 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from thalweg.core import ModelError, Recipe
+from thalweg.core import Layout, ModelError, Plan
+from thalweg.device import Device
 from thalweg.engine.blocks import repeated_blocks
 from thalweg.engine.precision import gradient_dtype
 from thalweg.optim import Arena, plain_name
 from thalweg.optim.sharded_arena import ShardedArena
 from thalweg.optim.shards import Shards
-from thalweg.parallel import Ranks
+from thalweg.parallel import Grid
 
 # The names of torch 2.13, and those before.
 _all_gather: Any = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)
@@ -220,12 +221,17 @@ class FullySharded:
             _module_state_mapping.pop(module, None)
 
 
-def cut(model: nn.Module, mesh: Any, ranks: Ranks, recipe: Recipe) -> FullySharded:
-    """The model in parts, of the first rank's weights.
+def cut(model: nn.Module, plan: Plan, device: Device, ranks: Any) -> FullySharded:
+    """The model in parts, as the plan's layout says, of the first rank's weights.
+
+    Args:
+        ranks: those of the run; every one calls this.
 
     Raises:
         ModelError: for a model that cannot be cut.
     """
+    recipe = plan.recipe
+    mesh = Grid(ranks, Layout(**plan.layout), device).sharding
     whole = [p.detach() for p in model.parameters()] + list(model.buffers())
     told = ranks.told(_digest(whole))
     ranks.copy(whole)

@@ -2,11 +2,13 @@
 
 from thalweg.parallel.joined import TIMEOUT, Joined, join
 from thalweg.parallel.launch import launch
+from thalweg.parallel.mesh import Grid, ranks_on_each
 from thalweg.parallel.ranks import ALONE, Alone, Ranks, Talk, check_equal, on_first
 
 __all__ = [
     "ALONE",
     "Alone",
+    "Grid",
     "Joined",
     "Ranks",
     "TIMEOUT",
@@ -15,4 +17,5 @@ __all__ = [
     "on_first",
     "join",
     "launch",
+    "ranks_on_each",
 ]
