@@ -29,9 +29,9 @@ def settle_layout(recipe: Recipe, ranks: Ranks, decide: Decisions) -> Layout:
 
 def check_layout(layout: Layout, asked: object) -> None:
     """Refuse what is not there."""
-    if layout.shard > 1 or layout.tensor > 1:
+    if layout.tensor > 1:
         raise RecipeError(
             f"parallel={told(asked)} is not possible.",  # type: ignore[arg-type]
-            f"It spreads parameters: {layout}.",
-            "Use parallel='ddp'.",
+            f"It cuts layers: {layout}.",
+            "Use parallel='fsdp', which spreads parameters.",
         )

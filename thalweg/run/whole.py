@@ -8,6 +8,7 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +32,7 @@ from thalweg.core.changes import accepted
 from thalweg.engine import Loop, Resolved, Step, build, evaluate, resolve
 from thalweg.engine.memory import PeakWatch, begun
 from thalweg.engine.signals import Asked, asked_to_end
-from thalweg.engine.together import same_state
+from thalweg.engine.together import take_state
 from thalweg.parallel import Ranks, check_equal, join, on_first
 from thalweg.regularize import PreciseStatistics, set_factors
 from thalweg.report import write_report
@@ -39,7 +40,7 @@ from thalweg.run.best import BestWeights
 from thalweg.run.earlier import Earlier, check_end, look
 from thalweg.run.folder import RunFolder, unwritable
 from thalweg.run.result import Result, Resume
-from thalweg.run.saving import Saving, ranked_by
+from thalweg.run.saving import Saving, ranked_by, snapshot_of
 from thalweg.watch import JsonLines, Memory
 
 
@@ -104,6 +105,11 @@ def train_task(
         if here is not None:
             here.release()
         lock.release()
+
+
+def _take_part(loop: Loop, keeper: BestWeights | None, must: bool) -> None:
+    """A rank's part in a checkpoint that the first one writes."""
+    snapshot_of(loop, keeper, {})
 
 
 def _held(recipe: Recipe) -> list[str]:
@@ -233,8 +239,7 @@ class _Run:
             if plan.ledger is not None:
                 plan = replace(plan, ledger=begun(plan.ledger, resolved.device))
             plan = replace(plan, decisions=(*plan.decisions, *step.state.ways()))
-        ranks.together(lambda: None if earlier.snapshot is None else step.state.load(earlier.snapshot))
-        kept, told = same_state(step.state, earlier.snapshot, ranks)
+        kept, told = take_state(step.state, earlier.snapshot, ranks)
         self.news += [("ranks", text) for text in told]
         return plan, kept
 
@@ -265,6 +270,8 @@ class _Run:
         if keeper is not None:
             loop.best = keeper.keep
         if self.folder is None or self.lines is None:
+            if self.path is not None and loop.step.state.fully is not None:
+                loop.save = partial(_take_part, loop, keeper)
             return None
         saving = Saving(self.folder.store, loop, self.lines, keeper, asked)
         loop.save, loop.watch = saving.save, saving.watch
@@ -294,9 +301,13 @@ class _Run:
         """The model has the weights that were evaluated."""
         step.state.adopt_average()
         if precise is not None:
-            precise.estimate(version=step.state.step).put(step.state.model)
+            with step.state.whole():
+                found = precise.estimate(version=step.state.step)
+            found.put(step.state.model)
         if keeper is not None:
             keeper.adopt()
+        if step.state.fully is not None:
+            step.state.fully.release()
 
     @staticmethod
     def _give_back(step: Step) -> None:
@@ -365,7 +376,8 @@ class _Run:
             with resolved.policy.context(resolved.device):
                 resolved.loss(model, batch)
 
-        return PreciseStatistics(resolved.model, batches, forward, seed=recipe.seed, group=self.ranks.group)
+        ranks = {"group": self.ranks.group, "in_order": recipe.exact_reduce}
+        return PreciseStatistics(resolved.model, batches, forward, seed=recipe.seed, **ranks)
 
     def _evaluation(
         self, resolved: Resolved, step: Any, precise: PreciseStatistics | None, asked: Asked
