@@ -198,6 +198,7 @@ class Loop:
     def _note(self) -> None:
         now = time.perf_counter()
         self._pending.append(now - self._began)
+        self.ranks.at = self.step.state.step
         due = now - self._flushed_at > _FLUSH_SECONDS if self._alone else self.step.state.step % _FLUSH_STEPS == 0
         if due or len(self._pending) == RING:
             self.flush()

@@ -31,9 +31,10 @@ from thalweg.engine import Loop, Resolved, Step, build, evaluate, resolve
 from thalweg.engine.memory import PeakWatch, begun
 from thalweg.engine.signals import Asked, asked_to_end
 from thalweg.engine.together import same_state
-from thalweg.parallel import Ranks, check_equal, join, on_first
+from thalweg.parallel import Agent, Ranks, check_equal, here, join, left_to, on_first
 from thalweg.regularize import PreciseStatistics, set_factors
 from thalweg.report import write_report
+from thalweg.run.again import check_in_sight, patience_of
 from thalweg.run.best import BestWeights
 from thalweg.run.earlier import Earlier, check_end, look
 from thalweg.run.folder import RunFolder, unwritable
@@ -93,15 +94,26 @@ def train_task(
         check_equal(ranks, "another recipe or program", _held(recipe), "Start all ranks with the same command.")
     if folder is None:
         return _Run(task, recipe, None, sinks, ranks, None).go()
-    path = Path(folder)
-    lock, here = FolderLock(path), None
+    path, agent = Path(folder), Agent()
+    left = left_to(ranks, agent)
+    again = left.folder == str(path)  # a launcher has started this group in the place of an earlier one
+    lock, place = FolderLock(path), None
     try:
-        on_first(ranks, lock.acquire)
-        here = on_first(ranks, lambda: RunFolder(path, recipe))  # the other ranks write nothing, and read nothing there
-        return _Run(task, recipe, here, sinks, ranks, path).go(resume, accept)
+        on_first(ranks, lambda: lock.acquire(patience_of(ranks) if again else 0.0))
+        place = on_first(
+            ranks, lambda: RunFolder(path, recipe)
+        )  # the other ranks write nothing, and read nothing there
+        if again:
+            on_first(ranks, lambda: check_in_sight(place, left))
+            resume = "auto"
+        run = _Run(task, recipe, place, sinks, ranks, path, agent=agent)
+        run.still_ours = lock.check
+        if again:
+            run.news.append(("ranks", f"Started again by the launcher, on {ranks.world} ranks."))
+        return run.go(resume, accept)
     finally:
-        if here is not None:
-            here.release()
+        if place is not None:
+            place.release()
         lock.release()
 
 
@@ -116,7 +128,13 @@ class _Run:
     Args:
         folder: where it writes; None on all ranks but the first.
         path: of the run's folder, which all may know.
+        agent: what started this process, for what the next group should know.
+
+    Attributes:
+        still_ours: raises where the folder is another's by now.
     """
+
+    still_ours: Callable[[], None] = staticmethod(lambda: None)
 
     def __init__(
         self,
@@ -126,8 +144,11 @@ class _Run:
         sinks: Sequence[Sink],
         ranks: Ranks,
         path: Path | None,
+        *,
+        agent: Agent | None = None,
     ) -> None:
         self.task, self.recipe, self.folder, self.ranks, self.path = task, recipe, folder, ranks, path
+        self.agent = agent
         self.memory = Memory()
         self.lines: JsonLines | None = None
         self.news: list[tuple[str, str]] = []  # to be told when the run begins: name and text of an event
@@ -171,7 +192,7 @@ class _Run:
     def _through(self, resolved: Resolved, earlier: Earlier, asked: Asked, step: Step) -> Result:
         plan, kept = self._filled(step, resolved, earlier)
         check_end(plan, step.state.step)  # a plan with fewer epochs knows its end only now
-        news = [] if self.folder is None else self._claim(self.folder, plan, earlier, step.state.step)
+        news = self._begun(plan, earlier, step.state.step)
         sinks = self._sinks(earlier.snapshot)
         precise = self._precise(resolved)
         evaluation = self._evaluation(resolved, step, precise, asked)
@@ -188,11 +209,14 @@ class _Run:
         except BaseException as err:
             if isinstance(err, ThalwegError):
                 err.in_run = True
+            self.ranks.ends_with(f"{type(err).__name__}: {err}"[:300])
             with suppress(BaseException):  # the first error is the one that counts
                 self._wind_up(StopReason.FAILED, saving, step, sinks)
             raise
         reason = self._wind_up(reason, saving, step, sinks)
         reason = self.ranks.from_first(reason)  # whether it could be saved, the first one alone knows
+        if self.agent is not None and reason is StopReason.DIVERGED:
+            self.agent.leave(code=reason.exit_code)  # a group that is started again would go the same way
         self._hand_over(step, precise, keeper)
         sample = self._sample(step.state.model, reason)
         if self.folder:
@@ -236,6 +260,16 @@ class _Run:
         self.news += [("ranks", text) for text in told]
         return plan, kept
 
+    def _begun(self, plan: Plan, earlier: Earlier, at: int) -> list[tuple[str, str]]:
+        """The folder holds the run; where a launcher may start ranks again, the next ones will know of it, wherever they are."""
+        folder, ranks = self.folder, self.ranks
+        if self.agent is not None:
+            self.agent.leave(folder=str(self.path), host=ranks.from_first(here()))
+        news = on_first(ranks, lambda: [] if folder is None else self._claim(folder, plan, earlier, at))
+        if self.agent is not None:
+            self.agent.leave(begun=True)
+        return news or []
+
     def _claim(self, folder: RunFolder, plan: Plan, earlier: Earlier, at: int) -> list[tuple[str, str]]:
         """All checks are behind us and the run goes on from step ``at``: what lies ahead of it in the folder is another's."""
         folder.goes_on()
@@ -264,7 +298,7 @@ class _Run:
             loop.best = keeper.keep
         if self.folder is None or self.lines is None:
             return None
-        saving = Saving(self.folder.store, loop, self.lines, keeper, asked)
+        saving = Saving(self.folder.store, loop, self.lines, keeper, asked, self.still_ours)
         loop.save, loop.watch = saving.save, saving.watch
         return saving
 
