@@ -5,6 +5,7 @@ from __future__ import annotations
 import atexit
 import gc
 import os
+import re
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
@@ -147,7 +148,7 @@ class Joined:
         except RuntimeError as err:
             if isinstance(err, ThalwegError) or ran_out(err):
                 raise
-            lost = self._lost(what, " ".join(str(err).split())[:300])
+            lost = self._lost(what, _in_short(err))
             lost.lost = True
         else:
             self._doing = "at work"
@@ -207,6 +208,12 @@ def _words(error: Exception) -> str:
     return str(error) if isinstance(error, ThalwegError) else f"{type(error).__name__}: {error}"
 
 
+def _in_short(err: Exception) -> str:
+    """What torch says, without the place in its sources and its advice."""
+    words = " ".join(str(err).split())
+    return re.sub(r"\[\S+:[0-9]+\] |This is typically caused.*", "", words)[:300].strip()
+
+
 _joined: list[Joined] = []
 
 
@@ -250,7 +257,7 @@ def _met(dist: Any, wanted: int, timeout: float) -> Joined:
         limit = timedelta(seconds=timeout)
         dist.init_process_group(HOST_RANKS, store=store, rank=rank, world_size=world, timeout=limit)
     except (RuntimeError, ValueError) as err:
-        words = " ".join(str(err).split())[:300]
+        words = _in_short(err)
         lost = RanksError(
             f"{wanted} ranks were to train together, and they did not meet.",
             words,

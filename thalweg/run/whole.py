@@ -11,14 +11,13 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import nn
 
 from thalweg.checkpoint import FolderLock, Snapshot, write_file
 from thalweg.core import (
-    VERSION,
     FeedState,
     Plan,
+    RanksError,
     Recipe,
     RunFolderError,
     Sink,
@@ -28,6 +27,7 @@ from thalweg.core import (
 )
 from thalweg.core.changes import accepted
 from thalweg.engine import Loop, Resolved, Step, build, evaluate, resolve
+from thalweg.engine.agree import check_forward
 from thalweg.engine.memory import PeakWatch, begun
 from thalweg.engine.signals import Asked, asked_to_end
 from thalweg.engine.together import same_state
@@ -38,6 +38,7 @@ from thalweg.run.again import check_in_sight, patience_of
 from thalweg.run.best import BestWeights
 from thalweg.run.earlier import Earlier, check_end, look
 from thalweg.run.folder import RunFolder, unwritable
+from thalweg.run.program import held
 from thalweg.run.result import Result, Resume
 from thalweg.run.saving import Saving, ranked_by
 from thalweg.watch import JsonLines, Memory
@@ -91,7 +92,9 @@ def train_task(
     if folder is None and (resume or accept):
         raise RunFolderError("resume needs a run folder.", "folder is None.", "Give the folder of the run.")
     if ranks.world > 1:
-        check_equal(ranks, "another recipe or program", _held(recipe), "Start all ranks with the same command.")
+        check_equal(
+            ranks, "another recipe or program", held(task, recipe), "Start all ranks with the same command and files."
+        )
     if folder is None:
         return _Run(task, recipe, None, sinks, ranks, None).go()
     path, agent = Path(folder), Agent()
@@ -115,11 +118,6 @@ def train_task(
         if place is not None:
             place.release()
         lock.release()
-
-
-def _held(recipe: Recipe) -> list[str]:
-    """What ranks must have in common, one thing a line."""
-    return [f"thalweg {VERSION}", f"torch {torch.__version__}", *recipe.to_toml().splitlines()]
 
 
 class _Run:
@@ -191,6 +189,8 @@ class _Run:
 
     def _through(self, resolved: Resolved, earlier: Earlier, asked: Asked, step: Step) -> Result:
         plan, kept = self._filled(step, resolved, earlier)
+        if self.ranks.world > 1 and (text := check_forward(step, resolved.tried, self.ranks)):
+            self.news.append(("ranks", text))
         check_end(plan, step.state.step)  # a plan with fewer epochs knows its end only now
         news = self._begun(plan, earlier, step.state.step)
         sinks = self._sinks(earlier.snapshot)
@@ -209,7 +209,8 @@ class _Run:
         except BaseException as err:
             if isinstance(err, ThalwegError):
                 err.in_run = True
-            self.ranks.ends_with(f"{type(err).__name__}: {err}"[:300])
+            if not (isinstance(err, RanksError) and (err.lost or err.told)):
+                self.ranks.ends_with(f"{type(err).__name__}: {err}"[:300])
             with suppress(BaseException):  # the first error is the one that counts
                 self._wind_up(StopReason.FAILED, saving, step, sinks)
             raise
