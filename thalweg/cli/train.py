@@ -198,6 +198,8 @@ def _ended(asked: argparse.Namespace, result: Any, folder: Path, ranks: Any) -> 
         return int(result.exit_code)
     if result.sample:
         print(f"\n{result.sample}\n")
+    if result.goodput is not None:
+        print(f"goodput: {result.goodput}")
     print(f"report: {folder / 'report.html'}")
     if result.exit_code >= 128:
         again = ["thalweg", "train", asked.task, "--resume"]

@@ -14,6 +14,7 @@ from thalweg.engine import Loop
 from thalweg.engine.guard import unfit
 from thalweg.engine.signals import Asked
 from thalweg.run.best import BestWeights
+from thalweg.run.clock import Clock
 from thalweg.run.folder import SAVED
 from thalweg.watch import JsonLines
 
@@ -32,6 +33,7 @@ class Saving:
         keeper: the best weights, where a run ends with them.
         asked: whether a signal asks the run to end; then it waits no longer than its grace for a store that fails.
         still_ours: raises where the run folder is another's by now.
+        clock: where the run's time goes.
     """
 
     def __init__(
@@ -41,9 +43,10 @@ class Saving:
         lines: JsonLines,
         keeper: BestWeights | None,
         asked: Asked,
-        still_ours: Callable[[], None] = lambda: None,
+        still_ours: Callable[[], None],
+        clock: Clock,
     ) -> None:
-        self.still_ours, self._looked_at = still_ours, 0.0
+        self.still_ours, self._looked_at, self.clock = still_ours, 0.0, clock
         self.loop, self.lines, self.keeper, self.asked = loop, lines, keeper, asked
         self.wanted = loop.plan.recipe.checkpoint
         self.saver = Saver(store, before=self._before, retain=self._retain, hurry=asked)
@@ -56,6 +59,7 @@ class Saving:
         """Hand over a checkpoint of this moment; the run waits for the copy alone."""
         self.asked.heard()
         self.saver.put(lambda: self._job(must))
+        self.clock.saved(self.loop.step.state.step, self.loop.spent)
 
     def _job(self, must: bool) -> Job:
         loop = self.loop
