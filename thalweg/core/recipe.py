@@ -542,6 +542,8 @@ class Recipe:
         weights: what a new run begins with: a run folder, a checkpoint, a file of torch, safetensors or Lightning, a
             Hugging Face folder; None: what the model is made with. A resumed run does not read it again.
         weights_rename: ``OLD=NEW`` names of modules or tensors in it; the first that fits a name changes it.
+        exact_reduce: gradients, losses and statistics are added up in the order of micro-batches, so that any number of ranks
+            gives the same bits (docs/ranks.md); it costs a second buffer for gradients, and more to send.
         model, loss: arguments for the task's model and loss functions, by name.
 
     >>> Recipe().override({"optimizer.lr": "3e-4"}).optimizer.lr
@@ -556,6 +558,7 @@ class Recipe:
     recompute: str | None = None
     weights: str | None = None
     weights_rename: tuple[str, ...] = ()
+    exact_reduce: bool = False
     model: dict[str, Any] = field(default_factory=dict)
     loss: dict[str, Any] = field(default_factory=dict)
     train: Train = field(default_factory=Train)

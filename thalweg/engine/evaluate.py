@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from typing import Any
 
@@ -69,29 +69,33 @@ def evaluate(
             for name, pair in found.items()
         }
 
-    sums: dict[str, list[Tensor]] = {}
+    batches: list[dict[str, list[Tensor]]] = []  # one after the other: sums do not hang on who evaluates what
     with evaluated_weights(state, precise), in_evaluation_mode(model), torch.no_grad():
         for samples in held_out(source, batch, state.device.torch_device, (ranks.rank, ranks.world)):
             if stop():
                 raise Interrupted
-            for found in each(samples, pairs, state.evaluation_limit):
-                for name, pair in found.items():
-                    before = sums.get(name)
-                    sums[name] = pair if before is None else [a + b for a, b in zip(before, pair)]
-    if ranks.world > 1:
-        sums = _over_ranks(sums, ranks)
+            batches.append(_added(each(samples, pairs, state.evaluation_limit)))
+    sums = _added(batches if ranks.world == 1 else _over_ranks(batches, ranks))
     if not sums:
         raise LossError("Nothing was evaluated.", "The held-out data gave no batch.", "Give at least one sample.")
     return {name: float(total / weight) for name, (total, weight) in sums.items()}
 
 
-def _over_ranks(sums: Mapping[str, list[Tensor]], ranks: Ranks) -> dict[str, list[Tensor]]:
-    """Sums of all ranks, added in their order; a rank may have had no batch."""
-    mine = {name: [float(v) for v in pair] for name, pair in sums.items()}
-    whole: dict[str, list[Tensor]] = {}
-    for theirs in ranks.told(mine):
-        for name, pair in theirs.items():
-            found = [torch.tensor(v, dtype=torch.float64) for v in pair]
-            before = whole.get(name)
-            whole[name] = found if before is None else [a + b for a, b in zip(before, found)]
-    return whole
+def _added(found: Iterable[Mapping[str, list[Tensor]]]) -> dict[str, list[Tensor]]:
+    """Sums by name, added in this order."""
+    sums: dict[str, list[Tensor]] = {}
+    for pairs in found:
+        for name, pair in pairs.items():
+            before = sums.get(name)
+            sums[name] = pair if before is None else [a + b for a, b in zip(before, pair)]
+    return sums
+
+
+def _over_ranks(batches: Sequence[Mapping[str, list[Tensor]]], ranks: Ranks) -> Iterator[dict[str, list[Tensor]]]:
+    """The batches of all ranks in the order of the data: they go round. A rank may have had none."""
+    mine = [{name: [float(v) for v in pair] for name, pair in pairs.items()} for pairs in batches]
+    told = ranks.told(mine)
+    for turn in range(max(map(len, told))):
+        for theirs in told:
+            if turn < len(theirs):
+                yield {n: [torch.tensor(v, dtype=torch.float64) for v in pair] for n, pair in theirs[turn].items()}

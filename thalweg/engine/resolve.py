@@ -49,6 +49,7 @@ from thalweg.engine.checks import (
     whole_of,
 )
 from thalweg.engine.given import made_model, split_of, task_loss
+from thalweg.engine.inorder import check_exact
 from thalweg.engine.memory import Bench, fit, predicted, settle_memory
 from thalweg.engine.precision import begin_precision, joined, settle_precision, tell_gradients
 from thalweg.engine.preflight import (
@@ -157,6 +158,7 @@ def _resolve(
     if ranks.world > 1:
         device = ranks.own(device)
         recipe = _on_ranks(recipe, ranks.world, decide)
+    check_exact(recipe, device)
     if recipe.device == "auto":
         recipe = replace(recipe, device=decide.take("device", str(device.torch_device), why))
     if recipe.precision != "auto":
@@ -255,6 +257,7 @@ def _resolve(
         )
 
     def check(recipe: Recipe) -> None:
+        check_exact(recipe, device)
         if ranks.world > 1:
             check_ranks(recipe, ranks.world)
         check_smallest_batch(model, recipe, samples, sizes, values)

@@ -85,6 +85,24 @@ class Joined:
                 if whole.data_ptr() != tensor.data_ptr():
                     tensor.copy_(whole)
 
+    def largest(self, number: int) -> int:
+        found = torch.tensor(number)
+        with self._in_touch("how many micro-batches a window has"):
+            self._dist.all_reduce(found, op=self._dist.ReduceOp.MAX, group=self.words)
+        return int(found)
+
+    def gather(self, tensor: Tensor) -> Tensor:
+        found = tensor.new_empty(self.world, *tensor.shape)
+        with self._in_touch("a sum in order"):
+            self._dist.all_gather_into_tensor(found.reshape(-1), tensor.contiguous().reshape(-1), group=self.group)
+        return found
+
+    def exchange(self, tensor: Tensor) -> Tensor:
+        found = torch.empty_like(tensor)
+        with self._in_touch("a sum in order"):
+            self._dist.all_to_all_single(found, tensor.contiguous(), group=self.group)
+        return found
+
     def told(self, value: T) -> list[T]:
         found: list[Any] = [None] * self.world
         with self._in_touch("what each has to say"):

@@ -59,6 +59,15 @@ class Ranks(Protocol):
     def copy(self, tensors: Iterable[Tensor]) -> None:
         """Each tensor becomes that of the first rank, whatever its dtype and strides."""
 
+    def largest(self, number: int) -> int:
+        """The largest of what the ranks gave."""
+
+    def gather(self, tensor: Tensor) -> Tensor:
+        """What each rank gave, in the order of ranks: (world, *shape)."""
+
+    def exchange(self, tensor: Tensor) -> Tensor:
+        """Row ``r`` of every rank's ``tensor`` (world, n) goes to rank ``r``, which gets them in the order of ranks: (world, n)."""
+
     def told(self, value: T) -> list[T]:
         """What each rank gave, in the order of ranks. Plain data."""
 
@@ -115,6 +124,15 @@ class Alone:
 
     def copy(self, tensors: Iterable[Tensor]) -> None:
         pass
+
+    def largest(self, number: int) -> int:
+        return number
+
+    def gather(self, tensor: Tensor) -> Tensor:
+        return tensor.unsqueeze(0)
+
+    def exchange(self, tensor: Tensor) -> Tensor:
+        return tensor
 
     def told(self, value: T) -> list[T]:
         return [value]

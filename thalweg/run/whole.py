@@ -369,7 +369,8 @@ class _Run:
             with resolved.policy.context(resolved.device):
                 resolved.loss(model, batch)
 
-        return PreciseStatistics(resolved.model, batches, forward, seed=recipe.seed, group=self.ranks.group)
+        ranks = {"group": self.ranks.group, "in_order": recipe.exact_reduce}
+        return PreciseStatistics(resolved.model, batches, forward, seed=recipe.seed, **ranks)
 
     def _evaluation(
         self, resolved: Resolved, step: Any, precise: PreciseStatistics | None, asked: Asked
