@@ -40,10 +40,9 @@ class Clock:
         size = self._records.stat().st_size if self._records.exists() else 0
         self._before = {"made": _last_step(self._records, size), "kept": _last_step(self._records, keep_bytes)}
 
-    def start(self, step: int, ranks: int, *, again: bool) -> None:
-        self._write(
-            kind="start", called=self.called, begun=time.time(), step=step, ranks=ranks, again=again, **self._before
-        )
+    def start(self, step: int, ranks: int) -> None:
+        known = {"called": self.called, "begun": time.time(), "again": self.again}
+        self._write(kind="start", step=step, ranks=ranks, **known, **self._before)
 
     def saved(self, step: int, spent: dict[str, float]) -> None:
         self._write(kind="saved", time=time.time(), step=step, spent=_rounded(spent))
