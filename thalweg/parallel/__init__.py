@@ -3,12 +3,14 @@
 from thalweg.parallel.elastic import Agent, Left, here, left_to
 from thalweg.parallel.joined import TIMEOUT, Joined, join
 from thalweg.parallel.launch import launch
+from thalweg.parallel.mesh import Grid, ranks_on_each
 from thalweg.parallel.ranks import ALONE, Alone, Ranks, Talk, check_equal, on_first
 
 __all__ = [
     "ALONE",
     "Agent",
     "Alone",
+    "Grid",
     "Joined",
     "Left",
     "Ranks",
@@ -20,4 +22,5 @@ __all__ = [
     "on_first",
     "join",
     "launch",
+    "ranks_on_each",
 ]

@@ -17,6 +17,7 @@ from torch import nn
 from thalweg.checkpoint import FolderLock, Snapshot, write_file
 from thalweg.core import (
     FeedState,
+    Layout,
     Plan,
     RanksError,
     Recipe,
@@ -178,8 +179,9 @@ class _Run:
             assert decided is not None
             return decided
         plan = Plan.from_json(ranks.from_first("" if decided is None else decided.plan.to_json()))
+        stand = Layout(**plan.layout)
         resolved = ranks.together(
-            lambda: decided or resolve(self.task, self.recipe, saved=plan, begins=False, ranks=ranks)
+            lambda: decided or resolve(self.task, self.recipe, saved=plan, begins=False, ranks=ranks, layout=stand)
         )
         rows = [f"{row.name} {list(row.shape)} by {row.rule}" for row in resolved.plan.parameters]
         check_equal(ranks, "another model", rows, "Let the model not hang on the rank.")
