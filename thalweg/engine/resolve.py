@@ -94,6 +94,7 @@ class Resolved:
     Attributes:
         prepared: what the precision changed in the model, and how it is taken off again.
         bench: on which variants of the run can be tried; where one was made.
+        tried: on several ranks, the first samples of the run.
     """
 
     plan: Plan
@@ -105,6 +106,7 @@ class Resolved:
     policy: Policy
     prepared: Prepared
     bench: Bench | None = None
+    tried: Any = None
 
 
 def resolve(
@@ -191,7 +193,7 @@ def _resolve(
     model = made_model(task, recipe)
     if begins:
         take_weights(model, recipe, decide.take, saved)
-    model = model.to(device.torch_device)
+    model = device.move(model)
     if ranks.world > 1:
         check_layers(model, ranks.world)
     recipe, early = begin_precision(recipe, model, device, decide.take)
@@ -232,6 +234,7 @@ def _resolve(
             check_buffers(model, loss, first, device, recipe, ranks.world)
         if lengths is not None:
             try_shortest(model, loss, raw, min(lengths), device, recipe.seed)
+    common = first if ranks.world > 1 else None
     del raw  # a run holds one window at a time
     per_step, why_not = _units(task, recipe, samples, probe, batch_size(first), whole)
     span = span_of(recipe, steps, per_step, why_not, samples=samples, sequence=whole)
@@ -302,7 +305,7 @@ def _resolve(
     if ranks.world > 1:
         micro = whole_of(recipe.train.micro_batch)
         feed = _shared(partial(feeding, micro_batch=micro), mix, lengths, (layout.feed_of(ranks.rank), layout.feeds))
-    return Resolved(plan, model, loss, feed, test, device, policy, prepared, bench)
+    return Resolved(plan, model, loss, feed, test, device, policy, prepared, bench, common)
 
 
 def _near(source: Source, device: Device, decide: Decisions | None) -> Source:

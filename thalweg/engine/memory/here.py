@@ -46,7 +46,8 @@ def plan_here(task: Task, recipe: Recipe, *, most: int | None = None, timed: boo
     resolved = resolve(task, replace(recipe, parallel="auto"), most=most, planning=True)
     plan, bench = resolved.plan, resolved.bench
     assert plan.ledger is not None and bench is not None
-    there = memory.in_use(resolved.device) + memory.available(resolved.device)
+    left = memory.available(resolved.device)
+    there = most if left is None and most is not None else memory.there(resolved.device)
     limit = there if most is None else most
     prices = Prices(bench)
     if ranks > 1:
