@@ -18,6 +18,8 @@ from tests.conftest import run_cli, three_parts
 from tests.models import ragged_text, small_gpt, text_loss
 from thalweg.core import Decision, Layout, Recipe, RecipeError, Task, human_bytes
 from thalweg.device.chips import CHIPS
+from thalweg.engine import resolve
+from thalweg.engine.layout import Planned, fitting_layout, settle_layout
 from thalweg.engine.memory.forms import Way, pick, tell_form
 from thalweg.engine.memory.layouts import MACHINE, NETWORK, part_of, talk_seconds
 from thalweg.engine.memory.planner import plan_there
@@ -193,3 +195,51 @@ def test_a_plan_for_ranks_here(tmp_path: Any) -> None:
     ):
         refused = run_cli("plan", "digits", *words, cwd=tmp_path)
         assert refused.returncode == 2 and error in refused.stderr
+
+
+# ------------------------------------------------------------------------------------ in a run
+
+
+class Four:
+    """As much of four ranks as is asked for."""
+
+    world = 4
+
+
+def test_a_run_stands_as_its_memory_asks(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = lambda: GPT(vocab=17, context=12, width=128, heads=2, layers=4)
+    found = resolve(task_of(model), made(**{"train.micro_batch": 8}))
+    assert found.plan.ledger is not None
+    whole = replace(found.plan.ledger, temporary=0, process=0)
+    whole = replace(whole, peak=whole.state + whole.activations)
+    less = replace(whole, activations=0, peak=whole.state, recompute="blocks")
+    open_ = replace(found.plan.recipe, recompute=None)
+    planned_ = Planned(open_, whole, lambda recipe: less, found.plan, found.model, found.device)
+    ways = {form: planned_.way(layout, recipe) for form, layout, recipe in (
+        ("ddp", Layout(data=4), open_), ("fsdp", Layout(shard=4), open_),
+        ("fsdp, recompute=blocks", Layout(shard=4), replace(open_, recompute="blocks")),
+    )}  # fmt: skip
+    peaks = [way.ledger.peak for way in ways.values() if way]
+    assert sorted(peaks, reverse=True) == peaks and len(set(peaks)) == 3
+    for (form, way), limit in zip(ways.items(), peaks):
+        decide = Decisions()
+        monkeypatch.setattr("thalweg.engine.layout._limit", lambda device, world, limit=limit: limit)
+        assert fitting_layout(None, planned_, Four(), decide) == (way.layout, way.recipe, way.ledger)  # type: ignore[union-attr, arg-type]
+        assert [(made.path, made.value) for made in decide.made] == [("parallel", form)]
+    asked = fitting_layout(Layout(shard=4), planned_, Four(), decide)  # type: ignore[arg-type]
+    assert asked == (Layout(shard=4), replace(open_, recompute="none"), ways["fsdp"].ledger)  # type: ignore[union-attr]
+    unknown = replace(planned_, whole=None)
+    assert fitting_layout(None, unknown, Four(), decide)[0] == Layout(data=4)  # type: ignore[arg-type]
+    assert "not predicted" in decide.made[-1].reason
+
+
+def test_a_run_that_goes_on_stands_as_it_did() -> None:
+    saved = resolve(task_of(small_gpt), made()).plan
+    for before, now in (
+        (Layout(data=2), Layout(data=4)), (Layout(shard=2), Layout(shard=4)),
+        (Layout(data=2, shard=2), Layout(data=2, shard=2)), (Layout(data=2, shard=4), Layout(shard=4)),
+    ):  # fmt: skip
+        plan = replace(saved, layout=before.to_dict())
+        assert settle_layout(made(), Four(), Decisions(), plan) == now  # type: ignore[arg-type]
+        assert settle_layout(made(parallel="ddp"), Four(), Decisions(), plan) == Layout(data=4)  # type: ignore[arg-type]
+    assert settle_layout(made(), Four(), Decisions(), saved) is None, "one rank had nothing to choose"  # type: ignore[arg-type]
