@@ -184,7 +184,7 @@ def train(task: Task, changes: dict[str, Any], folder: Path | None = None, resum
 def digest_of(weights: dict[str, Tensor]) -> str:
     whole = hashlib.sha256()
     for tensor in weights.values():
-        whole.update(tensor.numpy().tobytes())
+        whole.update(tensor.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
     return whole.hexdigest()
 
 

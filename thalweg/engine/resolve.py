@@ -80,7 +80,7 @@ from thalweg.engine.scheduled import (
     span_of,
 )
 from thalweg.engine.settle import Decisions, settle_evaluation, settle_length, settle_optimizer
-from thalweg.engine.together import check_buffers, check_layers, check_ranks
+from thalweg.engine.together import check_buffers, check_layers, check_parts, check_ranks
 from thalweg.optim import parameter_table
 from thalweg.parallel import ALONE, Ranks
 from thalweg.precision import Policy, Prepared, policy_for
@@ -199,6 +199,8 @@ def _resolve(
     model = device.move(model)
     if ranks.world > 1:
         check_layers(model, ranks.world)
+    if stand.shard > 1:
+        check_parts(model, recipe)
     recipe, early = begin_precision(recipe, model, device, decide.take)
     if early is not None:
         undo.callback(early.undo)
