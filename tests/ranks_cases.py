@@ -160,7 +160,9 @@ class Events(Memory):
         self.told.append(event.text)
 
 
-def train(task: Task, changes: dict[str, Any], folder: Path | None = None, resume: bool = False) -> dict[str, Any]:
+def train(
+    task: Task, changes: dict[str, Any], folder: Path | None = None, resume: bool | int = False
+) -> dict[str, Any]:
     """A run, and what is compared of it."""
     sink = Events()
     recipe = Recipe().override({**BASE, **changes})
@@ -453,6 +455,9 @@ def go_through(rank: int, world: int, port: int, out: str) -> None:
     found["rewound"] = on(2, lambda ranks: bad_samples(ranks.rank, forget=True))
     found["refused"] = on(3, refusals)
     found["chosen"] = on(3, lambda _: train(bn_task(), {"train.batch": 24, "train.steps": 3}))
+    from tests import tensor_cases
+
+    found["tensor"] = tensor_cases.go_through(rank, folder, on)
     found["hung"] = on(2, lambda ranks: hung(ranks, folder / "hung", 9.0), short)
     torch.save(found, folder / f"rank {rank}")
     os._exit(0)  # the group of the hung run is broken: nobody waits for it

@@ -129,6 +129,7 @@ recipes = st.builds(
     recompute=maybe(st.sampled_from(RECOMPUTED)),
     exact_reduce=st.booleans(),
     parallel=st.sampled_from(["auto", "fsdp", {"data": 4, "tensor": 2}]),
+    tensor_plan=options,
     model=options,
     loss=options,
     train=trains(),
