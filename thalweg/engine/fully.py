@@ -28,9 +28,6 @@ from thalweg.optim.sharded_arena import ShardedArena
 from thalweg.optim.shards import Shards
 from thalweg.parallel import Grid
 
-# The names of torch 2.13, and those before.
-_all_gather: Any = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)
-_reduce_scatter: Any = getattr(dist, "reduce_scatter_single", dist.reduce_scatter_tensor)
 # What FSDP2 writes into modules: attributes, and hooks.
 _NOTES = ("_is_fsdp_managed_module", "_fsdp_use_orig_params", "__composable_api_state_key")
 _HOOKS = (
@@ -300,6 +297,16 @@ class _Rest:
         for module in self.model.modules():
             if id(module) not in self.inside:
                 yield from module.parameters(recurse=False)
+
+
+def _all_gather(found: Tensor, given: Tensor, group: Any) -> None:
+    (getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor)(
+        found, given, group=group
+    )  # before torch 2.13
+
+
+def _reduce_scatter(found: Tensor, given: Tensor, group: Any) -> None:
+    (getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor)(found, given, group=group)
 
 
 def _groups(module: Any) -> list[Any]:
