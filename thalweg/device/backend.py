@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import os
 import platform
 from dataclasses import dataclass
@@ -232,13 +233,28 @@ def _no_device(asked: str, here: str | None) -> DeviceError:
     kinds = sorted({*KNOWN, "auto", *([here] if here else [])})
     if kind not in kinds:
         return DeviceError(f"device={asked!r} is not known.", f"This machine has {have}.", did_you_mean(kind, kinds))
-    package = PACKAGES.get(kind)
-    missing = package is not None and kind != here and accelerator.registered() != kind
     return DeviceError(
         f"device={asked!r} is not on this machine.",
-        f"It has {have}." + (f" Torch knows no {kind}: the package {package} is not installed." if missing else ""),
+        f"It has {have}.{_unknown(kind)}",
         "Use device='auto' or one it has.",
     )
+
+
+def _unknown(kind: str) -> str:
+    """Why torch does not know a kind of device that a package brings; empty where it does."""
+    package = PACKAGES.get(kind)
+    if package is None or accelerator.registered() == kind:
+        return ""
+    try:
+        importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return f" Torch knows no {kind}: the package {package} is not installed."
+    why = (
+        "TORCH_DEVICE_BACKEND_AUTOLOAD=0"
+        if os.environ.get("TORCH_DEVICE_BACKEND_AUTOLOAD") == "0"
+        else "it finds no chip"
+    )
+    return f" Torch knows no {kind}: {package} is installed and did not register it ({why})."
 
 
 def _cpu_name() -> str:
