@@ -7,15 +7,20 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from torch import nn
 
+import thalweg
 from tests.conftest import ROOT, run_cli
 from thalweg.cli import backends
 from thalweg.cli import main as cli
 from thalweg.cli.backends import SWITCH, device_asked, leave_out
+from thalweg.core import Evaluation, Ledger, flops_use, training_times
 from thalweg.device import doctor
 from thalweg.device.chips import CHIPS, chip_here
 
@@ -185,3 +190,56 @@ def test_the_command_line_leaves_them_out_before_torch(tmp_path: Path) -> None:
 
     assert told("--set", "device=cpu") == [json.dumps("0")]
     assert told("--set", "device=auto") == ["LOADED", json.dumps(None)]
+
+
+# ---------------------------------------------------------------------------------------------- model FLOPs use
+
+
+def linear_run(**machine: object) -> Any:
+    """40 steps of 32 samples through one layer of 64 x 64, a tenth of a second each."""
+    model = lambda: nn.Linear(64, 64, bias=False)
+    loss = lambda model, batch: model(batch["x"]).square().mean()
+    data = {"x": torch.randn(64, 64)}
+    recipe = {"device": "cpu", "precision": "fp32", "train.steps": 40, "train.batch": 32, "train.micro_batch": 16}
+    result = thalweg.train(model, loss, data, recipe)
+    records = [replace(r, seconds=0.1 * k + 5 * (k > 2)) for k, r in enumerate(result.records)]
+    return replace(result, plan=replace(result.plan, machine={**result.plan.machine, **machine}), records=records)
+
+
+def test_model_flops_use_of_a_run() -> None:
+    """A layer of 64 x 64 multiplies and adds 64 * 64 numbers a sample, three times; 320 samples a second."""
+    plain = linear_run()
+    assert plain.plan.ledger.flops == 3 * 2 * 64 * 64 and plain.flops_use is None
+    assert Ledger.from_dict(plain.plan.ledger.to_dict()) == plain.plan.ledger
+    old = {name: value for name, value in plain.plan.ledger.to_dict().items() if name != "flops"}
+    assert Ledger.from_dict(old).flops == 0, "a plan of an older version is read"
+    result = linear_run(chip="h100-80gb", peak_flops=320 * 3 * 2 * 64 * 64 * 4.0)
+    assert result.flops_use == pytest.approx(0.25), "the first steps, with their five seconds, do not count"
+    away = Evaluation(40, {"loss": 1.0}, best=False, seconds=result.records[-1].seconds + 100)
+    more = [replace(r, step=r.step + 40, seconds=r.seconds + 100) for r in result.records[3:]]
+    late = [replace(r, seconds=r.seconds + 4) for r in more]
+    assert flops_use(result.plan, training_times([*result.records, away, *late])) == pytest.approx(0.25, rel=1e-6)
+    again = [replace(r, step=r.step + 40, seconds=r.seconds / 2) for r in result.records[3:]]
+    times = training_times([*result.records, *again])
+    assert flops_use(result.plan, times) == pytest.approx(0.5), "after a resume its own seconds count"
+    assert flops_use(result.plan, times[:1]) is None
+
+
+def test_the_report_and_the_terminal_tell_it(tmp_path: Path) -> None:
+    from io import StringIO
+
+    from rich.console import Console
+
+    from thalweg.report.figures import key_figures
+    from thalweg.report.folder import Run
+    from thalweg.watch import Terminal
+
+    result = linear_run(chip="h100-80gb", peak_flops=1e9)
+    out = StringIO()
+    terminal = Terminal(Console(file=out, width=120), verbose=False)
+    terminal.start(result.plan, 0)
+    for record in result.records:
+        terminal.steps([record])
+    terminal.stop(result.reason)
+    assert "Model FLOPs use: 0.8% of the 0.001 TFLOP/s that h100-80gb has in fp32." in out.getvalue()
+    assert "model FLOPs use" in key_figures(Run("x", result.plan, "", [*result.records], [], {}))

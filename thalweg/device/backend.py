@@ -14,6 +14,7 @@ from torch import nn
 from thalweg.core import DeviceError, did_you_mean
 from thalweg.device import accelerator
 from thalweg.device.capabilities import KNOWN, PACKAGES, Capabilities
+from thalweg.device.chips import chip_here
 from thalweg.device.move import move
 from thalweg.device.probes import capabilities_of
 from thalweg.device.products import cpu_has_tf32
@@ -265,15 +266,24 @@ def _cpu_name() -> str:
         return platform.processor() or platform.machine()
 
 
-def facts(device: Device) -> dict[str, Any]:
-    """What the machine is, as plain data for the plan and the report."""
+def facts(device: Device, precision: str = "") -> dict[str, Any]:
+    """What the machine is, as plain data for the plan and the report.
+
+    Args:
+        precision: of a recipe: where a data sheet of the chip is known, the operations a second that it states are told.
+    """
+    name, size = device.name(), device.memory_bytes()
+    chip = None if device.is_host else chip_here(name, size)
+    wanted = {"bf16-pure": "bf16"}.get(precision, precision)
+    stated = {} if chip is None or wanted not in chip.rates else {"chip": chip.name, "peak_flops": chip.rates[wanted]}
     return {
         "device": str(device.torch_device),
-        "name": device.name(),
-        "memory_bytes": device.memory_bytes(),
+        "name": name,
+        "memory_bytes": size,
         "threads": torch.get_num_threads(),
         "cores": os.cpu_count(),
         "torch": torch.__version__,
         "python": platform.python_version(),
         "system": f"{platform.system()} {platform.machine()}",
+        **stated,
     }
