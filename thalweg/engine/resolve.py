@@ -255,7 +255,7 @@ def _resolve(
             parameters=parameter_table(model, optimizer=recipe.optimizer, schedule=recipe.schedule),
             unit=task.unit,
             sizes={},
-            machine={**facts(device), "data": split.facts, "first_loss": probe.loss},
+            machine={**facts(device, recipe.precision), "data": split.facts, "first_loss": probe.loss},
             per_step=per_step,
             why_not=why_not,
             sequence=whole,

@@ -254,7 +254,7 @@ class TrainStep:
                 parameters=parameter_table(self.model, optimizer=recipe.optimizer, schedule=recipe.schedule),
                 unit="samples",
                 sizes={},
-                machine=facts(self.device),
+                machine=facts(self.device, recipe.precision),
                 why_not=_WHY_NOT,
                 changes=tuple(map(str, changes)),
             )
