@@ -67,6 +67,7 @@ class Loop:
         self._pending: list[float] = []  # seconds of the steps whose rows are still on the device
         self._saved = -1
         self.owed = False  # whether this step is still to be evaluated
+        self.agree: Callable[[], None] = lambda: None  # before a checkpoint: raises where ranks hold other states
         self.spent = dict.fromkeys(BESIDE, 0.0)  # seconds beside the steps
         self.measured: Callable[[], str] = lambda: ""  # the peak of memory beside what was predicted
 
@@ -152,6 +153,7 @@ class Loop:
                 self._save(must=True)  # it stands in the checkpoint that this evaluation is still owed
                 return StopReason.INTERRUPTED
         if self._is_due(self.plan.recipe.checkpoint.every) or self._is_best_now():
+            self.agree()
             self._save(must=not going_on or self._is_best_now())
         if self.early.is_over() and going_on:
             self._save(must=True)
