@@ -138,7 +138,8 @@ class Warden:
             return snapshot
         groups, steps = dict(snapshot.groups), {}
         for stem, copy in zip(_GROUPS[-len(self.copies) :] if self.copies else (), self.copies):
-            groups[stem] = {f"{group}/{name}": t for group, ts in copy.groups.items() for name, t in ts.items()}
+            whole = self.step.state.put_together(copy.groups)
+            groups[stem] = {f"{group}/{name}": t for group, ts in whole.items() for name, t in ts.items()}
             steps[stem] = copy.facts["step"]
         return replace(
             snapshot, groups=groups, facts={**snapshot.facts, "guard": {"rewinds": self.rewinds, "steps": steps}}
@@ -196,7 +197,11 @@ class Warden:
             what = "gradient" if math.isfinite(record.loss) else "loss"
             text, more = f"Step {at}: the {what} is not finite.", {}
             with alone():
-                found = diagnose(self.step, self.feed, at)
+                found = (
+                    Finding(_samples(self.feed, at), "", "")
+                    if self.step.state.fully
+                    else diagnose(self.step, self.feed, at)
+                )
         if found.samples is not None:
             more |= {"samples": found.samples[:_MOST_SAMPLES], "num_samples": len(found.samples)}
         if found.module:

@@ -298,7 +298,7 @@ class Loop:
                 if self.guard.act(trip.bad) is not None:
                     return  # the newest checkpoint is from before the step that holds up the run
                 self.owed = self._evaluation_is_due()
-        if self.step.state.step:
+        if self.step.state.step and self.step.state.fully is None:  # parts are put together by all ranks or by none
             with suppress(Exception):
                 try:
                     self._save(must=True)

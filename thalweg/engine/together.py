@@ -181,6 +181,31 @@ def settle_micro_batch(recipe: Recipe, world: int) -> tuple[Recipe, str]:
     return replace(recipe, train=replace(train, micro_batch=size)), f"the largest with one for each of {world} ranks"
 
 
+def take_state(state: State, snapshot: Snapshot | None, ranks: Ranks) -> tuple[Snapshot | None, list[str]]:
+    """The state that a run goes on from, on all ranks; what the first has read of a checkpoint, or None.
+
+    Returns:
+        As ``same_state``.
+    """
+    if state.spread is None or state.fully is None:
+        ranks.together(lambda: None if snapshot is None else state.load(snapshot))
+        return same_state(state, snapshot, ranks)
+    parts = state.spread.parts(snapshot)
+    if parts is None:
+        return None, _others_began_with_other_weights(state.fully.others)
+    mine = parts
+    ranks.together(lambda: state.load(mine))
+    for limit in state.limits():
+        limit.most = 0  # all ranks go through as many passes
+    groups = {stem: dict(t) for stem, t in parts.groups.items() if stem not in ("weights", "state", "average")}
+    return Snapshot(groups, parts.facts), []
+
+
+def _others_began_with_other_weights(others: list[int]) -> list[str]:
+    names = ", ".join(map(str, others))
+    return [f"Ranks {names} began with other weights; those of rank 0 are taken."] if others else []
+
+
 def same_state(state: State, snapshot: Snapshot | None, ranks: Ranks) -> tuple[Snapshot | None, list[str]]:
     """Every rank holds the first rank's state, to the bit.
 
@@ -200,8 +225,7 @@ def same_state(state: State, snapshot: Snapshot | None, ranks: Ranks) -> tuple[S
     if ranks.from_first(snapshot is None):
         begun = ranks.told(digest(state))
         others = [rank for rank, one in enumerate(begun) if one != begun[0]]
-        if others:
-            told = [f"Ranks {', '.join(map(str, others))} began with other weights; those of rank 0 are taken."]
+        told = _others_began_with_other_weights(others)
     most = [limit.most for limit in state.limits()]
     state.step, most = ranks.from_first((state.step, most))
     for limit, value in zip(state.limits(), most):

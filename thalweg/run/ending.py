@@ -35,9 +35,13 @@ def hand_over(step: Step, precise: PreciseStatistics | None, keeper: BestWeights
     """The model has the weights that were evaluated."""
     step.state.adopt_average()
     if precise is not None:
-        precise.estimate(version=step.state.step).put(step.state.model)
+        with step.state.whole():
+            found = precise.estimate(version=step.state.step)
+        found.put(step.state.model)
     if keeper is not None:
         keeper.adopt()
+    if step.state.fully is not None:
+        step.state.fully.release()
 
 
 def give_back(step: Step) -> None:
