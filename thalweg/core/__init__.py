@@ -17,7 +17,7 @@ from thalweg.core.errors import (
 )
 from thalweg.core.groups import ParameterGroup, parameter_groups
 from thalweg.core.guard import Guard
-from thalweg.core.ledger import Change, Forecast, Ledger, ModuleBytes
+from thalweg.core.ledger import Change, Forecast, Form, Ledger, ModuleBytes
 from thalweg.core.parallel import Layout
 from thalweg.core.plan import Decision, ParameterRow, Plan
 from thalweg.core.protocols import Feed, FeedState, Gather, Loss, Sink, Split, Task, Tell
@@ -26,6 +26,7 @@ from thalweg.core.record import Evaluation, Event, Record, StopReason, read_line
 from thalweg.core.registry import Registry
 from thalweg.core.streams import seed_for
 from thalweg.core.units import human_bytes, human_count, human_seconds, to_bytes
+from thalweg.core.use import flops_use, told_use, training_times
 from thalweg.core.version import VERSION
 
 __all__ = [
@@ -39,6 +40,7 @@ __all__ = [
     "Feed",
     "FeedState",
     "Forecast",
+    "Form",
     "Gather",
     "Guard",
     "Layout",
@@ -68,6 +70,7 @@ __all__ = [
     "ParameterGroup",
     "did_you_mean",
     "divisors",
+    "flops_use",
     "human_bytes",
     "human_count",
     "human_seconds",
@@ -75,4 +78,6 @@ __all__ = [
     "seed_for",
     "parameter_groups",
     "to_bytes",
+    "told_use",
+    "training_times",
 ]

@@ -35,6 +35,8 @@ class Ledger:
         process: what the process holds besides: on a CPU the interpreter and its libraries, on a GPU the context.
         micro_batch: samples of one pass.
         recompute: as in the recipe.
+        flops: floating-point operations of one sample's products, forward and backward; 0 where nothing counted them.
+        gathered: parts of other ranks that are whole here for a while, at most; 0 where nothing lies in parts.
     """
 
     parameters: int
@@ -51,6 +53,8 @@ class Ledger:
     process: int
     micro_batch: int
     recompute: str
+    flops: float = 0.0
+    gathered: int = 0
 
     @property
     def state(self) -> int:
@@ -63,6 +67,7 @@ class Ledger:
             *((name, getattr(self, name)) for name in STATE),
             ("activations", self.activations),
             ("temporary", self.temporary),
+            ("gathered", self.gathered),
             ("process", self.process),
         ]
 
@@ -72,7 +77,10 @@ class Ledger:
     @classmethod
     def from_dict(cls, tree: Mapping[str, Any]) -> Ledger:
         modules = tuple(ModuleBytes(**one) for one in tree["modules"])
-        return cls(**{f.name: tree[f.name] for f in fields(cls) if f.name != "modules"}, modules=modules)
+        known = {
+            f.name: tree[f.name] for f in fields(cls) if f.name != "modules" and f.name in tree
+        }  # old plans lack some
+        return cls(**known, modules=modules)
 
 
 STATE = ("parameters", "gradients", "slots", "averages", "buffers", "data")
@@ -98,6 +106,25 @@ class Change:
 
 
 @dataclass(frozen=True)
+class Form:
+    """One way in which ranks could share the model.
+
+    Attributes:
+        name: "ddp", "fsdp", "hsdp (data=8, shard=8)", "fsdp, recompute=blocks".
+        ledger: bytes on the rank that has most.
+        seconds: of a step; None where it is not known.
+        fits: whether each rank has so much.
+        chosen: whether it is the plan's.
+    """
+
+    name: str
+    ledger: Ledger
+    seconds: float | None
+    fits: bool
+    chosen: bool
+
+
+@dataclass(frozen=True)
 class Forecast:
     """What ``thalweg plan`` has to say.
 
@@ -112,6 +139,7 @@ class Forecast:
         seconds: of a step; None where it is not known. ``timed``: how it is known.
         decisions: (path, value, reason) of what was filled in.
         changes: what would make it smaller, the cheapest first.
+        forms: how several devices could share the model, the simplest first.
     """
 
     task: str
@@ -127,6 +155,7 @@ class Forecast:
     timed: str
     decisions: tuple[tuple[str, Any, str], ...] = ()
     changes: tuple[Change, ...] = ()
+    forms: tuple[Form, ...] = ()
 
     @property
     def fits(self) -> bool:

@@ -530,7 +530,8 @@ class Recipe:
 
     Args:
         seed: names every random stream of the run.
-        device: "auto", or a device that torch knows: "cpu", "cuda", "cuda:1", "mps", "xpu".
+        device: "auto", or a device that torch knows: "cpu", "cuda", "cuda:1", "mps", "xpu", "tpu", or one that registered
+            itself (docs/devices.md).
         precision: "fp32"; "tf32", "bf16", "fp16", "fp8": matrix products and convolutions in it, over float32 weights;
             "bf16-pure": weights and gradients in it too; "auto": what is faster here, measured (docs/precision.md).
         islands: what computes in float32 whatever the precision: "norm", "softmax", "logits", or patterns of modules'

@@ -16,6 +16,7 @@ from thalweg.core import (
     DataError,
     Feed,
     Layout,
+    Ledger,
     Plan,
     Recipe,
     Task,
@@ -51,7 +52,7 @@ from thalweg.engine.checks import (
 )
 from thalweg.engine.given import made_model, split_of, task_loss
 from thalweg.engine.inorder import check_exact
-from thalweg.engine.layout import settle_layout
+from thalweg.engine.layout import Planned, fitting_layout, on_ranks, settle_layout
 from thalweg.engine.memory import Bench, fit, predicted, settle_memory
 from thalweg.engine.precision import begin_precision, joined, settle_precision, tell_gradients
 from thalweg.engine.preflight import (
@@ -79,7 +80,7 @@ from thalweg.engine.scheduled import (
     span_of,
 )
 from thalweg.engine.settle import Decisions, settle_evaluation, settle_length, settle_optimizer
-from thalweg.engine.together import check_buffers, check_layers, check_parts, check_ranks, settle_micro_batch
+from thalweg.engine.together import check_buffers, check_layers, check_parts, check_ranks
 from thalweg.optim import parameter_table
 from thalweg.parallel import ALONE, Ranks
 from thalweg.precision import Policy, Prepared, policy_for
@@ -94,6 +95,7 @@ class Resolved:
     Attributes:
         prepared: what the precision changed in the model, and how it is taken off again.
         bench: on which variants of the run can be tried; where one was made.
+        tried: on several ranks, the first samples of the run.
     """
 
     plan: Plan
@@ -105,6 +107,7 @@ class Resolved:
     policy: Policy
     prepared: Prepared
     bench: Bench | None = None
+    tried: Any = None
 
 
 def resolve(
@@ -154,14 +157,16 @@ def _resolve(
     decide = Decisions()
     if saved is not None:
         recipe = saved.recipe
+    recompute = recipe.recompute
     recipe = settle_optimizer(recipe, decide)
     loss = task_loss(task.loss, recipe)
     moved = scheduled(recipe, loss.known)
     device, why = choose(recipe.device)
-    layout = layout or settle_layout(recipe, ranks, decide)
+    settled = layout or settle_layout(recipe, ranks, decide, saved)
+    stand = settled or Layout(data=ranks.world)
     if ranks.world > 1:
         device = ranks.own(device)
-        recipe = _on_ranks(recipe, ranks.world, layout, decide)
+        recipe = on_ranks(recipe, ranks.world, stand, decide)
     check_exact(recipe, device)
     if recipe.device == "auto":
         recipe = replace(recipe, device=decide.take("device", str(device.torch_device), why))
@@ -191,10 +196,10 @@ def _resolve(
     model = made_model(task, recipe)
     if begins:
         take_weights(model, recipe, decide.take, saved)
-    model = model.to(device.torch_device)
+    model = device.move(model)
     if ranks.world > 1:
         check_layers(model, ranks.world)
-    if layout.shard > 1:
+    if settled is not None and settled.shard > 1:
         check_parts(model, recipe)
     recipe, early = begin_precision(recipe, model, device, decide.take)
     if early is not None:
@@ -234,6 +239,7 @@ def _resolve(
             check_buffers(model, loss, first, device, recipe, ranks.world)
         if lengths is not None:
             try_shortest(model, loss, raw, min(lengths), device, recipe.seed)
+    common = first if ranks.world > 1 else None
     del raw  # a run holds one window at a time
     per_step, why_not = _units(task, recipe, samples, probe, batch_size(first), whole)
     span = span_of(recipe, steps, per_step, why_not, samples=samples, sequence=whole)
@@ -254,18 +260,18 @@ def _resolve(
             parameters=parameter_table(model, optimizer=recipe.optimizer, schedule=recipe.schedule),
             unit=task.unit,
             sizes={},
-            machine={**facts(device), "data": split.facts, "first_loss": probe.loss},
+            machine={**facts(device, recipe.precision), "data": split.facts, "first_loss": probe.loss},
             per_step=per_step,
             why_not=why_not,
             sequence=whole,
             changes=tuple(map(str, changes)),
-            layout=layout.to_dict() if ranks.world > 1 else {},
+            layout=stand.to_dict() if ranks.world > 1 else {},
         )
 
     def check(recipe: Recipe) -> None:
         check_exact(recipe, device)
         if ranks.world > 1:
-            check_ranks(recipe, layout.feeds)
+            check_ranks(recipe, stand.feeds)
         check_smallest_batch(model, recipe, samples, sizes, values)
 
     ledger, bench = None if saved is None else saved.ledger, None
@@ -285,7 +291,16 @@ def _resolve(
             ledger = predicted(
                 plan_of(recipe), model, loss, first, device, policy, decide.take, data=data, held=prepared.held
             )
+    if ranks.world > 1 and (saved is None or settled is None):
+        ledger_of = bench.ledger if bench else partial(_predicted, plan_of, model, loss, first, device, policy, data)
+        given = None if recipe.recompute == "none" else recipe.recompute
+        planned = Planned(
+            replace(recipe, recompute=recompute or given), ledger, ledger_of, plan_of(recipe), model, device
+        )
+        stand, recipe, ledger = fitting_layout(settled, planned, ranks, decide)
     check(recipe)
+    if settled is None and stand.shard > 1:
+        check_parts(model, recipe)
     check_release(recipe, device.kind, plan_of(recipe).parameters, decide.take)
     tell_gradients(recipe, decide.take)
     tell_split(model, recipe, decide)
@@ -303,8 +318,21 @@ def _resolve(
     prepared.keep()
     if ranks.world > 1:
         micro = whole_of(recipe.train.micro_batch)
-        feed = _shared(partial(feeding, micro_batch=micro), mix, lengths, (layout.feed_of(ranks.rank), layout.feeds))
-    return Resolved(plan, model, loss, feed, test, device, policy, prepared, bench)
+        feed = _shared(partial(feeding, micro_batch=micro), mix, lengths, (stand.feed_of(ranks.rank), stand.feeds))
+    return Resolved(plan, model, loss, feed, test, device, policy, prepared, bench, common)
+
+
+def _predicted(
+    plan_of: Callable[[Recipe], Plan],
+    model: nn.Module,
+    loss: ModelLoss,
+    batch: Any,
+    device: Device,
+    policy: Policy,
+    data: int,
+    recipe: Recipe,
+) -> Ledger | None:
+    return predicted(plan_of(recipe), model, loss, batch, device, policy, lambda *told: None, data=data)
 
 
 def _near(source: Source, device: Device, decide: Decisions | None) -> Source:
@@ -345,19 +373,6 @@ def _changed(feed: Feed, mix: WindowChange | None, lengths: list[int] | None) ->
     """The feed with what is done to whole windows."""
     changes = [*([] if mix is None else [mix]), *([] if lengths is None else [shortened(lengths)])]
     return ChangedFeed(feed, changes) if changes else feed
-
-
-def _on_ranks(recipe: Recipe, world: int, layout: Layout, decide: Decisions) -> Recipe:
-    """What several ranks decide of a recipe, and refuse."""
-    recipe, why = settle_micro_batch(recipe, layout.feeds)
-    if why:
-        decide.take("train.micro_batch", recipe.train.micro_batch, why)
-    check_ranks(recipe, layout.feeds)
-    by = "processes" if layout.tensor == 1 else f"groups of {layout.tensor} processes"
-    decide.take(
-        "ranks", world, f"the micro-batches of a step go round {layout.feeds} {by}, and their sums make one update"
-    )
-    return recipe
 
 
 def _shared(feeding: Callable[..., Feed], mix: WindowChange | None, lengths: list[int] | None, share: Share) -> Feed:

@@ -1,5 +1,6 @@
 """Ranks: several processes that train one model. Data-parallel: each computes its share of the micro-batches of every step."""
 
+from thalweg.parallel.elastic import Agent, Left, here, left_to
 from thalweg.parallel.joined import TIMEOUT, Joined, join
 from thalweg.parallel.launch import launch
 from thalweg.parallel.mesh import Grid, ranks_on_each
@@ -7,13 +8,17 @@ from thalweg.parallel.ranks import ALONE, Alone, Ranks, Talk, check_equal, on_fi
 
 __all__ = [
     "ALONE",
+    "Agent",
     "Alone",
     "Grid",
     "Joined",
+    "Left",
     "Ranks",
     "TIMEOUT",
     "Talk",
     "check_equal",
+    "here",
+    "left_to",
     "on_first",
     "join",
     "launch",
