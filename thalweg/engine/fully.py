@@ -163,6 +163,8 @@ class FullySharded:
             view.add_(given[summing.at : summing.at + view.numel()])
         summing.at += room
         p.grad = None
+        if summing.at == summing.given[0].numel():  # that was the last one
+            summing.given = []
 
     # ------------------------------------------------------------------ the end
 
