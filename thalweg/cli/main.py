@@ -33,7 +33,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return code
     except ThalwegError as err:
         if not (isinstance(err, RanksError) and err.told):  # another rank says it
-            print(f"error: {err}", file=sys.stderr)
+            print(f"error: {_who()}{err}", file=sys.stderr)
+        if not err.in_run:
+            train.not_again(err)
         return StopReason.FAILED.exit_code if err.in_run else 2
     except BrokenPipeError:  # nobody reads our output any more; Python would complain once more when it flushes
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -41,6 +43,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130
+    except Exception as err:  # the traceback follows
+        if _who():
+            print(f"{_who()}{type(err).__name__}", file=sys.stderr)
+        raise
+
+
+def _who() -> str:
+    """Which rank speaks, where there are several."""
+    rank, world = os.environ.get("RANK", "0"), os.environ.get("WORLD_SIZE", "1")
+    return "" if world == "1" else f"rank {rank} of {world}: "
 
 
 def _joined(arguments: list[str]) -> list[str]:

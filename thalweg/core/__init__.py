@@ -18,6 +18,7 @@ from thalweg.core.errors import (
 from thalweg.core.groups import ParameterGroup, parameter_groups
 from thalweg.core.guard import Guard
 from thalweg.core.ledger import Change, Forecast, Ledger, ModuleBytes
+from thalweg.core.parallel import Layout
 from thalweg.core.plan import Decision, ParameterRow, Plan
 from thalweg.core.protocols import Feed, FeedState, Gather, Loss, Sink, Split, Task, Tell
 from thalweg.core.recipe import Recipe, divisors
@@ -41,6 +42,7 @@ __all__ = [
     "Forecast",
     "Gather",
     "Guard",
+    "Layout",
     "Ledger",
     "Loss",
     "LossError",

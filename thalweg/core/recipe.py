@@ -15,6 +15,7 @@ from typing import Any
 
 from thalweg.core.errors import RecipeError, did_you_mean
 from thalweg.core.guard import Guard
+from thalweg.core.parallel import check_parallel
 from thalweg.core.tree import build, check_options, merge, plain, set_path, walk
 from thalweg.core.units import to_bytes
 
@@ -543,6 +544,10 @@ class Recipe:
         weights: what a new run begins with: a run folder, a checkpoint, a file of torch, safetensors or Lightning, a
             Hugging Face folder; None: what the model is made with. A resumed run does not read it again.
         weights_rename: ``OLD=NEW`` names of modules or tensors in it; the first that fits a name changes it.
+        exact_reduce: gradients, losses and statistics are added up in the order of micro-batches, so that any number of ranks
+            gives the same bits (docs/ranks.md); it costs a second buffer for gradients, and more to send.
+        parallel: how ranks share the model: "ddp", "fsdp", "hsdp", or sizes: {data=4, tensor=2}, {data=2, shard=4};
+            "auto": the simplest that fits the device's memory. It changes no result (docs/parallel.md).
         model, loss: arguments for the task's model and loss functions, by name.
 
     >>> Recipe().override({"optimizer.lr": "3e-4"}).optimizer.lr
@@ -557,6 +562,8 @@ class Recipe:
     recompute: str | None = None
     weights: str | None = None
     weights_rename: tuple[str, ...] = ()
+    exact_reduce: bool = False
+    parallel: str | dict[str, Any] = "auto"
     model: dict[str, Any] = field(default_factory=dict)
     loss: dict[str, Any] = field(default_factory=dict)
     train: Train = field(default_factory=Train)
@@ -605,6 +612,7 @@ class Recipe:
             f"It is {', '.join(self.weights_rename)}.",
             "Give weights too.",
         )
+        check_parallel(self.parallel)
         _check(self.weights != "", "weights='' names no file.", "It is empty.", "Name one, or leave it out.")
 
     def override(self, changes: Mapping[str, Any]) -> Recipe:

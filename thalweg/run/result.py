@@ -8,6 +8,7 @@ from pathlib import Path
 from torch import nn
 
 from thalweg.core import Evaluation, Plan, Record, StopReason, flops_use, training_times
+from thalweg.core.goodput import Goodput
 from thalweg.engine.signals import exit_code
 
 #: False: a new run; True: go on; a step: go on from there; "auto": go on where there is a run, and begin where there is none.
@@ -26,6 +27,7 @@ class Result:
         folder: the run folder, or None.
         sample: what the task's sample function gave, at the end of a finished run.
         signal: the number of the signal that ended the run; 0: none did.
+        goodput: where the wall time of the run went, over all its starts; on the first rank, where there is a run folder.
     """
 
     reason: StopReason
@@ -36,6 +38,7 @@ class Result:
     folder: Path | None
     sample: str = ""
     signal: int = 0
+    goodput: Goodput | None = None
 
     @property
     def exit_code(self) -> int:
