@@ -9,7 +9,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -77,6 +77,12 @@ def pids_of(folder: Path, known: set[str]) -> dict[int, int]:
     return {int(rank): int(pid) for _, rank, pid in names}
 
 
+def _send(number: signal.Signals, pids: Iterable[int]) -> None:
+    for pid in pids:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, number)
+
+
 def wait_for(true: Callable[[], Any], running: Running, seconds: float = 120.0) -> bool:
     """False where the run ends before."""
     until = time.monotonic() + seconds
@@ -127,9 +133,7 @@ def struck(row: Row, given: Given, number: int, most: int, how: Callable[[int], 
             assert not residue(runs / f"run-{number}")
             assert "went into steps that count" in running.text()
             no_orphans(running.pid)
-        for pid in session_of(running.pid):
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(pid, signal.SIGKILL)
+        _send(signal.SIGKILL, session_of(running.pid))
     row.notes["slowest, s"] = round(max(row.notes.get("slowest, s", 0.0), slowest), 1)
     row.count("runs")
 
@@ -155,20 +159,21 @@ def hung(row: Row, given: Given) -> None:
 
 @fault("two groups of ranks in one folder", times=3, quick=1)
 def two(row: Row, given: Given) -> None:
-    """The second is refused, though the first is stopped as a whole; the first goes on, and ends with the same bits."""
+    """The second is refused, though all ranks of the first are stopped; they, or others for them, end with the same bits."""
     for number in range(given.times):
         with row.trial(f"try {number}"), ledger(given.folder / f"ledger-{number}") as seen:
             arguments = command(given.folder, f"run-{number}", "--ranks", "2", "--restarts", "1")
             first = Fresh().start(arguments, given.folder / f"first-{number}.log")
             assert wait_for(lambda seen=seen: len(pids_of(seen, set())) == 2, first), first.text()
-            os.killpg(first.pid, signal.SIGSTOP)
+            ranks = pids_of(seen, set()).values()
+            _send(signal.SIGSTOP, ranks)
             try:
                 second = Fresh().start([*arguments, "--resume"], given.folder / f"second-{number}.log")
                 assert second.ended(_MOST) == 2, second.text()
                 assert "Another process is training in" in second.text()
                 before = newest(seen)
             finally:
-                os.killpg(first.pid, signal.SIGCONT)
+                _send(signal.SIGCONT, ranks)
             assert time.time() - before > 1.0, "the second group made a step"
             assert first.ended(_MOST) == 0, first.text()
             Ended.of(given.folder / f"run-{number}").same_as(whole("--ranks", "2"))
@@ -223,10 +228,10 @@ class Nodes:
             "ip", "netns", "exec", self.names[node], sys.executable, "-m", "torch.distributed.run",
             "--nnodes", "1:2", "--nproc-per-node", "2", "--max-restarts", "9", "--rdzv-backend", "c10d",
             "--rdzv-endpoint", f"{NODES['a']}:{port}", "--rdzv-id", "nodes", "--local-addr", NODES[node],
-            "--rdzv-conf", "last_call_timeout=3,keep_alive_interval=1,read_timeout=10,join_timeout=60",
+            "--rdzv-conf", f"is_host={int(node == 'a')},last_call_timeout=3,keep_alive_interval=1,read_timeout=10,join_timeout=60",
             "-m", "thalweg", *command(runs, "run", "--set", "exact_reduce=true", "--set", "train.steps=150"),
         ]  # fmt: skip
-        env = {**environment(), "GLOO_SOCKET_IFNAME": self.names[node]}
+        env = {**environment(), "GLOO_SOCKET_IFNAME": self.names[node], "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
         with open(log, "ab") as out:
             process = subprocess.Popen(words, stdout=out, stderr=out, env=env, start_new_session=True)
 
@@ -259,9 +264,7 @@ def parted(row: Row, given: Given, number: int, nodes: Nodes) -> None:
                 max(row.notes.get("slowest to go on alone, s", 0.0), took), 1
             )
             b.send(signal.SIGKILL, group=True)  # as a cluster does with a node that it has given up
-            for pid in session_of(b.pid):
-                with contextlib.suppress(ProcessLookupError):
-                    os.kill(pid, signal.SIGKILL)
+            _send(signal.SIGKILL, session_of(b.pid))
             nodes.heal()
             known = {file.name for file in seen.glob("rank-*")}
             b = nodes.start("b", port, folder, folder / "b.log")
@@ -277,9 +280,7 @@ def parted(row: Row, given: Given, number: int, nodes: Nodes) -> None:
             ranked.each_once(seen, 150)
         finally:
             for one in started:
-                for pid in session_of(one.pid):
-                    with contextlib.suppress(ProcessLookupError):
-                        os.kill(pid, signal.SIGKILL)
+                _send(signal.SIGKILL, session_of(one.pid))
 
 
 @fault("two nodes of two ranks are parted, and one joins again", times=4, quick=1)
