@@ -8,6 +8,7 @@ gradients are added to the arena as they come, and the sum is divided by the wei
 from __future__ import annotations
 
 import hashlib
+import math
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -18,7 +19,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from thalweg.core import Layout, ModelError, Plan
+from thalweg.core import Layout, Plan
 from thalweg.device import Device
 from thalweg.engine.blocks import repeated_blocks
 from thalweg.engine.precision import gradient_dtype
@@ -27,9 +28,6 @@ from thalweg.optim.sharded_arena import ShardedArena
 from thalweg.optim.shards import Shards
 from thalweg.parallel import Grid
 
-# The names of torch 2.13, and those before.
-_all_gather: Any = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)
-_reduce_scatter: Any = getattr(dist, "reduce_scatter_single", dist.reduce_scatter_tensor)
 # What FSDP2 writes into modules: attributes, and hooks.
 _NOTES = ("_is_fsdp_managed_module", "_fsdp_use_orig_params", "__composable_api_state_key")
 _HOOKS = (
@@ -50,18 +48,17 @@ class FullySharded:
         sums: what gradients are added up in; None: as the parameters are stored.
         exact: whether gradients are summed in the order of micro-batches, to the bits of one rank.
 
-    Raises:
-        ModelError: for what cannot be cut.
+    What a loss does with weights outside of the layers that hold them is out of reach: they are parts there.
     """
 
     def __init__(self, model: nn.Module, mesh: Any, *, sums: torch.dtype | None = None, exact: bool = False) -> None:
         from torch.distributed.fsdp import fully_shard
 
         self.model, self.mesh, self.exact = model, mesh, exact
+        self.released = False
         self.others: list[int] = []  # ranks that began with other weights than the first
         self.idle = False  # whether what this rank adds to the sums is nothing
         named = dict(model.named_parameters())
-        self._check(named)
         self.shapes = {plain_name(name): tuple(p.shape) for name, p in named.items()}
         self._before = [
             (module, name, p) for module in model.modules() for name, p in module._parameters.items() if p is not None
@@ -86,27 +83,8 @@ class FullySharded:
         for module in self.units:
             self._sum_with(module)
         self.names = {id(p): plain_name(name) for name, p in model.named_parameters()}
+        self._where = {(id(module), key): self.names[id(module._parameters[key])] for module, key, _ in self._before}
         self._views: dict[str, Tensor] = {}
-
-    def _check(self, named: Mapping[str, nn.Parameter]) -> None:
-        numbers = [name for name, p in named.items() if not p.ndim]
-        if numbers:
-            raise ModelError(
-                "Parameters that are single numbers cannot be cut into parts.",
-                f"{len(numbers)} of {len(named)}, such as '{numbers[0]}', have no dimension.",
-                "Give them the shape (1,), or parallel='ddp'.",
-            )
-        mixed = [
-            name
-            for name, module in self.model.named_modules()
-            if len({p.dtype for p in module.parameters(recurse=False) if p.requires_grad}) > 1
-        ]
-        if mixed:
-            raise ModelError(
-                "Parameters of one layer that are of different dtypes cannot be gathered together.",
-                f"{len(mixed)} layers, such as '{mixed[0]}'.",
-                "Give each layer one dtype, or parallel='ddp'.",
-            )
 
     # ------------------------------------------------------------------ parts in arenas
 
@@ -185,6 +163,8 @@ class FullySharded:
             view.add_(given[summing.at : summing.at + view.numel()])
         summing.at += room
         p.grad = None
+        if summing.at == summing.given[0].numel():  # that was the last one
+            summing.given = []
 
     # ------------------------------------------------------------------ the end
 
@@ -193,24 +173,27 @@ class FullySharded:
         return {name: _local(t) for name, t in tensors.items()}
 
     @torch.no_grad()
-    def release(self) -> None:
-        """The model is whole again, on every rank, with its own parameters; FSDP2 has left it."""
-        wholes: dict[str, Tensor] = {}
-        for name, p in list(self.model.named_parameters()):
-            name = plain_name(name)
-            found = self.shards.whole(name, _local(p), all_ranks=True)
-            assert found is not None
-            wholes[name] = found
-        where = {(id(module), key): self.names[id(module._parameters[key])] for module, key, _ in self._before}
-        for module, key, p in self._before:
-            if not p.numel() or p.data_ptr() == 0:
-                found = wholes[where[id(module), key]]
-                p.data = torch.empty_strided(found.shape, self._strides[id(p)], dtype=p.dtype, device=p.device)
-                p.data.copy_(found)
-                p.grad = None
-            module._parameters[key] = p
+    def release(self, *, together: bool = True) -> None:
+        """The model has its own parameters again, and FSDP2 has left it.
+
+        Args:
+            together: all ranks are here: parameters are whole on each of them. If not, as after an error, they are NaN.
+        """
+        if self.released:
+            return
+        self.released = True
         from torch.distributed._composable_state import _module_state_mapping
 
+        own = {self._where[id(module), key]: p for module, key, p in self._before}
+        for one in self._params():
+            name = self.names[id(one.sharded_param)]
+            p, shape = own[name], self.shapes[name]
+            p.data = torch.empty_strided(shape, self._strides[id(p)], dtype=p.dtype, device=p.device)
+            found = self.shards.whole(name, _local(one.sharded_param), all_ranks=True) if together else None
+            p.data.fill_(math.nan) if found is None else p.data.copy_(found)
+            p.grad = None
+        for module, key, p in self._before:
+            module._parameters[key] = p
         for module in self.model.modules():
             module.__class__ = self._types[id(module)]
             for hooks in _HOOKS:
@@ -226,9 +209,6 @@ def cut(model: nn.Module, plan: Plan, device: Device, ranks: Any) -> FullySharde
 
     Args:
         ranks: those of the run; every one calls this.
-
-    Raises:
-        ModelError: for a model that cannot be cut.
     """
     recipe = plan.recipe
     mesh = Grid(ranks, Layout(**plan.layout), device).sharding
@@ -319,6 +299,16 @@ class _Rest:
         for module in self.model.modules():
             if id(module) not in self.inside:
                 yield from module.parameters(recurse=False)
+
+
+def _all_gather(found: Tensor, given: Tensor, group: Any) -> None:
+    (getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor)(
+        found, given, group=group
+    )  # before torch 2.13
+
+
+def _reduce_scatter(found: Tensor, given: Tensor, group: Any) -> None:
+    (getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor)(found, given, group=group)
 
 
 def _groups(module: Any) -> list[Any]:

@@ -80,7 +80,7 @@ from thalweg.engine.scheduled import (
     span_of,
 )
 from thalweg.engine.settle import Decisions, settle_evaluation, settle_length, settle_optimizer
-from thalweg.engine.together import check_buffers, check_layers, check_ranks
+from thalweg.engine.together import check_buffers, check_layers, check_parts, check_ranks
 from thalweg.optim import parameter_table
 from thalweg.parallel import ALONE, Ranks
 from thalweg.precision import Policy, Prepared, policy_for
@@ -199,6 +199,8 @@ def _resolve(
     model = device.move(model)
     if ranks.world > 1:
         check_layers(model, ranks.world)
+    if settled is not None and settled.shard > 1:
+        check_parts(model, recipe)
     recipe, early = begin_precision(recipe, model, device, decide.take)
     if early is not None:
         undo.callback(early.undo)
@@ -297,6 +299,8 @@ def _resolve(
         )
         stand, recipe, ledger = fitting_layout(settled, planned, ranks, decide)
     check(recipe)
+    if settled is None and stand.shard > 1:
+        check_parts(model, recipe)
     check_release(recipe, device.kind, plan_of(recipe).parameters, decide.take)
     tell_gradients(recipe, decide.take)
     tell_split(model, recipe, decide)

@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from thalweg.core import OutOfMemoryError
+from thalweg.core import ModelError, OutOfMemoryError, ThalwegError
 from thalweg.data import batch_size, to_device, tree_map
 from thalweg.data.share import Window
 from thalweg.device import ran_out
@@ -72,9 +72,12 @@ class ShardedStep(Step):
                 else:
                     self._once(parts, rounds, counted)
         except Exception as err:
-            if not ran_out(err):
+            if ran_out(err):
+                failure = Failure.of(err, "a pass")
+            elif "DTensor" in str(err) and not isinstance(err, ThalwegError):
+                raise self._read_in_parts(err) from err
+            else:
                 raise
-            failure = Failure.of(err, "a pass")
         else:
             return parts
         raise OutOfMemoryError(
@@ -82,6 +85,13 @@ class ShardedStep(Step):
             f"Parameters lie in parts on {self.ranks.world} ranks, which all gather them as often: none can cut its "
             f"micro-batch by itself. The allocator: {failure.words}",
             "Give a smaller train.micro_batch or recompute='blocks', and go on with --resume.",
+        )
+
+    def _read_in_parts(self, err: Exception) -> ModelError:
+        return ModelError(
+            "A weight is read outside of the layers that hold it, where it lies in parts.",
+            f"{type(err).__name__}: {' '.join(str(err).split())[:200]}",
+            "Read weights in the forward pass of their own layer; or use parallel='ddp'.",
         )
 
     def _once(self, parts: Sequence[Any], rounds: int, counted: bool) -> None:

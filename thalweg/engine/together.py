@@ -149,6 +149,38 @@ def check_layers(model: nn.Module, world: int) -> None:
         )
 
 
+def check_parts(model: nn.Module, recipe: Recipe) -> None:
+    """Refuse what needs weights whole where they lie on ranks in parts.
+
+    Raises:
+        RecipeError: for penalties on weights. ModelError: for parameters that cannot be cut, naming them.
+    """
+    if recipe.regularize.penalties:
+        raise RecipeError(
+            f"regularize.penalties ({', '.join(recipe.regularize.penalties)}) are not possible where parameters lie in parts.",
+            "They read weights outside of the layers that gather them.",
+            "Use parallel='ddp'; decay of weights (optimizer.weight_decay) is possible with parts.",
+        )
+    numbers = [name for name, p in model.named_parameters() if not p.ndim]
+    if numbers:
+        raise ModelError(
+            "Parameters that are single numbers cannot be cut into parts.",
+            f"{len(numbers)} of {sum(1 for _ in model.parameters())}, such as '{numbers[0]}', have no dimension.",
+            "Give them the shape (1,), or use parallel='ddp'.",
+        )
+    mixed = [
+        name
+        for name, module in model.named_modules()
+        if len({p.dtype for p in module.parameters(recurse=False) if p.requires_grad}) > 1
+    ]
+    if mixed:
+        raise ModelError(
+            "Parameters of one layer that are of different dtypes cannot be gathered together.",
+            f"{len(mixed)} layers, such as '{mixed[0]}'.",
+            "Give each layer one dtype, or use parallel='ddp'.",
+        )
+
+
 def check_buffers(model: nn.Module, loss: ModelLoss, batch: Any, device: Device, recipe: Recipe, world: int) -> None:
     """Refuse buffers that ranks would each move their own way.
 
