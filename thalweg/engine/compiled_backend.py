@@ -11,8 +11,6 @@ from typing import Any
 import torch
 from torch import nn
 
-from thalweg.device import Device
-
 #: Another backend of torch.compile than the device's own, for tests: inductor takes 5 to 15 s a graph.
 BACKEND = "THALWEG_COMPILE_BACKEND"
 
@@ -26,11 +24,6 @@ def traces_autograd() -> bool:
     import torch._dynamo.config as config
 
     return hasattr(config, "trace_autograd_ops")
-
-
-def compile_backend(device: Device) -> str:
-    """The backend of torch.compile for a device, or "" where there is none."""
-    return "" if device.kind == "mps" else "inductor"
 
 
 class Compiler:
