@@ -128,12 +128,9 @@ recipes = st.builds(
     weights=st.sampled_from(["w.pt", "runs/digits"]),
     weights_rename=st.lists(st.sampled_from(["=net", "model=", "a=b.c"]), max_size=3).map(tuple),
     recompute=maybe(st.sampled_from(RECOMPUTED)),
-<<<<<<< HEAD
     compile=st.sampled_from(COMPILED),
-=======
     exact_reduce=st.booleans(),
     parallel=st.sampled_from(["auto", "fsdp", {"data": 4, "tensor": 2}]),
->>>>>>> wt-device
     model=options,
     loss=options,
     train=trains(),
@@ -317,13 +314,10 @@ def test_an_option_of_None_is_kept_or_refused_but_never_dropped() -> None:
         ("train.micro_batch", "16", 16),
         ("optimizer.slots", "auto", None),
         ("memory_budget", "12GiB", "12GiB"),
-<<<<<<< HEAD
         ("compile", "step", "step"),
-=======
         ("exact_reduce", "true", True),
         ("parallel", "fsdp", "fsdp"),
         ("parallel", "{data=4, tensor=2}", {"data": 4, "tensor": 2}),
->>>>>>> wt-device
         ("train.clip", "0", 0.0),
         ("train.last", "drop", "drop"),
         ("optimizer.lr", "3e-4", 3e-4),

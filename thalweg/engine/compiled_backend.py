@@ -11,6 +11,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from thalweg.core import ModelError
+
 #: Another backend of torch.compile than the device's own, for tests: inductor takes 5 to 15 s a graph.
 BACKEND = "THALWEG_COMPILE_BACKEND"
 
@@ -41,11 +43,16 @@ class Compiler:
         self.name, self.options = os.environ.get(BACKEND) or backend, dict(options or {})
         self.made = 0
 
+    @property
+    def draws_alike(self) -> bool:
+        """Whether graphs draw the numbers from torch's generators that plain operators do."""
+        return self.name in ("inductor", "aot_eager", "eager")
+
     def graph(self, method: Callable[..., Any]) -> Callable[..., Any]:
         """``method`` compiled as one graph for each shape of what it is given.
 
         Raises:
-            torch._dynamo.exc.Unsupported: at a call, where it cannot be traced as one.
+            ModelError: at a call, where it cannot be traced as one.
         """
         compiled = torch.compile(_fresh(method), fullgraph=True, dynamic=False, backend=self._backend)
         return _Graph(compiled)
@@ -88,10 +95,26 @@ class _Graph:
                 return self.compiled(*args)
             except self.not_traced:  # another shape: nothing has run yet
                 pass
-        with self.config.patch(**self.switches):
-            found = self.compiled(*args)
+        try:
+            with self.config.patch(**self.switches):
+                found = self.compiled(*args)
+        except self.not_traced as err:
+            raise _not_one_graph(err) from err
         self.traced = True
         return found
+
+
+def _not_one_graph(err: Exception) -> ModelError:
+    """The tracer's words, which are long, as three parts."""
+    lines = [line.strip() for line in str(err).splitlines() if line.strip()]
+    places = [line for line in lines if line.startswith("File ")]
+    where = f" The last place: {places[-1]}." if places else ""
+    return ModelError(
+        "The step cannot be compiled as one graph.",
+        f"{(lines or [type(err).__name__])[0]}.{where}",
+        "Let the model and the loss not branch on values of tensors, print, or call what torch cannot trace; or use "
+        "compile='model', which may be cut into several graphs, or compile='off'.",
+    )
 
 
 def _fresh(method: Callable[..., Any]) -> Callable[..., Any]:
