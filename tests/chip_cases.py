@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import thalweg
-from tests.chip import RAN
+from tests.chip import RAN, load
 from tests.models import IGNORED, mlp, ragged_text, small_gpt, text_loss
 from thalweg.core import Split
 from thalweg.device import choose, memory
@@ -183,6 +183,7 @@ CASES: dict[str, Callable[[], str]] = {
 
 
 def main() -> None:
+    load()
     for name, case in CASES.items():
         try:
             told = case()

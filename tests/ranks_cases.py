@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 import thalweg
 import thalweg.run.whole
+from tests import elastic_cases
 from tests.conftest import join_ranks
 from tests.models import batchnorm_net, mean_loss, mlp, points, ragged_text, small_gpt, text_loss
 from thalweg.core import Event, Loss, Recipe, Split, Task, ThalwegError
@@ -462,6 +463,7 @@ def go_through(rank: int, world: int, port: int, out: str) -> None:
     found["rewound"] = on(2, lambda ranks: bad_samples(ranks.rank, forget=True))
     found["refused"] = on(3, refusals)
     found["chosen"] = on(3, lambda _: train(bn_task(), {"train.batch": 24, "train.steps": 3}))
+    found |= elastic_cases.cases(rank, on, folder)
     parts_cases.go_through(on, found, folder, rank)
     found["hung"] = on(2, lambda ranks: hung(ranks, folder / "hung", 9.0), short)
     torch.save(found, folder / f"rank {rank}")

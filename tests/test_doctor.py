@@ -58,7 +58,7 @@ def test_tpus_are_in_the_table() -> None:
         "tpu-v5e": (16, 197),
         "tpu-v5p": (95, 459),
         "tpu-v6e": (32, 918),
-        "tpu-v7": (192, 2307),
+        "tpu-v7": (96, 1153),
     }
     assert all("fp16" not in CHIPS[name].rates for name in known)
 

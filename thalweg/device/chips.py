@@ -9,7 +9,7 @@ from thalweg.core import DeviceError, did_you_mean
 
 #: Memory: GiB that a process finds. TB/s: between chip and memory. Link: GB/s between two chips of a machine, each way.
 #: The rest: TFLOP/s of dense products of matrices, by precision. A TPU multiplies float32 in six passes of bfloat16; a v7 is two
-#: devices, and the row is for both.
+#: devices, and the row is for one of them.
 _TABLE = """
 name          kind  GiB    TB/s   link  fp32  tf32  bf16  fp16  fp8   source
 v100-16gb     cuda  15.8   0.900   150  15.7  -     -     125   -     NVIDIA V100 data sheet
@@ -30,7 +30,7 @@ tpu-v4        tpu   32.0   1.200   300  46    -     275   -     -     Google Clo
 tpu-v5e       tpu   16.0   0.820   200  33    -     197   -     -     Google Cloud TPU documentation
 tpu-v5p       tpu   95.0   2.770   600  76    -     459   -     -     Google Cloud TPU documentation
 tpu-v6e       tpu   32.0   1.640   448  153   -     918   -     -     Google Cloud TPU documentation
-tpu-v7        tpu   192.0  7.370   600  385   -     2307  -     4614  Google Cloud TPU documentation
+tpu-v7        tpu   96.0   3.685   300  192   -     1153  -     2307  Google Cloud TPU documentation
 """
 
 

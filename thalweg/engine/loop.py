@@ -153,7 +153,7 @@ class Loop:
                 self._save(must=True)  # it stands in the checkpoint that this evaluation is still owed
                 return StopReason.INTERRUPTED
         if self._is_due(self.plan.recipe.checkpoint.every) or self._is_best_now():
-            self.agree()
+            self._check_agreement()
             self._save(must=not going_on or self._is_best_now())
         if self.early.is_over() and going_on:
             self._save(must=True)
@@ -165,6 +165,13 @@ class Loop:
             self._save(must=True)
             return StopReason.INTERRUPTED
         return StopReason.UNSAVED if unsaved and going_on else None
+
+    def _check_agreement(self) -> None:
+        try:
+            self.agree()
+        except Exception:
+            self._saved = self.step.state.step  # what ranks hold differently is not kept
+            raise
 
     def _wishes(self) -> tuple[bool, bool, bool]:
         """Whether to give up, to stop, to end because nothing is saved any more: what any rank wished a step ago, so that all

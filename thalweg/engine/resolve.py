@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from functools import partial
@@ -50,6 +50,8 @@ from thalweg.engine.checks import (
     try_shortest,
     whole_of,
 )
+from thalweg.engine.compiled_choice import settle_compile
+from thalweg.engine.compiled_measure import fastest
 from thalweg.engine.given import made_model, split_of, task_loss
 from thalweg.engine.inorder import check_exact
 from thalweg.engine.layout import Planned, fitting_layout, on_ranks, settle_layout
@@ -302,6 +304,18 @@ def _resolve(
     if settled is None and stand.shard > 1:
         check_parts(model, recipe)
     check_release(recipe, device.kind, plan_of(recipe).parameters, decide.take)
+    if saved is None:
+
+        def measure(recipe: Recipe, able: Sequence[str], take: Callable[[str, Any, str], Any]) -> str:
+            first = _first_window(_changed(feeding(micro_batch=recipe.train.batch, sizes=None), mix, None), steps)
+            here = bench or Bench(plan_of, model, loss, first[0], device, policy, data=data, held=prepared.held)
+            return fastest(here, recipe, able, steps, take)
+
+        tried_here = None if planning else measure
+        rows, spread = plan_of(recipe).parameters, stand.shard > 1 or stand.tensor > 1
+        recipe = settle_compile(recipe, rows, device, decide.take, tried_here, spread)
+    elif recipe.compile == "auto":  # of before there was a choice
+        recipe = replace(recipe, compile="off")
     tell_gradients(recipe, decide.take)
     tell_split(model, recipe, decide)
     recipe = settle_evaluation(recipe, task, test is not None, steps, decide)

@@ -290,7 +290,7 @@ def checksum(state: State) -> str:
 def _sum(tensor: Tensor) -> int:
     flat = tensor.contiguous().reshape(-1).view(torch.uint8)
     for dtype in (torch.int64, torch.int32):
-        if flat.numel() % dtype.itemsize == 0 and flat.data_ptr() % dtype.itemsize == 0:
+        if flat.numel() % dtype.itemsize == 0 and flat.storage_offset() % dtype.itemsize == 0:
             return int(flat.view(dtype).sum(dtype=torch.int64))
     return int(flat.sum(dtype=torch.int64))
 
