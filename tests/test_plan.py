@@ -16,7 +16,7 @@ import thalweg
 from tests.conftest import ROOT, run_cli, three_parts
 from tests.models import batchnorm_net, mean_loss, mlp, points, ragged_text, small_gpt, text_loss
 from thalweg.core import Change, Ledger, Recipe, RecipeError, Split, Task, ThalwegError
-from thalweg.device import CAPABILITIES
+from thalweg.device import KNOWN
 from thalweg.device import memory as device_memory
 from thalweg.device.chips import CHIPS, chip_called
 from thalweg.engine import resolve
@@ -203,7 +203,7 @@ def test_a_model_that_looks_at_values_is_refused_elsewhere_and_planned_here() ->
 def test_every_chip_has_what_a_plan_reads() -> None:
     for name, chip in CHIPS.items():
         assert chip_called(name) is chip
-        assert chip.kind in CAPABILITIES and chip.memory > 2**30 and chip.bandwidth > 1e11 and chip.link > 1e9
+        assert chip.kind in KNOWN and chip.memory > 2**30 and chip.bandwidth > 1e11 and chip.link > 1e9
         assert "fp32" in chip.rates and chip.rate("fp32") < max(chip.rates.values())
         if "bf16" in chip.rates:
             assert chip.rate("bf16-pure") == chip.rate("bf16")

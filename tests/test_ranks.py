@@ -245,7 +245,7 @@ def test_one_process_asks_nobody(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_devices_of_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
     assert Device(torch.device("cpu")).of_rank(3) == Device(torch.device("cpu"))
-    monkeypatch.setattr(torch.accelerator, "device_count", lambda: 2)
+    monkeypatch.setattr("thalweg.device.accelerator.count", lambda kind: 2)
     with pytest.raises(DeviceError) as few:
         Device(torch.device("cuda", 0)).of_rank(2)
     assert "There are 2 of cuda" in three_parts(few.value)[1]

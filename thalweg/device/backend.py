@@ -8,27 +8,25 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import nn
 
-from thalweg.core import DeviceError
+from thalweg.core import DeviceError, did_you_mean
+from thalweg.device import accelerator
+from thalweg.device.capabilities import KNOWN, PACKAGES, Capabilities
+from thalweg.device.move import move
+from thalweg.device.probes import capabilities_of
 from thalweg.device.products import cpu_has_tf32
 
 #: Compute capabilities of CUDA that the formats begin with.
 TF32_FROM, FP8_FROM = (8, 0), (8, 9)
 
-#: What each kind of device can do, as far as training here needs to know; "ranks": what sums between its processes, or "".
-CAPABILITIES: dict[str, dict[str, Any]] = {
-    "cpu": {"autocast": ("bf16", "fp16"), "float64": True, "ranks": "gloo"},
-    "cuda": {"autocast": ("bf16", "fp16"), "float64": True, "ranks": "nccl"},
-    "xpu": {"autocast": ("bf16", "fp16"), "float64": True, "ranks": "xccl"},
-    "mps": {"autocast": ("bf16", "fp16"), "float64": False, "ranks": ""},
-}
 #: What processes of any kind of device tell one another by.
 HOST_RANKS = "gloo"
 
 
 def exact_dtype(device: torch.device) -> torch.dtype:
     """The dtype for numbers that should not round: float64 where the device has it."""
-    return torch.float64 if CAPABILITIES.get(device.type, {}).get("float64", True) else torch.float32
+    return torch.float64 if device.type == "meta" or capabilities_of(device).float64 else torch.float32
 
 
 @dataclass(frozen=True)
@@ -42,12 +40,50 @@ class Device:
         return self.torch_device.type
 
     @property
+    def capabilities(self) -> Capabilities:
+        """What it can do: known of its kind, and else tried."""
+        return capabilities_of(self.torch_device)
+
+    @property
+    def is_host(self) -> bool:
+        """Whether it is the CPU, whose memory holds all that is nowhere else."""
+        return self.kind == "cpu"
+
+    @property
     def autocasts(self) -> tuple[str, ...]:
-        """Half precisions that autocast has here."""
-        listed: tuple[str, ...] = CAPABILITIES[self.kind]["autocast"]
-        if self.kind == "cuda" and not torch.cuda.is_bf16_supported(including_emulation=False):
-            return tuple(p for p in listed if p != "bf16")
-        return listed
+        """Half precisions that autocast has here, and that training can use."""
+        can = self.capabilities
+        return tuple(half for half in can.autocasts if half != "fp16" or can.scales_fp16)
+
+    @property
+    def graph_kind(self) -> str:
+        """How work gets there: "cpu", "eager" (operator by operator) or "graph" (compiled before it runs)."""
+        return self.capabilities.graph_kind
+
+    @property
+    def static_shapes(self) -> bool:
+        """Whether each new shape costs a compilation."""
+        return self.capabilities.static_shapes
+
+    @property
+    def compile_backend(self) -> str | None:
+        """What ``torch.compile`` is to be told; None where nothing is known to compile for it."""
+        return self.capabilities.compile_backend
+
+    @property
+    def pins(self) -> bool:
+        """Whether copies from pinned memory of the host run by themselves."""
+        return self.capabilities.pins
+
+    @property
+    def captures_graphs(self) -> bool:
+        """Whether a step that was run once can be replayed as one."""
+        return self.capabilities.captures_graphs
+
+    @property
+    def scales_fp16(self) -> bool:
+        """Whether the loss can be scaled here, without which fp16 loses small gradients."""
+        return self.capabilities.scales_fp16
 
     @property
     def capability(self) -> tuple[int, int] | None:
@@ -83,18 +119,17 @@ class Device:
         """The dtype for sums that should not round: float64 where the device has it."""
         return exact_dtype(self.torch_device)
 
-    def generators(self) -> list[torch.Generator]:
-        """Torch's own generators that kernels on this device draw from; seeding them is all the seeding there is."""
-        mine = [torch.default_generator]
-        if self.kind == "cuda":
-            torch.cuda.init()
-            mine.append(torch.cuda.default_generators[self.torch_device.index or 0])
-        elif self.kind == "xpu":
-            torch.xpu.init()
-            mine.append(torch.xpu.default_generators[self.torch_device.index or 0])
-        elif self.kind == "mps":
-            mine.append(torch.mps._get_default_mps_generator())
-        return mine
+    def generators(self) -> list[Any]:
+        """What kernels on this device draw from, the host's first: each has ``manual_seed``, ``get_state``, ``set_state``."""
+        return [torch.default_generator, *accelerator.generators(self.torch_device)]
+
+    def move(self, model: nn.Module) -> nn.Module:
+        """``model`` on this device, with the parameters that it has now: ties and optimizers keep them.
+
+        Raises:
+            DeviceError: if the device cannot keep them.
+        """
+        return move(model, self.torch_device)
 
     @property
     def ranks_backend(self) -> str:
@@ -103,9 +138,9 @@ class Device:
         Raises:
             DeviceError: if there is none.
         """
-        named: str = CAPABILITIES[self.kind]["ranks"]
+        named = self.capabilities.ranks_backend
         if not named:
-            able = ", ".join(kind for kind, what in CAPABILITIES.items() if what["ranks"])
+            able = ", ".join(kind for kind, what in KNOWN.items() if what.get("ranks_backend"))
             raise DeviceError(
                 f"Ranks cannot train on {self.kind}.",
                 "Torch has no sums between processes there.",
@@ -121,33 +156,29 @@ class Device:
         """
         if self.kind == "cpu":
             return self
-        count = torch.accelerator.device_count()
+        count = accelerator.count(self.kind)
         if local >= count:
             raise DeviceError(
                 f"Rank {local} of this machine has no device of its own.",
                 f"There are {count} of {self.kind}, counted from 0.",
                 f"Start {count} ranks here, or train with device='cpu'.",
             )
-        torch.accelerator.set_device_index(local)
-        return Device(torch.device(self.kind, local))
+        mine = Device(torch.device(self.kind, local))
+        accelerator.use(mine.torch_device)
+        return mine
 
     def synchronize(self) -> None:
         """Wait until the device has done all that it was given."""
-        if self.kind != "cpu":
-            torch.accelerator.synchronize(self.torch_device)
+        accelerator.synchronize(self.torch_device)
 
     def memory_bytes(self) -> int:
-        """All of the device's memory."""
-        if self.kind == "cuda":
-            return int(torch.cuda.get_device_properties(self.torch_device).total_memory)
-        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+        """All of the device's memory; 0 where it does not say."""
+        if self.kind in ("cpu", "mps"):  # one memory for both
+            return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+        return accelerator.memory_of(self.torch_device)[1]
 
     def name(self) -> str:
-        if self.kind == "cuda":
-            return torch.cuda.get_device_name(self.torch_device)
-        if self.kind == "cpu":
-            return _cpu_name()
-        return self.kind
+        return _cpu_name() if self.kind == "cpu" else accelerator.name(self.torch_device)
 
 
 def choose(asked: str) -> tuple[Device, str]:
@@ -156,29 +187,41 @@ def choose(asked: str) -> tuple[Device, str]:
     Raises:
         DeviceError: if this machine does not have it.
     """
-    accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+    here = accelerator.current()
     if asked == "auto":
-        if accelerator is not None and accelerator.type in CAPABILITIES:
-            index = torch.accelerator.current_device_index()
-            return Device(torch.device(accelerator.type, index)), "torch finds this accelerator"
-        return Device(torch.device("cpu")), "torch finds no accelerator here"
+        if here is None:
+            return Device(torch.device("cpu")), "torch finds no accelerator here"
+        found = Device(torch.device(here, accelerator.index()))
+        if not found.capabilities.views:
+            return Device(torch.device("cpu")), f"torch finds {here}, which has no parameters that are views"
+        return found, "torch finds this accelerator"
     try:
         wanted = torch.device(asked)
     except RuntimeError:
-        raise _no_device(asked, accelerator) from None
-    count = torch.accelerator.device_count() if accelerator is not None else 0
-    here = wanted.type == "cpu" or (
-        accelerator is not None and wanted.type == accelerator.type and (wanted.index or 0) < count
-    )
-    if not here or wanted.type not in CAPABILITIES:
-        raise _no_device(asked, accelerator)
+        raise _no_device(asked, here) from None
+    if wanted.type != "cpu" and (wanted.index or 0) >= accelerator.count(wanted.type):
+        raise _no_device(asked, here)
+    if not Device(wanted).capabilities.views:
+        raise DeviceError(
+            f"device={asked!r} cannot train here.",
+            "A parameter cannot be a view of a flat buffer there, which is how parameters lie here.",
+            "Use device='cpu'.",
+        )
     return Device(wanted), "asked for"
 
 
-def _no_device(asked: str, accelerator: torch.device | None) -> DeviceError:
-    have = "cpu" if accelerator is None else f"cpu and {torch.accelerator.device_count()} of {accelerator.type}"
+def _no_device(asked: str, here: str | None) -> DeviceError:
+    have = "cpu" if here is None else f"cpu and {accelerator.count(here)} of {here}"
+    kind = asked.split(":")[0]
+    kinds = sorted({*KNOWN, "auto", *([here] if here else [])})
+    if kind not in kinds:
+        return DeviceError(f"device={asked!r} is not known.", f"This machine has {have}.", did_you_mean(kind, kinds))
+    package = PACKAGES.get(kind)
+    missing = package is not None and kind != here and accelerator.registered() != kind
     return DeviceError(
-        f"device={asked!r} is not on this machine.", f"It has {have}.", "Use device='auto' or one it has."
+        f"device={asked!r} is not on this machine.",
+        f"It has {have}." + (f" Torch knows no {kind}: the package {package} is not installed." if missing else ""),
+        "Use device='auto' or one it has.",
     )
 
 

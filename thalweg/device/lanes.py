@@ -9,12 +9,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-_STREAMS = ("cuda", "xpu")  # kinds with streams, and with pinned memory that a copy can run from by itself
+from thalweg.device.probes import capabilities_of
 
 
 def in_host_memory(tensor: Tensor, device: torch.device) -> Tensor:
     """``tensor``, which lies in the CPU's memory, pinned where ``device`` copies from there by itself."""
-    return tensor.pin_memory() if device.type in _STREAMS else tensor
+    return tensor.pin_memory() if capabilities_of(device).pins else tensor
 
 
 class Lanes:
@@ -28,7 +28,8 @@ class Lanes:
     def __init__(self, device: torch.device) -> None:
         self.device = device
         self.inward: Any = None
-        if device.type in _STREAMS:
+        can = capabilities_of(device)
+        if can.streams and can.pins:  # without pinned memory a copy holds up the host, and nothing runs beside it
             self.inward, self.outward = torch.Stream(device=device), torch.Stream(device=device)
         self._left: dict[Hashable, Any] = {}  # when a place was empty again, and when what was there was home again
 

@@ -10,19 +10,24 @@ from pathlib import Path
 
 import torch
 
+from thalweg.core import DeviceError
+from thalweg.device import accelerator
 from thalweg.device.backend import Device
 
 _PAGE = os.sysconf("SC_PAGE_SIZE") if hasattr(os, "sysconf") else 4096
 
 
 def in_use(device: Device) -> int:
-    """Bytes taken now: on a CPU by the whole process (resident set), elsewhere by tensors in torch's allocator."""
+    """Bytes taken now: on a CPU by the whole process (resident set), elsewhere by tensors in torch's allocator.
+
+    0 where the device does not say.
+    """
     if device.kind == "cpu":
         status = _status()
         return status["VmRSS"] if "VmRSS" in status else _most_ever()
     if device.kind == "mps":
         return int(torch.mps.current_allocated_memory())
-    return int(torch.accelerator.memory_allocated(device.torch_device))
+    return int(torch.accelerator.memory_allocated(device.torch_device)) if device.capabilities.measures_memory else 0
 
 
 def peak(device: Device) -> int | None:
@@ -33,7 +38,7 @@ def peak(device: Device) -> int | None:
     if device.kind == "cpu":
         status = _status()
         return status["VmHWM"] if "VmHWM" in status else _most_ever()
-    if device.kind == "mps":
+    if device.kind == "mps" or not device.capabilities.measures_memory:
         return None
     return int(torch.accelerator.max_memory_allocated(device.torch_device))
 
@@ -46,7 +51,7 @@ def reset_peak(device: Device) -> bool:
         except OSError:
             return False
         return True
-    if device.kind == "mps":
+    if device.kind == "mps" or not device.capabilities.measures_memory:
         return False
     torch.accelerator.reset_peak_memory_stats(device.torch_device)
     return True
@@ -66,7 +71,7 @@ def release(device: Device, *, cycles: bool = False) -> None:
             trim(0)
     elif device.kind == "mps":
         torch.mps.empty_cache()
-    else:
+    elif device.capabilities.measures_memory:
         torch.accelerator.empty_cache()
 
 
@@ -76,15 +81,25 @@ def available(device: Device) -> int:
     On a CPU the least of: what the system has without swapping, what the process's control groups leave it, and its limits of
     address space and data (``ulimit -v``, ``-d``). Elsewhere what is free on the device and what torch's allocator holds
     unused.
+
+    Raises:
+        DeviceError: if the device does not say.
     """
     if device.kind == "cpu":
         return max(0, min([_system_free(), *_group_free(), *_limits_free()]))
     if device.kind == "mps":
         return max(0, int(torch.mps.recommended_max_memory()) - int(torch.mps.driver_allocated_memory()))
-    module = torch.xpu if device.kind == "xpu" else torch.cuda
-    free, _ = module.mem_get_info(device.torch_device)
-    held = module.memory_reserved(device.torch_device) - module.memory_allocated(device.torch_device)
-    return int(free + held)
+    at = device.torch_device
+    free, whole = accelerator.memory_of(at)
+    if not whole:
+        raise DeviceError(
+            f"How much memory {at} has left is not known.",
+            "Its backend does not say.",
+            "Leave memory_budget and a micro-batch of 'auto' out.",
+        )
+    can = device.capabilities.measures_memory
+    held = torch.accelerator.memory_reserved(at) - torch.accelerator.memory_allocated(at) if can else 0
+    return free + held
 
 
 def _libc() -> ctypes.CDLL:

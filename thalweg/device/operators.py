@@ -2,11 +2,47 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 _HALF = (torch.bfloat16, torch.float16)
+
+
+@dataclass(frozen=True)
+class Fault:
+    """An operator that a kind of device does not have, or not well.
+
+    Attributes:
+        operator: its name in torch.
+        fault: "missing", "wrong" (silently) or "slow".
+        what: what it does.
+        way: the way round.
+    """
+
+    operator: str
+    fault: str
+    what: str
+    way: str
+
+
+#: By kind of device. Those of a TPU were found in torch-tpu 0.2.0, against the CPU's results.
+FAULTS: dict[str, tuple[Fault, ...]] = {
+    "cpu": (
+        Fault(
+            "scaled_dot_product_attention", "slow", "its backward pass in half precision", "causal_attention: float32"
+        ),
+    ),
+    "tpu": (
+        Fault("batch_norm", "wrong", "running statistics never move", "batch normalization of our own"),
+        Fault("instance_norm", "wrong", "running statistics never move", "refused where it tracks them"),
+        Fault("avg_pool1d", "wrong", "its result has no gradient", "avg_pool2d"),
+        Fault("lstm, gru", "wrong", "results have no gradient where compiled", "refused"),
+        Fault("_amp_foreach_non_finite_check_and_unscale_", "missing", "checks scaled gradients", "bf16, unscaled"),
+    ),
+}
 
 
 def causal_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
