@@ -18,6 +18,7 @@ from thalweg.data.share import WHOLE, Share, micro_batches
 from thalweg.data.sources import Items
 from thalweg.data.trees import to_device, tree_map
 from thalweg.data.workers import Place, Stopped, Workers, unnoticed
+from thalweg.device import capabilities_of
 
 
 class Reader:
@@ -146,6 +147,6 @@ class ItemFeed:
             workers.close()
 
     def _near(self, batch: Any) -> Any:
-        if self.workers and self.device.type == "cuda":
+        if self.workers and capabilities_of(self.device).pins:
             batch = tree_map(lambda t: t.pin_memory(), batch)
         return to_device(batch, self.device)

@@ -13,6 +13,7 @@ from torch.utils.data import DataLoader, IterableDataset, RandomSampler, Sequent
 from thalweg.core import DataError, Gather
 from thalweg.data.standing import Standing, standing_of
 from thalweg.data.trees import tensors, tree_map
+from thalweg.device import check_float64
 
 
 class Tensors:
@@ -42,6 +43,7 @@ class Tensors:
         return tree_map(lambda t: _rows(t, indices), self.tree)
 
     def to(self, device: torch.device) -> Tensors:
+        check_float64(tensors(self.tree), device, "The data")
         return Tensors(tree_map(lambda t: t.to(device), self.tree))
 
     def nbytes(self) -> int:

@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from thalweg.device import check_float64
+
 
 def tree_map(function: Callable[[Tensor], Tensor], tree: Any) -> Any:
     """The same tree with ``function`` applied to its tensors; all else is passed on."""
@@ -49,7 +51,12 @@ def split(tree: Any, micro_batch: int) -> list[Any]:
 
 
 def to_device(tree: Any, device: torch.device) -> Any:
-    """The batch on ``device``; pinned memory is copied without waiting."""
+    """The batch on ``device``; pinned memory is copied without waiting.
+
+    Raises:
+        DeviceError: for float64 where the device has none.
+    """
     if device.type == "cpu":
         return tree
+    check_float64(tensors(tree), device, "The data")
     return tree_map(lambda t: t.to(device, non_blocking=True), tree)

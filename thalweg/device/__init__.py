@@ -5,7 +5,7 @@ from thalweg.device.backend import HOST_RANKS, Device, choose, exact_dtype, fact
 from thalweg.device.capabilities import KNOWN, Capabilities, known
 from thalweg.device.failures import ran_out
 from thalweg.device.measure import half_precision_gain, matmul_rates
-from thalweg.device.move import move
+from thalweg.device.move import check_float64, move
 from thalweg.device.operators import Fault, causal_attention
 from thalweg.device.probes import capabilities_of
 from thalweg.device.products import float32_products
@@ -18,6 +18,7 @@ __all__ = [
     "KNOWN",
     "capabilities_of",
     "causal_attention",
+    "check_float64",
     "choose",
     "exact_dtype",
     "facts",

@@ -19,6 +19,13 @@ from thalweg.device.products import cpu_has_tf32
 
 #: Compute capabilities of CUDA that the formats begin with.
 TF32_FROM, FP8_FROM = (8, 0), (8, 9)
+#: What a GPU must be for a precision.
+_NEEDS = {
+    "tf32": "TF32 needs an NVIDIA GPU of compute capability 8.0 or more (Ampere)",
+    "bf16": "bfloat16 products need an NVIDIA GPU of compute capability 8.0 or more (Ampere)",
+    "bf16-pure": "bfloat16 products need an NVIDIA GPU of compute capability 8.0 or more (Ampere)",
+    "fp8": "8-bit products need an NVIDIA GPU of compute capability 8.9 or more (Ada, Hopper)",
+}
 
 #: What processes of any kind of device tell one another by.
 HOST_RANKS = "gloo"
@@ -113,6 +120,15 @@ class Device:
             *(("bf16-pure",) if "bf16" in halves else ()),
             *(("fp8",) if self.fp8 else ()),
         )
+
+    def why_not(self, precision: str) -> str:
+        """A sentence on why a precision is not possible here, with a space behind it; empty where there is no more to say."""
+        at = self.capability
+        if precision in ("tf32", "fp8") or (at is not None and precision in _NEEDS):
+            return f"{_NEEDS[precision]}; {self.torch_device}" + (f" has {at[0]}.{at[1]}. " if at else " is none. ")
+        if precision == "fp16" and not self.scales_fp16:
+            return "fp16 loses small gradients unless the loss is scaled, and torch does not scale it there. "
+        return ""
 
     @property
     def exact(self) -> torch.dtype:

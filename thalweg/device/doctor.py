@@ -37,7 +37,8 @@ def examine() -> Iterator[tuple[str, str]]:
 def _half(device: Device, half: str) -> str:
     if half not in device.autocasts:
         return "not possible on this device"
-    block = nn.Sequential(nn.Linear(256, 1024), nn.GELU(), nn.Linear(1024, 256)).to(device.torch_device)
+    block = nn.Sequential(nn.Linear(256, 1024), nn.GELU(), nn.Linear(1024, 256))
+    device.move(block)
     inputs = torch.ones(512, 256, device=device.torch_device)
 
     def plain() -> None:

@@ -75,15 +75,28 @@ def release(device: Device, *, cycles: bool = False) -> None:
         torch.accelerator.empty_cache()
 
 
-def available(device: Device) -> int:
+def there(device: Device) -> int:
+    """Bytes that this process may have on the device: those in use and those still to be had.
+
+    Raises:
+        DeviceError: if the device does not say, and nobody else did.
+    """
+    left = available(device)
+    if left is None:
+        raise DeviceError(
+            f"How much memory {device.torch_device} has is not known.",
+            "Its backend does not say, and a plan within what is there was asked for.",
+            "Say it: memory_budget='16GiB' in the recipe, or --device-memory 16GiB for a plan.",
+        )
+    return in_use(device) + left
+
+
+def available(device: Device) -> int | None:
     """Bytes that this process may still take on the device.
 
     On a CPU the least of: what the system has without swapping, what the process's control groups leave it, and its limits of
     address space and data (``ulimit -v``, ``-d``). Elsewhere what is free on the device and what torch's allocator holds
-    unused.
-
-    Raises:
-        DeviceError: if the device does not say.
+    unused. None where the device does not say.
     """
     if device.kind == "cpu":
         return max(0, min([_system_free(), *_group_free(), *_limits_free()]))
@@ -92,11 +105,7 @@ def available(device: Device) -> int:
     at = device.torch_device
     free, whole = accelerator.memory_of(at)
     if not whole:
-        raise DeviceError(
-            f"How much memory {at} has left is not known.",
-            "Its backend does not say.",
-            "Leave memory_budget and a micro-batch of 'auto' out.",
-        )
+        return None
     can = device.capabilities.measures_memory
     held = torch.accelerator.memory_reserved(at) - torch.accelerator.memory_allocated(at) if can else 0
     return free + held

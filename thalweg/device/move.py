@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
 from torch import nn
 
 from thalweg.core import DeviceError
+from thalweg.device.probes import capabilities_of
 
 
 def move(model: nn.Module, device: torch.device) -> nn.Module:
@@ -21,9 +22,11 @@ def move(model: nn.Module, device: torch.device) -> nn.Module:
         ``model``.
 
     Raises:
-        DeviceError: if the device cannot keep them; the model may be moved in part.
+        DeviceError: for float64 where the device has none; if it cannot keep the parameters, and the model may then be moved in
+            part.
     """
     before = list(_owned(model))
+    check_float64(((f"{path}.{name}" if path else name, x) for _, path, name, x in before), device, "The model")
     kept = torch.__future__.get_swap_module_params_on_conversion()
     torch.__future__.set_swap_module_params_on_conversion(kept or not _takes_other_memory(model, device))
     try:
@@ -41,6 +44,23 @@ def move(model: nn.Module, device: torch.device) -> nn.Module:
     _tie_buffers(before)
     _check(before, device)
     return model
+
+
+def check_float64(named: Iterable[tuple[str, torch.Tensor]], device: torch.device, what: str) -> None:
+    """Refuse float64 on a device that has none, before a kernel does.
+
+    Raises:
+        DeviceError: if there is some.
+    """
+    if device.type == "meta" or capabilities_of(device).float64:
+        return
+    wide = [name for name, x in named if x.dtype in (torch.float64, torch.complex128)]
+    if wide:
+        raise DeviceError(
+            f"{what} has float64, and {device} has none.",
+            f"{len(wide)} tensors, such as '{wide[0]}'.",
+            "Make them float32: .float(); or use device='cpu'.",
+        )
 
 
 def _owned(model: nn.Module) -> Iterator[tuple[nn.Module, str, str, Any]]:
@@ -75,6 +95,6 @@ def _check(before: list[tuple[nn.Module, str, str, Any]], device: torch.device) 
     if lost:
         raise DeviceError(
             f"{device} does not keep the parameters of a model that is moved there.",
-            f"{len(lost)} are others than before or are elsewhere, such as '{lost[0]}': ties and optimizers would be lost.",
+            f"{len(lost)} are others than before or are elsewhere, such as '{lost[0]}'; ties and optimizers would be lost.",
             "Make the model there: with torch.device(...); or train on another device.",
         )

@@ -18,14 +18,16 @@ from thalweg.device.capabilities import KNOWN, Capabilities, known
 _HALVES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
-def capabilities_of(device: torch.device) -> Capabilities:
+def capabilities_of(device: torch.device | str) -> Capabilities:
     """What a device can do: what is known of its kind, and for the rest what it shows.
 
-    A device that is not here is taken at what is known of its kind.
+    Args:
+        device: a device, or a kind of device. One that is not here is taken at what is known of its kind.
     """
-    here = device.type != "meta" and accelerator.count(device.type)
-    found = _probed(device.type, device.index or 0) if here else known(device.type)
-    if device.type == "cuda" and not torch.cuda.is_bf16_supported(including_emulation=False):
+    kind, index = (device, 0) if isinstance(device, str) else (device.type, device.index or 0)
+    here = kind != "meta" and accelerator.count(kind)
+    found = _probed(kind, index) if here else known(kind)
+    if kind == "cuda" and not isinstance(device, str) and not torch.cuda.is_bf16_supported(including_emulation=False):
         return replace(found, autocasts=("fp16",), bf16=False)
     return found
 

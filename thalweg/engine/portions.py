@@ -128,10 +128,12 @@ class Limit:
     def _nothing_left(self, batch: Any, failure: Failure, whole: str) -> OutOfMemoryError:
         num = batch_size(batch)
         size = sum(t.nbytes for _, t in tensors(batch))
+        left = memory.available(self.device)
+        free = "nobody knows how much is" if left is None else f"{human_bytes(left)}"
         held = "one sample, and no portion is smaller" if num == 1 else f"{num} samples, which cannot be cut: {whole}"
         return OutOfMemoryError(
             f"Memory ran out over {held}.",
-            f"{TRIES} tries in a row in {failure.where}; {human_bytes(memory.available(self.device))} free on "
+            f"{TRIES} tries in a row in {failure.where}; {free} free on "
             f"{self.device.torch_device}; the data alone is {human_bytes(size)}. The allocator: {failure.words}",
             "Free what others hold, or let a pass take less: recompute='blocks', precision='bf16', shorter sequences, a "
             "smaller model"

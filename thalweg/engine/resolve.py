@@ -183,7 +183,7 @@ def _resolve(
     model = made_model(task, recipe)
     if begins:
         take_weights(model, recipe, decide.take, saved)
-    model = model.to(device.torch_device)
+    model = device.move(model)
     if ranks.world > 1:
         check_layers(model, ranks.world)
     recipe, early = begin_precision(recipe, model, device, decide.take)

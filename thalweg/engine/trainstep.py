@@ -138,7 +138,7 @@ class TrainStep:
                 )
         self.device, _ = choose(self.recipe.device)
         take_weights(model, self.recipe, self._decide.take, None)
-        self.model = model.to(self.device.torch_device)
+        self.model = self.device.move(model)
         self.rows = parameter_table(model, optimizer=self.recipe.optimizer, schedule=self.recipe.schedule)
         span = span_of(self.recipe, self.steps or 1, {}, _WHY_NOT)
         check_values(moved, span)

@@ -9,11 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from thalweg.device import capabilities_of
 from thalweg.optim.batch import Batch, is_dense, laid_like
 from thalweg.optim.eager import Extra, Kernel, eager
 from thalweg.optim.program import Program
 
-_DEVICES = ("cpu", "cuda", "xpu", "mps")
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)  # float64 has none: its divisor would be float32
 
 
@@ -65,7 +65,7 @@ def fused(program: Program, *, device: str) -> Kernel | None:
     plain &= (
         program.dtype == program.wide or not program.parts
     )  # half parameters have wide slots here, narrow ones there
-    if rule not in _MAKERS or device not in _DEVICES or program.dtype not in _DTYPES or not plain:
+    if rule not in _MAKERS or not capabilities_of(device).fused or program.dtype not in _DTYPES or not plain:
         return None
     if rule == "sgd" and program.options["nesterov"] and not program.options["momentum"]:
         return None

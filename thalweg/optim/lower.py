@@ -14,6 +14,7 @@ import torch
 
 from thalweg.core import RecipeError
 from thalweg.core.recipe import WAYS
+from thalweg.device import capabilities_of
 from thalweg.optim.batch import Batch
 from thalweg.optim.eager import Extra, Kernel, eager
 from thalweg.optim.kernels import fused
@@ -99,6 +100,10 @@ def _choose(program: Program, *, device: str, elements: int, way: str | None, ke
     return Update(eager(program, stack=program.reads == "matrix"), "eager", why)
 
 
+def _by(backend: str | None) -> str:
+    return "nothing that torch knows of" if backend is None else f"whole steps, with {backend}"
+
+
 def _compiled(program: Program, device: str) -> tuple[Kernel | None, str]:
     """A compiled kernel and the reason for it, or None and why there is none."""
     from thalweg.optim.around import around  # these import what only compiling needs
@@ -111,6 +116,8 @@ def _compiled(program: Program, device: str) -> tuple[Kernel | None, str]:
         (around, "a C kernel before and one after its products of matrices"),
     ]
     if device != "cpu":
+        if (backend := capabilities_of(device).compile_backend) != "inductor":
+            return None, f"kernels for {device} are not made one by one: it compiles {_by(backend)}"
         builders = [(inductor, "one kernel of torch.compile for each dtype")]
     why_not = ""
     for build, why in builders:

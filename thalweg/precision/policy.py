@@ -85,13 +85,6 @@ POLICIES = {
 }
 assert tuple(POLICIES) == PRECISIONS
 
-_NEEDS = {
-    "tf32": "TF32 needs an NVIDIA GPU of compute capability 8.0 or more (Ampere)",
-    "bf16": "bfloat16 products need an NVIDIA GPU of compute capability 8.0 or more (Ampere)",
-    "bf16-pure": "bfloat16 products need an NVIDIA GPU of compute capability 8.0 or more (Ampere)",
-    "fp8": "8-bit products need an NVIDIA GPU of compute capability 8.9 or more (Ada, Hopper)",
-}
-
 
 def policy_for(name: str, device: Device, islands: tuple[str, ...] | None = None) -> Policy:
     """The policy called ``name``, if ``device`` has it.
@@ -104,12 +97,9 @@ def policy_for(name: str, device: Device, islands: tuple[str, ...] | None = None
     """
     here = device.precisions
     if name not in here:
-        at = device.capability
-        chip = f"{device.torch_device}" + (f" has {at[0]}.{at[1]}" if at else " is none")
-        why = f"{_NEEDS[name]}; {chip}. " if name in _NEEDS else ""
         raise DeviceError(
             f"precision={name!r} is not possible on {device.torch_device}.",
-            f"{why}It has {', '.join(here)}.",
+            f"{device.why_not(name)}It has {', '.join(here)}.",
             "Use one of these, or precision='auto'.",
         )
     if name == "fp8":

@@ -114,7 +114,7 @@ def _limit(recipe: Recipe, bench: Bench, most: int | None) -> tuple[int, str]:
     if recipe.memory_budget is None and most is not None:
         return most, human_bytes(most)
     if recipe.memory_budget is None:
-        there = memory.in_use(bench.device) + memory.available(bench.device)
+        there = memory.there(bench.device)
         return int(there * MARGIN), f"{human_bytes(int(there * MARGIN))}, {MARGIN:.0%} of what is there"
     limit = to_bytes(recipe.memory_budget, "memory_budget")
     weights = sum(p.nbytes for p in bench.model.parameters())

@@ -63,7 +63,8 @@ def plan_here(task: Task, recipe: Recipe, *, most: int | None = None, timed: boo
     resolved = resolve(task, recipe, most=most, planning=True)
     plan, bench = resolved.plan, resolved.bench
     assert plan.ledger is not None and bench is not None
-    there = memory.in_use(resolved.device) + memory.available(resolved.device)
+    left = memory.available(resolved.device)
+    there = most if left is None and most is not None else memory.there(resolved.device)
     limit = there if most is None else most
     prices = Prices(bench)
     seconds, how = None, "not timed: it does not fit" if timed else "not timed"
