@@ -15,7 +15,8 @@ from thalweg.device import accelerator
 from thalweg.device.capabilities import KNOWN, PACKAGES, Capabilities
 from thalweg.device.move import move
 from thalweg.device.probes import capabilities_of
-from thalweg.device.products import cpu_has_tf32
+from thalweg.device.products import TOLD, cpu_has_tf32
+from thalweg.device.silent import mend
 
 #: Compute capabilities of CUDA that the formats begin with.
 TF32_FROM, FP8_FROM = (8, 0), (8, 9)
@@ -146,6 +147,15 @@ class Device:
             DeviceError: if the device cannot keep them.
         """
         return move(model, self.torch_device)
+
+    def mend(self, model: nn.Module) -> list[tuple[str, str, str]]:
+        """Operators without effect here that the model may use get a stand-in.
+
+        Returns:
+            (what, how, why) of all that is computed in another way here than torch's backend would by itself.
+        """
+        products = [("float32 products", *TOLD[self.kind])] if self.kind in TOLD else []
+        return products + [(f"operator {name}", "replaced", what) for name, what in mend(model, self.torch_device)]
 
     @property
     def ranks_backend(self) -> str:

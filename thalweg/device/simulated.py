@@ -1,8 +1,9 @@
 """torch-tpu on a machine without a TPU: its programs are compiled and run by XLA's plugin for the CPU.
 
 For tests, and to write a step down as StableHLO for the TPU's own compiler (``device/aot.py``): nothing is learnt here of how
-fast a TPU is, or how its products round. torch-tpu asks for two things that the plugin lacks; both are put in its place before
-torch-tpu sees it. Source: PJRT's C interface (``pjrt_c_api.h``), which only ever grows at its end.
+fast a TPU is, or how its products round. torch-tpu asks for two things that the plugin lacks; both are put in their place before
+torch-tpu sees it. They are C, not Python: threads that compile call them while the main thread waits with Python's lock held.
+Source: PJRT's C interface (``pjrt_c_api.h``), which only ever grows at its end.
 """
 
 from __future__ import annotations
@@ -11,59 +12,68 @@ import ctypes
 import importlib.util
 import io
 import os
+import shutil
+import subprocess
+import tempfile
 from contextlib import redirect_stderr
 from pathlib import Path
 
 from thalweg.core import DeviceError
 
-#: Places of functions in PJRT's table, and where the table begins.
-TABLE = 40
-CLIENT_CREATE, NUM_OUTPUTS, OUTPUT_MEMORY_KINDS = 10, 44, 47
-#: The interface that the places above are those of; later minor versions only append.
+#: The major version of PJRT's interface whose places stand below; minor ones only append.
 MAJOR = 0
 
-Function = ctypes.CFUNCTYPE(ctypes.c_void_p, ctypes.c_void_p)
+#: Functions lie in PJRT's table from byte 40 on: number 10 makes a client, 44 counts outputs, 47 says where outputs lie.
+_SOURCE = r"""
+#include <stddef.h>
+#include <stdint.h>
+typedef void *(*function)(void *);
+typedef struct { size_t size; void *extension; const char *name; size_t name_size; int type; int64_t value; size_t num; } option;
+typedef struct { size_t size; void *extension; void *options; size_t num; } create_args;
+typedef struct { size_t size; void *extension; void *executable; size_t num; } count_args;
+typedef struct { size_t size; void *extension; void *executable; size_t num; const char **kinds; size_t *sizes; } kind_args;
+static function create, count;
+static const char *kinds[65536];
+static size_t sizes[65536];
 
+/* One device; the options of a TPU, which the plugin would refuse, are left out. */
+static void *client_create(void *given) {
+  create_args *args = given;
+  void *options = args->options;
+  size_t num = args->num;
+  option one = {sizeof(option), NULL, "cpu_device_count", 16, 1, 1, 1};
+  args->options = &one;
+  args->num = 1;
+  void *error = create(given);
+  args->options = options;
+  args->num = num;
+  return error;
+}
 
-class _Option(ctypes.Structure):  # PJRT_NamedValue with a 64-bit integer
-    _fields_ = (
-        ("size", ctypes.c_size_t),
-        ("extension", ctypes.c_void_p),
-        ("name", ctypes.c_char_p),
-        ("name_size", ctypes.c_size_t),
-        ("type", ctypes.c_int),
-        ("value", ctypes.c_int64),
-        ("value_size", ctypes.c_size_t),
-    )
+/* Every output lies in the device's memory. */
+static void *output_memory_kinds(void *given) {
+  kind_args *args = given;
+  count_args asked = {sizeof(count_args), NULL, args->executable, 0};
+  void *error = count(&asked);
+  if (error) return error;
+  args->num = asked.num < 65536 ? asked.num : 65536;
+  args->kinds = kinds;
+  args->sizes = sizes;
+  return NULL;
+}
 
-
-class _Create(ctypes.Structure):  # how PJRT_Client_Create_Args begins
-    _fields_ = (
-        ("size", ctypes.c_size_t),
-        ("extension", ctypes.c_void_p),
-        ("options", ctypes.c_void_p),
-        ("num_options", ctypes.c_size_t),
-    )
-
-
-class _NumOutputs(ctypes.Structure):
-    _fields_ = (
-        ("size", ctypes.c_size_t),
-        ("extension", ctypes.c_void_p),
-        ("executable", ctypes.c_void_p),
-        ("num", ctypes.c_size_t),
-    )
-
-
-class _Kinds(ctypes.Structure):  # PJRT_Executable_OutputMemoryKinds_Args
-    _fields_ = (
-        *_NumOutputs._fields_,
-        ("kinds", ctypes.c_void_p),
-        ("sizes", ctypes.c_void_p),
-    )
-
-
-_INT64 = 1  # PJRT_NamedValue_kInt64
+void replace(char *table) {
+  function *functions = (function *)(table + 40);
+  for (int i = 0; i < 65536; i++) {
+    kinds[i] = "device";
+    sizes[i] = 6;
+  }
+  create = functions[10];
+  count = functions[44];
+  functions[10] = client_create;
+  functions[47] = output_memory_kinds;
+}
+"""
 _kept: list[object] = []  # what the plugin points to
 
 
@@ -77,30 +87,27 @@ def plugin() -> Path | None:
 
 
 def why_not() -> str:
-    """Why there can be no simulated TPU here, and what to do; "" where there can."""
-    missing = [
-        package
-        for package, there in (
-            ("torch-tpu", importlib.util.find_spec("torch_tpu") is not None),
-            ("xla-cpu-pjrt", plugin() is not None),
-        )
-        if not there
-    ]
-    return f"{' and '.join(missing)} not installed here (pip install {' '.join(missing)})" if missing else ""
+    """What is missing for a simulated TPU here, and how to get it; "" where nothing is."""
+    there = {"torch-tpu": importlib.util.find_spec("torch_tpu") is not None, "xla-cpu-pjrt": plugin() is not None}
+    missing = [package for package, found in there.items() if not found]
+    if missing:
+        return f"{' and '.join(missing)} not installed here: pip install {' '.join(missing)}"
+    return "" if _compiler() else "there is no C compiler here (CC, cc, gcc, clang): install one"
 
 
 def begin() -> None:
-    """Make ``torch.device("tpu")`` a simulated one, for the rest of this process.
+    """Make ``torch.device("tpu")`` a simulated one, for the rest of this process. Call it before anything imports torch_tpu.
 
     Raises:
-        DeviceError: where a package is missing, or the plugin speaks another interface.
+        DeviceError: where something is missing, or the plugin speaks another interface.
     """
-    found = plugin()
     if reason := why_not():
-        raise DeviceError("A TPU cannot be simulated here.", f"{reason}.", "Install them into this environment.")
+        raise DeviceError("A TPU cannot be simulated here.", *reason.split(": ", 1))
+    found = plugin()
     assert found is not None
     os.environ["TPU_LIBRARY_PATH"] = str(found)
     os.environ.setdefault("TORCH_DEVICE_BACKEND_AUTOLOAD", "0")
+    os.environ.setdefault("NPROC", "16")  # programs wait for one another in threads: as few as two cores have all wait for ever
     library = ctypes.CDLL(str(found), mode=ctypes.RTLD_LOCAL)
     library.GetPjrtApi.restype = ctypes.c_void_p
     table = library.GetPjrtApi()
@@ -111,8 +118,10 @@ def begin() -> None:
             f"It speaks version {major} of PJRT's interface; {MAJOR} is known here.",
             "Install xla-cpu-pjrt 0.0.1.",
         )
-    _kept.append(library)
-    _replace(table)
+    stand_in = _built()
+    stand_in.replace.argtypes = [ctypes.c_void_p]
+    stand_in.replace(table)
+    _kept.extend((library, stand_in))
     with redirect_stderr(io.StringIO()):  # it says four lines about itself
         from torch_tpu import _loader
 
@@ -122,39 +131,19 @@ def begin() -> None:
     torch.ones(1, device=device)  # only from here on does torch.accelerator see it
 
 
-def _place(table: int, number: int) -> ctypes.c_void_p:
-    return ctypes.c_void_p.from_address(table + TABLE + 8 * number)
+def _compiler() -> str | None:
+    return next((name for name in (os.environ.get("CC"), "cc", "gcc", "clang") if name and shutil.which(name)), None)
 
 
-def _replace(table: int) -> None:
-    create, count = (Function(_place(table, number).value) for number in (CLIENT_CREATE, NUM_OUTPUTS))
-
-    @Function
-    def client_create(address: int) -> int | None:
-        """One device; options of a TPU that the plugin would refuse are left out."""
-        args = _Create.from_address(address)
-        given = args.options, args.num_options
-        name = b"cpu_device_count"
-        option = _Option(ctypes.sizeof(_Option), None, name, len(name), _INT64, 1, 1)
-        args.options, args.num_options = ctypes.addressof(option), 1
-        error: int | None = create(address)
-        args.options, args.num_options = given
-        return error
-
-    @Function
-    def output_memory_kinds(address: int) -> int | None:
-        """Every output lies in the device's memory."""
-        args = _Kinds.from_address(address)
-        asked = _NumOutputs(ctypes.sizeof(_NumOutputs), None, args.executable, 0)
-        error: int | None = count(ctypes.addressof(asked))
-        if error:
-            return error
-        kinds = (ctypes.c_char_p * max(asked.num, 1))(*[b"device"] * asked.num)
-        sizes = (ctypes.c_size_t * max(asked.num, 1))(*[6] * asked.num)
-        _kept.append((kinds, sizes))
-        args.num, args.kinds, args.sizes = asked.num, ctypes.addressof(kinds), ctypes.addressof(sizes)
-        return None
-
-    _kept.extend((create, count, client_create, output_memory_kinds))
-    for number, new in ((CLIENT_CREATE, client_create), (OUTPUT_MEMORY_KINDS, output_memory_kinds)):
-        _place(table, number).value = ctypes.cast(new, ctypes.c_void_p).value
+def _built() -> ctypes.CDLL:
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "simulated.so"
+        command = [_compiler() or "cc", "-O1", "-shared", "-fPIC", "-x", "c", "-", "-o", str(path)]
+        built = subprocess.run(command, input=_SOURCE.encode(), capture_output=True)
+        if built.returncode:
+            raise DeviceError(
+                "A TPU cannot be simulated here.",
+                f"The C compiler says: {built.stderr.decode().strip()[-300:]}",
+                "Name another in CC.",
+            )
+        return ctypes.CDLL(str(path))

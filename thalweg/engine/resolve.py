@@ -184,6 +184,8 @@ def _resolve(
     if begins:
         take_weights(model, recipe, decide.take, saved)
     model = device.move(model)
+    for told in device.mend(model):
+        decide.take(*told)
     if ranks.world > 1:
         check_layers(model, ranks.world)
     recipe, early = begin_precision(recipe, model, device, decide.take)
