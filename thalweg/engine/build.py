@@ -78,10 +78,14 @@ def build(plan: Plan, model: nn.Module, loss: ModelLoss, device: Device, policy:
     )
     streams = make_streams(model, recipe, device.torch_device, timetable.now)
     again = recompute(model, recipe.recompute or "none")
-    if releases:
-        release = Release(arenas, two_pass=optimizer.release_gradients == "two-pass")
-        return ReleasedStep(state, loss, policy, options, streams, again, release=release)
-    return Step(state, loss, policy, options, streams, again, ranks)
+    release = Release(arenas, two_pass=optimizer.release_gradients == "two-pass") if releases else None
+    if recipe.compile in ("off", "auto"):  # a variant that is tried has no compiler
+        if release is not None:
+            return ReleasedStep(state, loss, policy, options, streams, again, release=release)
+        return Step(state, loss, policy, options, streams, again, ranks)
+    from thalweg.engine.compiled_build import compiled_step  # it imports torch's compiler
+
+    return compiled_step(recipe.compile, state, loss, policy, options, streams, again, ranks, release)
 
 
 def run_span(plan: Plan) -> Span:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from functools import partial
@@ -48,6 +48,8 @@ from thalweg.engine.checks import (
     try_shortest,
     whole_of,
 )
+from thalweg.engine.compiled_choice import settle_compile
+from thalweg.engine.compiled_measure import fastest
 from thalweg.engine.given import made_model, split_of, task_loss
 from thalweg.engine.memory import Bench, fit, predicted, settle_memory
 from thalweg.engine.precision import begin_precision, joined, settle_precision, tell_gradients
@@ -277,6 +279,16 @@ def _resolve(
             )
     check(recipe)
     check_release(recipe, device.kind, plan_of(recipe).parameters, decide.take)
+    if saved is None:
+
+        def measure(recipe: Recipe, able: Sequence[str], take: Callable[[str, Any, str], Any]) -> str:
+            first = _first_window(_changed(feeding(micro_batch=recipe.train.batch, sizes=None), mix, None), steps)
+            here = bench or Bench(plan_of, model, loss, first[0], device, policy, data=data, held=prepared.held)
+            return fastest(here, recipe, able, steps, take)
+
+        recipe = settle_compile(recipe, plan_of(recipe).parameters, device, decide.take, None if planning else measure)
+    elif recipe.compile == "auto":  # of before there was a choice
+        recipe = replace(recipe, compile="off")
     tell_gradients(recipe, decide.take)
     tell_split(model, recipe, decide)
     recipe = settle_evaluation(recipe, task, test is not None, steps, decide)
