@@ -23,6 +23,7 @@ NAMES = (
     "recompute",
     "bytes_a_parameter",
     "checkpoint",
+    "scaling",
 )
 
 for name in sys.argv[1:] or NAMES:

@@ -186,3 +186,7 @@ def register() -> list[torch.library.Library]:
 
 
 KEPT = register()
+
+
+def load() -> None:
+    """What torch calls where ``chip`` is an entry point: importing this module has done it all."""

@@ -176,6 +176,7 @@ CASES: dict[str, Callable[[], str]] = {
     "fp16": lambda: refused(precision="fp16"),
     "memory": lambda: refused(**{"train.micro_batch": "auto"}),
     "second chip": lambda: refused(on="chip:1"),
+    "nearly": lambda: refused(on="chp"),
     "fused": lambda: refused(**{"optimizer.way": "fused"}),
     "compiled": lambda: refused(**{"optimizer.way": "compiled"}),
 }

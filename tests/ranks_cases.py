@@ -9,6 +9,7 @@ import signal
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -124,6 +125,30 @@ CASES: dict[str, tuple[Callable[[], Task], dict[str, Any], tuple[int, ...]]] = {
 }  # fmt: skip
 
 
+def single_text_task() -> Task:
+    """In float32, where another order of summation shows at once."""
+    return replace(text_task(), model=lambda: small_gpt(dropout=0.2))
+
+
+def single_bn_task() -> Task:
+    train, test = ({**d, "x": d["x"].float()} for d in (exact_points(), exact_points(20, seed=1)))
+    model = lambda: batchnorm_net(dropout=0.2)
+    return Task(model=model, loss=mean_loss, data=Split(train=train, test=test, augment=shift))
+
+
+IN_ORDER = {**FOUR, "exact_reduce": True}
+#: The same, of runs that have the same bits on 1, 2, 3 and 4 ranks.
+BITS: dict[str, tuple[Callable[[], Task], dict[str, Any]]] = {
+    "gpt": (single_text_task, IN_ORDER),
+    "gpt, 16 micro-batches, muon": (
+        single_text_task,
+        {**IN_ORDER, "train.batch": 32, "train.micro_batch": 2, "optimizer.rule": "muon", "optimizer.options": {}},
+    ),
+    "batchnorm": (single_bn_task, {**IN_ORDER, "regularize.precise": 2}),
+    "batchnorm, SAM": (single_bn_task, {**IN_ORDER, "train.micro_batch": 2, "regularize.sharpness": 0.05}),
+}
+
+
 class Events(Memory):
     """A sink that keeps what people are told."""
 
@@ -166,6 +191,11 @@ def digest_of(weights: dict[str, Tensor]) -> str:
 def case(name: str) -> dict[str, Any]:
     task, changes, _ = CASES[name]
     return train(task(), changes)
+
+
+def bits(name: str, **more: Any) -> dict[str, Any]:
+    task, changes = BITS[name]
+    return train(task(), {**changes, **more})
 
 
 # --- samples, counted by the loss -------------------------------------------------------------------------------------
@@ -400,6 +430,10 @@ def go_through(rank: int, world: int, port: int, out: str) -> None:
     for name, (_, _, worlds) in CASES.items():
         for num in worlds:
             found[name, num] = on(num, lambda _, name=name: case(name))
+    for name in BITS:
+        for num in (2, 3, 4):
+            found["bits", name, num] = on(num, lambda _, name=name: bits(name))
+    found["other bits"] = on(3, lambda _: bits("gpt", exact_reduce=False))
     found["whole"] = on(2, lambda _: whole(folder / "whole"))
     found["interrupted"] = on(2, lambda ranks: interrupted(ranks, folder / "stopped"))
     if rank == 0:

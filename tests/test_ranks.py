@@ -18,7 +18,7 @@ import torch.multiprocessing as mp
 
 from tests import ranks_cases
 from tests.conftest import ROOT, free_port, run_cli, start_cli, three_parts
-from tests.ranks_cases import CASES, LONG, STOP_IN, case, counted_task, recorded, resumed, train
+from tests.ranks_cases import BITS, CASES, LONG, STOP_IN, bits, case, counted_task, recorded, resumed, train
 from thalweg.core import VERSION, DeviceError, RanksError, RecipeError
 from thalweg.data import Items, Stream, Tensors, held_out, make_feed
 from thalweg.device import Device
@@ -64,6 +64,24 @@ def test_any_number_of_ranks_is_the_same_run(name: str, four: Any) -> None:
         told = [found[name, world] for found in four[0][:world]]
         close(told[0], wanted)
         assert len({one["digest"] for one in told}) == 1, "all ranks hold the same bits"
+
+
+@pytest.mark.parametrize("name", list(BITS))
+def test_exact_reduce_is_the_same_bits_on_any_number_of_ranks(name: str, four: Any) -> None:
+    wanted = bits(name)
+    for world in (2, 3, 4):
+        for found in four[0][:world]:
+            one = found["bits", name, world]
+            assert [one[what] for what in ("losses", "norms", "metrics")] == [
+                wanted[what] for what in ("losses", "norms", "metrics")
+            ]
+            assert one["digest"] == wanted["digest"]
+    plain = bits(name, exact_reduce=False)
+    assert plain["losses"] == pytest.approx(wanted["losses"], rel=1e-4)
+
+
+def test_without_exact_reduce_the_bits_are_others(four: Any) -> None:
+    assert four[0][0]["other bits"]["digest"] != bits("gpt", exact_reduce=False)["digest"]
 
 
 def test_a_step_has_as_many_collectives_whatever_the_accumulation(four: Any) -> None:

@@ -5,7 +5,10 @@ from __future__ import annotations
 import errno
 import fcntl
 import os
+import socket
 import stat
+import time
+import uuid
 from pathlib import Path
 from typing import IO
 
@@ -14,6 +17,10 @@ from thalweg.core import RunFolderError
 
 #: Held by this process.
 _HELD: set[FolderLock] = set()
+
+
+class _Taken(RunFolderError):
+    """Another process has it now."""
 
 
 class FolderLock:
@@ -25,13 +32,44 @@ class FolderLock:
     def __init__(self, folder: Path) -> None:
         self.path = folder / "lock"
         self._file: IO[str] | None = None
+        self._words = ""
 
-    def acquire(self) -> None:
+    def acquire(self, patience: float = 0.0) -> None:
         """Take the folder.
+
+        Args:
+            patience: seconds to wait for another process that is about to end.
 
         Raises:
             RunFolderError: if it cannot be written, or another process has it.
         """
+        until = time.monotonic() + patience
+        while True:
+            try:
+                return self._take()
+            except _Taken:
+                if time.monotonic() > until:
+                    raise
+            time.sleep(0.1)
+
+    def check(self) -> None:
+        """Whether the folder is still this process's: where a file system's locks hold on one machine alone, another may have it.
+
+        Raises:
+            RunFolderError: if it is not.
+        """
+        try:
+            now = self.path.read_text(encoding="utf-8", errors="replace")
+        except OSError:
+            return  # a disk that is away for a while is no other owner
+        if self._file is not None and now != self._words:
+            raise RunFolderError(
+                f"Another process has taken the run folder {self.path.parent} from this one.",
+                f"Its process id is {_owner(now)}; this one's is {os.getpid()}.",
+                "Nothing more is written from here. See to it that one group of ranks trains in a folder.",
+            )
+
+    def _take(self) -> None:
         try:
             make_folder(self.path.parent)
             self._file = self._opened()
@@ -53,10 +91,10 @@ class FolderLock:
                     "Keep the run folder where flock works, and its checkpoints elsewhere by checkpoint.store.",
                 ) from None
             self._file.seek(0)
-            owner = self._file.read().strip() or "unknown"
+            owner = _owner(self._file.read())
             self._file.close()
             self._file = None
-            raise RunFolderError(
+            raise _Taken(
                 f"Another process is training in {self.path.parent}.",
                 f"Its process id is {owner}.",
                 "Wait for it, stop it, or start this run under another name with --name.",
@@ -64,9 +102,11 @@ class FolderLock:
         if not self._is_the_one():  # it was deleted and made again while we asked for it
             self._file.close()
             self._file = None
-            return self.acquire()
+            return self._take()
+        self._words = f"{os.getpid()}\n{socket.gethostname()} {uuid.uuid4().hex}\n"
+        self._file.seek(0)
         self._file.truncate(0)
-        self._file.write(f"{os.getpid()}\n")
+        self._file.write(self._words)
         self._file.flush()
         _HELD.add(self)
 
@@ -92,6 +132,13 @@ class FolderLock:
         if self._file is not None:
             self._file.close()
             self._file = None
+
+
+def _owner(words: str) -> str:
+    """Who stands in the file."""
+    pid, _, rest = words.strip().partition("\n")
+    host = rest.partition(" ")[0]
+    return f"{pid or 'unknown'} on {host}" if host not in ("", socket.gethostname()) else pid or "unknown"
 
 
 def _let_go() -> None:

@@ -11,6 +11,7 @@ from pathlib import Path
 
 from thalweg import __version__
 from thalweg.cli import checkpoint, train
+from thalweg.cli.backends import leave_out
 from thalweg.cli.words import pair, recipe_of
 from thalweg.core import RanksError, RecipeError, RunFolderError, StopReason, ThalwegError
 
@@ -26,12 +27,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     asked = _parser().parse_args(_joined(words))
     asked.words = words
     try:
+        leave_out(asked)
         code = int(asked.run(asked))
         sys.stdout.flush()  # a reader who has gone is noticed here, not when Python ends
         return code
     except ThalwegError as err:
         if not (isinstance(err, RanksError) and err.told):  # another rank says it
-            print(f"error: {err}", file=sys.stderr)
+            print(f"error: {_who()}{err}", file=sys.stderr)
+        if not err.in_run:
+            train.not_again(err)
         return StopReason.FAILED.exit_code if err.in_run else 2
     except BrokenPipeError:  # nobody reads our output any more; Python would complain once more when it flushes
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -39,6 +43,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130
+    except Exception as err:  # the traceback follows
+        if _who():
+            print(f"{_who()}{type(err).__name__}", file=sys.stderr)
+        raise
+
+
+def _who() -> str:
+    """Which rank speaks, where there are several."""
+    rank, world = os.environ.get("RANK", "0"), os.environ.get("WORLD_SIZE", "1")
+    return "" if world == "1" else f"rank {rank} of {world}: "
 
 
 def _joined(arguments: list[str]) -> list[str]:
@@ -103,7 +117,10 @@ def _parser() -> argparse.ArgumentParser:
     )
     preview.set_defaults(run=_preview)
     checkpoint.add(commands)
-    doctor = commands.add_parser("doctor", help="say what this machine is and what it gains by half precision")
+    doctor = commands.add_parser(
+        "doctor", help="say what this machine is, what it can do, and what half precision gains"
+    )
+    doctor.add_argument("--device", default="auto", help="which device, as in a recipe (default: auto)")
     doctor.set_defaults(run=_doctor)
     report = commands.add_parser("report", help="write the report of a run folder again")
     report.add_argument("folder", help="the run folder")
@@ -267,7 +284,7 @@ def _has_braille() -> bool:
 def _doctor(asked: argparse.Namespace) -> int:
     from thalweg.device.doctor import examine
 
-    for name, value in examine():
+    for name, value in examine(asked.device):
         print(f"{name:12} {value}")
     return 0
 

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import argparse
 import os
+import sys
 from pathlib import Path
 from typing import Any
 
 from thalweg.cli import checkpoint
 from thalweg.cli.words import pair, recipe_of, whole
-from thalweg.core import RecipeError
+from thalweg.core import RanksError, RecipeError, ThalwegError
 
 
 def add(commands: Any) -> None:
@@ -55,19 +56,33 @@ def add(commands: Any) -> None:
     train.add_argument(
         "--ranks-timeout", metavar="SECONDS", help="give up a rank that does not answer for so long (default: 300)"
     )
+    train.add_argument(
+        "--restarts", metavar="N", help="with --ranks: start all ranks again when one is lost, up to N times"
+    )
     train.set_defaults(run=_train)
 
 
 def _train(asked: argparse.Namespace) -> int:
     _check_words(asked)
     num = None if asked.ranks is None else whole(asked.ranks, "--ranks", "number of processes")
+    restarts = 0 if asked.restarts is None else whole(asked.restarts, "--restarts", "number of restarts")
+    if restarts and num is None:
+        raise RecipeError(
+            "--restarts goes with --ranks.",
+            "One process was asked for.",
+            "Add --ranks 2, or use torchrun --max-restarts.",
+        )
     timeout = 300 if asked.ranks_timeout is None else whole(asked.ranks_timeout, "--ranks-timeout", "time")
     if num is not None and "RANK" not in os.environ:
         from thalweg.parallel import launch
 
-        return launch(asked.words, num)
-    from thalweg.parallel import join
+        return launch(asked.words, num, restarts)
+    from thalweg.parallel import Agent, join, left_to
 
+    left = Agent().left()
+    if left.code:
+        print(f"This run ended with exit code {left.code}, and is not started again.", file=sys.stderr)
+        return left.code
     ranks = join(timeout)
     if num is not None and num != ranks.world:
         raise RecipeError(
@@ -75,9 +90,19 @@ def _train(asked: argparse.Namespace) -> int:
             f"A launcher made this process one of {ranks.world} ranks.",
             "Leave --ranks out under torchrun.",
         )
-    code = _train_here(asked, ranks)
+    code = _train_here(asked, ranks, left_to(ranks, Agent()).folder)
     ranks.leave()
     return code
+
+
+def not_again(err: ThalwegError) -> None:
+    """What is wrong with what was asked will be wrong again: a launcher that starts ranks anew is told so."""
+    if "TORCHELASTIC_RESTART_COUNT" in os.environ and not (isinstance(err, RanksError) and err.lost):
+        from thalweg.parallel import Agent
+
+        agent = Agent()
+        if not agent.left().begun:
+            agent.leave(code=2)
 
 
 def _check_words(asked: argparse.Namespace) -> None:
@@ -106,14 +131,18 @@ def _check_words(asked: argparse.Namespace) -> None:
         raise RecipeError("--from does not say for how long.", "--more is missing.", "Add --more 100.")
 
 
-def _train_here(asked: argparse.Namespace, ranks: Any) -> int:
-    """This process's part of a run: all of it, where there is one rank."""
+def _train_here(asked: argparse.Namespace, ranks: Any, before: str) -> int:
+    """This process's part of a run: all of it, where there is one rank.
+
+    Args:
+        before: the folder of a run that ranks were started again for; it holds the recipe, whatever was asked of the first ones.
+    """
     changes = dict(pair(text) for text in asked.set) | checkpoint.start_changes(asked)
     from thalweg.recipes import find_task, short_name
 
     task = ranks.together(lambda: find_task(asked.task))
-    if asked.source is not None:
-        return _train_on(asked, task, short_name(asked.task), ranks)
+    if asked.source is not None and not ranks.from_first((Path(before) / "recipe.toml").exists()):
+        return _train_on(asked, task, short_name(asked.task), ranks, before)
     recipe = ranks.together(lambda: recipe_of(task, asked.recipe).override(changes))
     from thalweg.parallel import on_first
     from thalweg.run import RunFolder, choose_folder, train_task
@@ -123,6 +152,9 @@ def _train_here(asked: argparse.Namespace, ranks: Any) -> int:
     accept = [word.strip() for words in asked.accept for word in words.split(",") if word.strip()]
 
     def chosen() -> tuple[Path, Any]:
+        if before:
+            held = (Path(before) / "recipe.toml").exists()
+            return Path(before), RunFolder.recipe_in(Path(before)) if held else recipe
         folder = choose_folder(Path(asked.runs), asked.name, short_name(asked.task), resume=resume is not False)
         begins = resume is False or (resume == "auto" and not (folder / "recipe.toml").exists())
         own = not begins and not asked.recipe and not changes
@@ -140,13 +172,14 @@ def _resume(text: str | None) -> bool | int | str:
     return True if text == "newest" else text if text == "auto" else whole(text)
 
 
-def _train_on(asked: argparse.Namespace, task: Any, name: str, ranks: Any) -> int:
+def _train_on(asked: argparse.Namespace, task: Any, name: str, ranks: Any, before: str) -> int:
     """A new run that goes on from a checkpoint of another."""
     from thalweg.branch import continue_run
     from thalweg.run import choose_folder
     from thalweg.watch import Terminal
 
-    folder = ranks.from_first(choose_folder(Path(asked.runs), asked.name, name, resume=False))
+    chosen = Path(before) if before else choose_folder(Path(asked.runs), asked.name, name, resume=False)
+    folder = ranks.from_first(chosen)
     result = continue_run(
         task,
         asked.source,
@@ -165,11 +198,14 @@ def _ended(asked: argparse.Namespace, result: Any, folder: Path, ranks: Any) -> 
         return int(result.exit_code)
     if result.sample:
         print(f"\n{result.sample}\n")
+    if result.goodput is not None:
+        print(f"goodput: {result.goodput}")
     print(f"report: {folder / 'report.html'}")
     if result.exit_code >= 128:
         again = ["thalweg", "train", asked.task, "--resume"]
         again += ["--name", asked.name] if asked.name else []
         again += ["--runs", asked.runs] if asked.runs != "runs" else []
         again += ["--ranks", asked.ranks] if asked.ranks else []
+        again += ["--restarts", asked.restarts] if asked.restarts else []
         print(f"to go on: {' '.join(again)}")
     return int(result.exit_code)

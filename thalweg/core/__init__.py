@@ -18,6 +18,7 @@ from thalweg.core.errors import (
 from thalweg.core.groups import ParameterGroup, parameter_groups
 from thalweg.core.guard import Guard
 from thalweg.core.ledger import Change, Forecast, Ledger, ModuleBytes
+from thalweg.core.parallel import Layout
 from thalweg.core.plan import Decision, ParameterRow, Plan
 from thalweg.core.protocols import Feed, FeedState, Gather, Loss, Sink, Split, Task, Tell
 from thalweg.core.recipe import Recipe, divisors
@@ -25,6 +26,7 @@ from thalweg.core.record import Evaluation, Event, Record, StopReason, read_line
 from thalweg.core.registry import Registry
 from thalweg.core.streams import seed_for
 from thalweg.core.units import human_bytes, human_count, human_seconds, to_bytes
+from thalweg.core.use import flops_use, told_use, training_times
 from thalweg.core.version import VERSION
 
 __all__ = [
@@ -40,6 +42,7 @@ __all__ = [
     "Forecast",
     "Gather",
     "Guard",
+    "Layout",
     "Ledger",
     "Loss",
     "LossError",
@@ -66,6 +69,7 @@ __all__ = [
     "ParameterGroup",
     "did_you_mean",
     "divisors",
+    "flops_use",
     "human_bytes",
     "human_count",
     "human_seconds",
@@ -73,4 +77,6 @@ __all__ = [
     "seed_for",
     "parameter_groups",
     "to_bytes",
+    "told_use",
+    "training_times",
 ]

@@ -74,9 +74,11 @@ class RanksError(ThalwegError, RuntimeError):
 
     Attributes:
         told: whether another rank tells it to the user.
+        lost: whether others are gone or do not come, so that another try may do better.
     """
 
     told = False
+    lost = False
 
 
 class MissingExtra(ThalwegError, ImportError):

@@ -72,6 +72,7 @@ class Plan:
         sequence: tokens of a whole sequence; 0 where the data has none.
         changes: what was changed in the model, such as layers of dropout that were put in, a line each.
         ledger: what training takes in memory, predicted; None where nothing predicted it.
+        layout: how the ranks that made this plan stand, as ``Layout`` has it; empty for one.
     """
 
     task: str
@@ -89,6 +90,7 @@ class Plan:
     sequence: int = 0
     changes: tuple[str, ...] = ()
     ledger: Ledger | None = None
+    layout: dict[str, int] = field(default_factory=dict)
 
     def to_json(self) -> str:
         tree = {
@@ -107,6 +109,7 @@ class Plan:
             "sequence": self.sequence,
             "changes": list(self.changes),
             "ledger": None if self.ledger is None else self.ledger.to_dict(),
+            "layout": self.layout,
         }
         return json.dumps(tree, indent=1)
 
@@ -133,6 +136,7 @@ class Plan:
             sequence=tree.get("sequence", 0),
             changes=tuple(tree.get("changes", ())),
             ledger=Ledger.from_dict(tree["ledger"]) if tree.get("ledger") else None,
+            layout=tree.get("layout", {}),
         )
         if text := misfit(plan, cls, "plan"):
             raise TypeError(text)

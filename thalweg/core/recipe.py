@@ -15,6 +15,7 @@ from typing import Any
 
 from thalweg.core.errors import RecipeError, did_you_mean
 from thalweg.core.guard import Guard
+from thalweg.core.parallel import check_parallel
 from thalweg.core.tree import build, check_options, merge, plain, set_path, walk
 from thalweg.core.units import to_bytes
 
@@ -530,7 +531,8 @@ class Recipe:
 
     Args:
         seed: names every random stream of the run.
-        device: "auto", or a device that torch knows: "cpu", "cuda", "cuda:1", "mps", "xpu".
+        device: "auto", or a device that torch knows: "cpu", "cuda", "cuda:1", "mps", "xpu", "tpu", or one that registered
+            itself (docs/devices.md).
         precision: "fp32"; "tf32", "bf16", "fp16", "fp8": matrix products and convolutions in it, over float32 weights;
             "bf16-pure": weights and gradients in it too; "auto": what is faster here, measured (docs/precision.md).
         islands: what computes in float32 whatever the precision: "norm", "softmax", "logits", or patterns of modules'
@@ -546,6 +548,10 @@ class Recipe:
         weights: what a new run begins with: a run folder, a checkpoint, a file of torch, safetensors or Lightning, a
             Hugging Face folder; None: what the model is made with. A resumed run does not read it again.
         weights_rename: ``OLD=NEW`` names of modules or tensors in it; the first that fits a name changes it.
+        exact_reduce: gradients, losses and statistics are added up in the order of micro-batches, so that any number of ranks
+            gives the same bits (docs/ranks.md); it costs a second buffer for gradients, and more to send.
+        parallel: how ranks share the model: "ddp", "fsdp", "hsdp", or sizes: {data=4, tensor=2}, {data=2, shard=4};
+            "auto": the simplest that fits the device's memory. It changes no result (docs/parallel.md).
         model, loss: arguments for the task's model and loss functions, by name.
 
     >>> Recipe().override({"optimizer.lr": "3e-4"}).optimizer.lr
@@ -561,6 +567,8 @@ class Recipe:
     compile: str = "auto"
     weights: str | None = None
     weights_rename: tuple[str, ...] = ()
+    exact_reduce: bool = False
+    parallel: str | dict[str, Any] = "auto"
     model: dict[str, Any] = field(default_factory=dict)
     loss: dict[str, Any] = field(default_factory=dict)
     train: Train = field(default_factory=Train)
@@ -609,6 +617,7 @@ class Recipe:
             f"It is {', '.join(self.weights_rename)}.",
             "Give weights too.",
         )
+        check_parallel(self.parallel)
         _check(self.weights != "", "weights='' names no file.", "It is empty.", "Name one, or leave it out.")
 
     def override(self, changes: Mapping[str, Any]) -> Recipe:

@@ -43,8 +43,10 @@ def set_path(root: type, tree: dict[str, Any], path: str, value: Any) -> None:
         here = ".".join(parents[: i + 1])
         if kind is not None:
             kind = _field_type(kind, name, ".".join(parents[:i]))
-            if not (dataclasses.is_dataclass(kind) or typing.get_origin(kind) is dict):
+            if not (dataclasses.is_dataclass(kind) or _may_be_table(kind)):
                 raise RecipeError(f"{here} is a value, not a table.", f"{path} was given.", f"Give {here} itself.")
+            if typing.get_origin(kind) is not dict and isinstance(tree.get(name), str):  # a word gives way to a table
+                del tree[name]
             kind = kind if dataclasses.is_dataclass(kind) else None
         tree = tree.setdefault(name, {})
         if not isinstance(tree, dict):
@@ -62,7 +64,7 @@ def merge(kind: Any, base: dict[str, Any], tree: Mapping[str, Any], where: str) 
         is_table = dataclasses.is_dataclass(wanted) or typing.get_origin(wanted) is dict
         if is_table and not isinstance(value, Mapping):
             raise RecipeError(f"{path} is a table.", f"Got {value!r}.", f"Name a key in it, such as {path}.name.")
-        if isinstance(value, Mapping) and not is_table:
+        if isinstance(value, Mapping) and not is_table and not _may_be_table(wanted):
             raise RecipeError(f"{path} is a value, not a table.", f"Got {value!r}.", f"Give {path} itself.")
         if dataclasses.is_dataclass(wanted):
             merge(wanted, base.setdefault(key, {}), value, path)
@@ -70,6 +72,11 @@ def merge(kind: Any, base: dict[str, Any], tree: Mapping[str, Any], where: str) 
             base[key] = {**base.get(key, {}), **value}
         else:
             base[key] = value
+
+
+def _may_be_table(kind: Any) -> bool:
+    """Whether a field is an open table, or a word or one."""
+    return any(typing.get_origin(one) is dict for one in (kind, *typing.get_args(kind)))
 
 
 def _field_type(kind: Any, name: str, where: str) -> Any:
@@ -98,6 +105,8 @@ def build(kind: Any, tree: Mapping[str, Any], where: str) -> Any:
 
 def _convert(value: Any, wanted: Any, path: str) -> Any:
     """Read ``value`` as ``wanted``; texts come from the command line and are parsed."""
+    if typing.get_origin(wanted) in (typing.Union, types.UnionType) and _may_be_table(wanted):
+        return _word_or_table(value, path)
     if typing.get_origin(wanted) in (typing.Union, types.UnionType):
         first, *others = (a for a in typing.get_args(wanted) if a is not type(None))
         if value is None or (value == "auto" and not others):
@@ -133,6 +142,12 @@ def _convert(value: Any, wanted: Any, path: str) -> Any:
         raise RecipeError(
             f"{path}={_short(value)} is not {kinds[wanted]}.", f"Got {type(value).__name__}.", f"Give {kinds[wanted]}."
         ) from None
+
+
+def _word_or_table(value: Any, path: str) -> Any:
+    if isinstance(value, str) and value.lstrip().startswith("{"):
+        value = _literal(value)
+    return dict(value) if isinstance(value, Mapping) else _convert(value, str, path)
 
 
 def _listed(text: str) -> list[Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import os
 import platform
 from dataclasses import dataclass
@@ -13,6 +14,7 @@ from torch import nn
 from thalweg.core import DeviceError, did_you_mean
 from thalweg.device import accelerator
 from thalweg.device.capabilities import KNOWN, PACKAGES, Capabilities
+from thalweg.device.chips import chip_here
 from thalweg.device.move import move
 from thalweg.device.probes import capabilities_of
 from thalweg.device.products import TOLD, cpu_has_tf32
@@ -242,13 +244,28 @@ def _no_device(asked: str, here: str | None) -> DeviceError:
     kinds = sorted({*KNOWN, "auto", *([here] if here else [])})
     if kind not in kinds:
         return DeviceError(f"device={asked!r} is not known.", f"This machine has {have}.", did_you_mean(kind, kinds))
-    package = PACKAGES.get(kind)
-    missing = package is not None and kind != here and accelerator.registered() != kind
     return DeviceError(
         f"device={asked!r} is not on this machine.",
-        f"It has {have}." + (f" Torch knows no {kind}: the package {package} is not installed." if missing else ""),
+        f"It has {have}.{_unknown(kind)}",
         "Use device='auto' or one it has.",
     )
+
+
+def _unknown(kind: str) -> str:
+    """Why torch does not know a kind of device that a package brings; empty where it does."""
+    package = PACKAGES.get(kind)
+    if package is None or accelerator.registered() == kind:
+        return ""
+    try:
+        importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return f" Torch knows no {kind}: the package {package} is not installed."
+    why = (
+        "TORCH_DEVICE_BACKEND_AUTOLOAD=0"
+        if os.environ.get("TORCH_DEVICE_BACKEND_AUTOLOAD") == "0"
+        else "it finds no chip"
+    )
+    return f" Torch knows no {kind}: {package} is installed and did not register it ({why})."
 
 
 def _cpu_name() -> str:
@@ -259,15 +276,24 @@ def _cpu_name() -> str:
         return platform.processor() or platform.machine()
 
 
-def facts(device: Device) -> dict[str, Any]:
-    """What the machine is, as plain data for the plan and the report."""
+def facts(device: Device, precision: str = "") -> dict[str, Any]:
+    """What the machine is, as plain data for the plan and the report.
+
+    Args:
+        precision: of a recipe: where a data sheet of the chip is known, the operations a second that it states are told.
+    """
+    name, size = device.name(), device.memory_bytes()
+    chip = None if device.is_host else chip_here(name, size)
+    wanted = {"bf16-pure": "bf16"}.get(precision, precision)
+    stated = {} if chip is None or wanted not in chip.rates else {"chip": chip.name, "peak_flops": chip.rates[wanted]}
     return {
         "device": str(device.torch_device),
-        "name": device.name(),
-        "memory_bytes": device.memory_bytes(),
+        "name": name,
+        "memory_bytes": size,
         "threads": torch.get_num_threads(),
         "cores": os.cpu_count(),
         "torch": torch.__version__,
         "python": platform.python_version(),
         "system": f"{platform.system()} {platform.machine()}",
+        **stated,
     }

@@ -75,6 +75,7 @@ def build(plan: Plan, model: nn.Module, loss: ModelLoss, device: Device, policy:
         sharpness=regularize.sharpness,
         sharpness_scaled=regularize.sharpness_scaled,
         micro_batch=recipe.train.micro_batch if isinstance(recipe.train.micro_batch, int) else 0,
+        exact=recipe.exact_reduce,
     )
     streams = make_streams(model, recipe, device.torch_device, timetable.now)
     again = recompute(model, recipe.recompute or "none")

@@ -58,14 +58,14 @@ def diagnose(step: Step, feed: Feed, at: int) -> Finding:
         samples = feed.samples(at - 1)
         if samples is None:
             return Finding(None, "", "Its data is a stream, which is not read twice, so nobody has looked into it.")
-        with _as_it_was(step, at):
+        with as_it_was(step, at):
             return _looked_into(step, feed, at, samples)
     except Exception as err:  # whatever it is: the run goes on without a diagnosis
         return Finding(samples, "", f"Looking into it failed: {type(err).__name__}: {err}"[:300])
 
 
 @contextmanager
-def _as_it_was(step: Step, at: int) -> Iterator[None]:
+def as_it_was(step: Step, at: int) -> Iterator[None]:
     """Inside, the step's number is that of step ``at``; afterwards all that passes move is as it was."""
     state = step.state
     now, state.step = state.step, at - 1

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import torch
 
 from thalweg.core import Evaluation, Event, Feed, Plan, Record, Sink, StopReason
+from thalweg.core.goodput import BESIDE
 from thalweg.device import ran_out
 from thalweg.engine.evaluate import Interrupted
 from thalweg.engine.guard import Tripped, Warden
@@ -66,6 +67,8 @@ class Loop:
         self._pending: list[float] = []  # seconds of the steps whose rows are still on the device
         self._saved = -1
         self.owed = False  # whether this step is still to be evaluated
+        self.agree: Callable[[], None] = lambda: None  # before a checkpoint: raises where ranks hold other states
+        self.spent = dict.fromkeys(BESIDE, 0.0)  # seconds beside the steps
         self.measured: Callable[[], str] = lambda: ""  # the peak of memory beside what was predicted
 
     def run(self, until: int | None = None) -> StopReason:
@@ -89,7 +92,7 @@ class Loop:
                         return self._end(reason)
                 elif self.owed and (reason := self._after_step()):
                     return self._end(reason)
-                for window in self.feed.windows(state.step, last):
+                for window in self._waited_for(self.feed.windows(state.step, last)):
                     self.step.run(window)
                     self.owed = self._evaluation_is_due()  # before what can fail: a resumed run makes up for it
                     self._note()
@@ -116,6 +119,24 @@ class Loop:
                 break
         raise in_update(failure, moved=False)
 
+    @contextmanager
+    def spending(self, what: str) -> Iterator[None]:
+        """What this takes is no part of the steps."""
+        began = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.spent[what] += time.perf_counter() - began
+
+    def _waited_for(self, windows: Iterator[list[Any]]) -> Iterator[list[Any]]:
+        """The same windows, and the time that each was waited for."""
+        while True:
+            with self.spending("waiting for data"):
+                window = next(windows, None)
+            if window is None:
+                return
+            yield window
+
     def _is_due(self, every: int | None) -> bool:
         return self.step.state.step == self.plan.steps or bool(every and self.step.state.step % every == 0)
 
@@ -132,6 +153,7 @@ class Loop:
                 self._save(must=True)  # it stands in the checkpoint that this evaluation is still owed
                 return StopReason.INTERRUPTED
         if self._is_due(self.plan.recipe.checkpoint.every) or self._is_best_now():
+            self.agree()
             self._save(must=not going_on or self._is_best_now())
         if self.early.is_over() and going_on:
             self._save(must=True)
@@ -198,6 +220,7 @@ class Loop:
     def _note(self) -> None:
         now = time.perf_counter()
         self._pending.append(now - self._began)
+        self.ranks.at = self.step.state.step
         due = now - self._flushed_at > _FLUSH_SECONDS if self._alone else self.step.state.step % _FLUSH_STEPS == 0
         if due or len(self._pending) == RING:
             self.flush()
@@ -223,7 +246,8 @@ class Loop:
     def _evaluate(self) -> None:
         assert self.evaluate is not None
         self.flush()
-        metrics = self.evaluate()
+        with self.spending("evaluating"):
+            metrics = self.evaluate()
         if self.step.state.evaluation_limit.news:
             self._tell_of_memory()
         wanted = self.plan.recipe.evaluate
@@ -260,7 +284,8 @@ class Loop:
     def _save(self, *, must: bool) -> None:
         if self._saved != self.step.state.step:
             self.flush()
-            self.save(must)
+            with self.spending("saving"):
+                self.save(must)
             self._saved = self.step.state.step
 
     def _rescue(self) -> None:

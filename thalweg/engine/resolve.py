@@ -15,6 +15,7 @@ from torch.utils.data import DataLoader
 from thalweg.core import (
     DataError,
     Feed,
+    Layout,
     Plan,
     Recipe,
     Task,
@@ -51,6 +52,8 @@ from thalweg.engine.checks import (
 from thalweg.engine.compiled_choice import settle_compile
 from thalweg.engine.compiled_measure import fastest
 from thalweg.engine.given import made_model, split_of, task_loss
+from thalweg.engine.inorder import check_exact
+from thalweg.engine.layout import settle_layout
 from thalweg.engine.memory import Bench, fit, predicted, settle_memory
 from thalweg.engine.precision import begin_precision, joined, settle_precision, tell_gradients
 from thalweg.engine.preflight import (
@@ -93,6 +96,7 @@ class Resolved:
     Attributes:
         prepared: what the precision changed in the model, and how it is taken off again.
         bench: on which variants of the run can be tried; where one was made.
+        tried: on several ranks, the first samples of the run.
     """
 
     plan: Plan
@@ -104,6 +108,7 @@ class Resolved:
     policy: Policy
     prepared: Prepared
     bench: Bench | None = None
+    tried: Any = None
 
 
 def resolve(
@@ -115,6 +120,7 @@ def resolve(
     planning: bool = False,
     begins: bool = True,
     ranks: Ranks = ALONE,
+    layout: Layout | None = None,
 ) -> Resolved:
     """Fill every gap of a recipe, try the model on one micro-batch, and say what was decided.
 
@@ -124,6 +130,7 @@ def resolve(
         planning: whether a bench is wanted, on which variants can be tried.
         begins: whether the run begins with the recipe's weights; one that goes on from a checkpoint does not read them.
         ranks: who trains; each calls this by itself, and none waits for another in it.
+        layout: how the ranks stand, where another has settled it.
 
     Raises:
         ThalwegError: for anything that would fail later; the model has its own dtypes then, and no hooks of ours.
@@ -131,7 +138,7 @@ def resolve(
     undo = ExitStack()
     try:
         with alone():
-            return _resolve(task, recipe, saved, most, planning, undo, begins, ranks)
+            return _resolve(task, recipe, saved, most, planning, undo, begins, ranks, layout)
     except BaseException:
         undo.close()
         raise
@@ -146,6 +153,7 @@ def _resolve(
     undo: ExitStack,
     begins: bool,
     ranks: Ranks,
+    layout: Layout | None,
 ) -> Resolved:
     decide = Decisions()
     if saved is not None:
@@ -154,9 +162,11 @@ def _resolve(
     loss = task_loss(task.loss, recipe)
     moved = scheduled(recipe, loss.known)
     device, why = choose(recipe.device)
+    layout = layout or settle_layout(recipe, ranks, decide)
     if ranks.world > 1:
         device = ranks.own(device)
-        recipe = _on_ranks(recipe, ranks.world, decide)
+        recipe = _on_ranks(recipe, ranks.world, layout, decide)
+    check_exact(recipe, device)
     if recipe.device == "auto":
         recipe = replace(recipe, device=decide.take("device", str(device.torch_device), why))
     if recipe.precision != "auto":
@@ -228,6 +238,7 @@ def _resolve(
             check_buffers(model, loss, first, device, recipe, ranks.world)
         if lengths is not None:
             try_shortest(model, loss, raw, min(lengths), device, recipe.seed)
+    common = first if ranks.world > 1 else None
     del raw  # a run holds one window at a time
     per_step, why_not = _units(task, recipe, samples, probe, batch_size(first), whole)
     span = span_of(recipe, steps, per_step, why_not, samples=samples, sequence=whole)
@@ -248,16 +259,18 @@ def _resolve(
             parameters=parameter_table(model, optimizer=recipe.optimizer, schedule=recipe.schedule),
             unit=task.unit,
             sizes={},
-            machine={**facts(device), "data": split.facts, "first_loss": probe.loss},
+            machine={**facts(device, recipe.precision), "data": split.facts, "first_loss": probe.loss},
             per_step=per_step,
             why_not=why_not,
             sequence=whole,
             changes=tuple(map(str, changes)),
+            layout=layout.to_dict() if ranks.world > 1 else {},
         )
 
     def check(recipe: Recipe) -> None:
+        check_exact(recipe, device)
         if ranks.world > 1:
-            check_ranks(recipe, ranks.world)
+            check_ranks(recipe, layout.feeds)
         check_smallest_batch(model, recipe, samples, sizes, values)
 
     ledger, bench = None if saved is None else saved.ledger, None
@@ -305,8 +318,8 @@ def _resolve(
     prepared.keep()
     if ranks.world > 1:
         micro = whole_of(recipe.train.micro_batch)
-        feed = _shared(partial(feeding, micro_batch=micro), mix, lengths, (ranks.rank, ranks.world))
-    return Resolved(plan, model, loss, feed, test, device, policy, prepared, bench)
+        feed = _shared(partial(feeding, micro_batch=micro), mix, lengths, (layout.feed_of(ranks.rank), layout.feeds))
+    return Resolved(plan, model, loss, feed, test, device, policy, prepared, bench, common)
 
 
 def _near(source: Source, device: Device, decide: Decisions | None) -> Source:
@@ -349,14 +362,15 @@ def _changed(feed: Feed, mix: WindowChange | None, lengths: list[int] | None) ->
     return ChangedFeed(feed, changes) if changes else feed
 
 
-def _on_ranks(recipe: Recipe, world: int, decide: Decisions) -> Recipe:
+def _on_ranks(recipe: Recipe, world: int, layout: Layout, decide: Decisions) -> Recipe:
     """What several ranks decide of a recipe, and refuse."""
-    recipe, why = settle_micro_batch(recipe, world)
+    recipe, why = settle_micro_batch(recipe, layout.feeds)
     if why:
         decide.take("train.micro_batch", recipe.train.micro_batch, why)
-    check_ranks(recipe, world)
+    check_ranks(recipe, layout.feeds)
+    by = "processes" if layout.tensor == 1 else f"groups of {layout.tensor} processes"
     decide.take(
-        "ranks", world, f"the micro-batches of a step go round {world} processes, and their sums make one update"
+        "ranks", world, f"the micro-batches of a step go round {layout.feeds} {by}, and their sums make one update"
     )
     return recipe
 

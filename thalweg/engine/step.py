@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from thalweg.core import seed_for
 from thalweg.data import batch_size
 from thalweg.device import ran_out
+from thalweg.engine.inorder import InOrder
 from thalweg.engine.losses import sum_and_weight
 from thalweg.engine.portions import Failure, go_through, in_update, num_portions
 from thalweg.engine.recompute import Released
@@ -26,6 +27,7 @@ from thalweg.optim.norm import global_norm
 from thalweg.parallel import ALONE, Ranks
 from thalweg.precision import Policy
 from thalweg.regularize import Streams
+from thalweg.regularize.ordered import ordered_norm
 
 #: What a step writes into its row of the ring, in this order.
 FIELDS = ("loss_sum", "weight", "grad_norm", "skipped", "lr", "scale", "applied")
@@ -42,6 +44,7 @@ class StepOptions:
         loss_divisor: a power of two near the weight of a window, divided out of sums before the backward pass.
         sharpness, sharpness_scaled: as in ``thalweg.engine.sharpness``; 0: gradients are taken where the weights are.
         micro_batch: samples in one; asked for on several ranks.
+        exact: sums are made in one order, whatever the ranks (``engine/inorder.py``).
     """
 
     seed: int
@@ -50,6 +53,7 @@ class StepOptions:
     sharpness: float = 0.0
     sharpness_scaled: bool = False
     micro_batch: int = 0
+    exact: bool = False
 
 
 class Step:
@@ -96,6 +100,7 @@ class Step:
         ]
         self._seeds: dict[torch.dtype, Tensor] = {}
         self.undo = Undo(state.model, state.arenas, self.sums, state.statistics)
+        self.in_order = InOrder(self) if options.exact else None
 
     def run(self, window: Sequence[Any]) -> Tensor:
         """One step.
@@ -166,6 +171,8 @@ class Step:
         """
         one = self._passes if counted else self._passes_again
         with self.policy.around(self.state.device, passes=len(parts)):
+            if self.in_order is not None:
+                return self.in_order.accumulate(parts, one, counted=counted)
             done = go_through(parts, one, self.state.limit, self.undo, counted=counted)
         if self.place is not None:
             self._add_ranks(counted)
@@ -285,7 +292,8 @@ class Step:
         """Global norm of the summed gradients, over all arenas."""
         for arena in self.state.arenas:
             arena.hold_gradients()
-        return global_norm([arena.grads for arena in self.state.arenas])
+        norm = global_norm if self.in_order is None else ordered_norm
+        return norm([arena.grads for arena in self.state.arenas])
 
     def _excess_of(self, norm: Tensor, clip: float | Tensor, ok: Tensor) -> Tensor:
         """How many times too long the gradient is."""

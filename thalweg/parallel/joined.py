@@ -5,6 +5,7 @@ from __future__ import annotations
 import atexit
 import gc
 import os
+import re
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
@@ -15,6 +16,9 @@ from torch import Tensor
 
 from thalweg.core import RanksError, ThalwegError
 from thalweg.device import HOST_RANKS, Device, ran_out
+from thalweg.parallel.beats import Beats, end_sibling
+from thalweg.parallel.elastic import Agent
+from thalweg.parallel.meeting import meet
 from thalweg.parallel.ranks import ALONE, Ranks, Talk
 
 T = TypeVar("T")
@@ -29,11 +33,14 @@ class Joined:
         words: a group that works on the host's memory; sums go over it too, on the CPU.
         timeout: seconds, of what is begun.
 
+        store: what they met in; None: of a group that was made elsewhere, and whose ranks are not named where one is lost.
+
     Attributes:
         group: for sums on the device.
+        at: the last step that this rank has made; for others to read, where one is lost.
     """
 
-    def __init__(self, words: Any, timeout: float = TIMEOUT) -> None:
+    def __init__(self, words: Any, timeout: float = TIMEOUT, store: Any = None) -> None:
         import torch.distributed as dist
 
         self._dist: Any = dist
@@ -41,6 +48,11 @@ class Joined:
         self.rank, self.world = dist.get_rank(words), dist.get_world_size(words)
         self.group: Any = words
         self._backend = HOST_RANKS
+        self.at = self._calls = 0
+        self._doing = "at work"
+        now = lambda: (self._calls, self.at, self._doing)
+        every = min(1.0, timeout / 4)
+        self._beats = None if store is None else Beats(store, self.rank, self.world, now, every)
 
     @property
     def is_first(self) -> bool:
@@ -72,6 +84,24 @@ class Joined:
                 self._dist.broadcast(whole.reshape(-1).view(torch.uint8), group=group, group_src=0)
                 if whole.data_ptr() != tensor.data_ptr():
                     tensor.copy_(whole)
+
+    def largest(self, number: int) -> int:
+        found = torch.tensor(number)
+        with self._in_touch("how many micro-batches a window has"):
+            self._dist.all_reduce(found, op=self._dist.ReduceOp.MAX, group=self.words)
+        return int(found)
+
+    def gather(self, tensor: Tensor) -> Tensor:
+        found = tensor.new_empty(self.world, *tensor.shape)
+        with self._in_touch("a sum in order"):
+            self._dist.all_gather_into_tensor(found.reshape(-1), tensor.contiguous().reshape(-1), group=self.group)
+        return found
+
+    def exchange(self, tensor: Tensor) -> Tensor:
+        found = torch.empty_like(tensor)
+        with self._in_touch("a sum in order"):
+            self._dist.all_to_all_single(found, tensor.contiguous(), group=self.group)
+        return found
 
     def told(self, value: T) -> list[T]:
         found: list[Any] = [None] * self.world
@@ -114,8 +144,14 @@ class Joined:
         self.wait()
         self.part()
 
+    def ends_with(self, words: str) -> None:
+        if self._beats is not None:
+            self._beats.end(words)
+
     def part(self) -> None:
         """The group is no more, for this process. Left to Python's end, its threads now and then abort the process."""
+        if self._beats is not None:
+            self._beats.end()
         self.words = self.group = None
         if self._dist.is_initialized():
             self._dist.destroy_process_group()
@@ -123,20 +159,37 @@ class Joined:
 
     @contextmanager
     def _in_touch(self, what: str) -> Iterator[None]:
+        self._calls += 1
+        self._doing = f"waiting in {what}"
         try:
             yield
         except RuntimeError as err:
             if isinstance(err, ThalwegError) or ran_out(err):
                 raise
-            words = " ".join(str(err).split())[:300]
-            lost = RanksError(
-                f"Rank {self.rank} lost another of the {self.world} ranks, or waited for it longer than {self.timeout:g} s.",
-                f"In {what}: {words}",
-                "Look for the first error of the other ranks; then go on from the newest checkpoint, with --resume.",
-            )
+            lost = self._lost(what, _in_short(err))
+            lost.lost = True
         else:
+            self._doing = "at work"
             return
         raise lost
+
+    def _lost(self, what: str, words: str) -> RanksError:
+        """What there is to say of ranks that the others wait for; one that hangs on this machine is ended, or it would be in the
+        way of the next group."""
+        named = []
+        for rank, (beat, why) in (self._beats.behind() if self._beats is not None else {}).items():
+            hangs = "imed out" in words or "imeout" in words
+            ended = (
+                hangs and Agent().is_elastic and why in ("stands still", "is behind the others") and end_sibling(beat)
+            )
+            named.append(
+                f"Rank {rank} {why} ({beat}{'; ended from here' if ended else ''}){': ' * bool(beat.last)}{beat.last}"
+            )
+        return RanksError(
+            f"Rank {self.rank} lost another of the {self.world} ranks, or waited for it longer than {self.timeout:g} s.",
+            " ".join([f"After step {self.at}, in {what}: {words}", *(f"{text}." for text in named)]),
+            "Look for the first error of the other ranks; then go on from the newest checkpoint, with --resume.",
+        )
 
 
 class _Talk:
@@ -171,6 +224,12 @@ class _Talk:
 
 def _words(error: Exception) -> str:
     return str(error) if isinstance(error, ThalwegError) else f"{type(error).__name__}: {error}"
+
+
+def _in_short(err: Exception) -> str:
+    """What torch says, without the place in its sources and its advice."""
+    words = " ".join(str(err).split())
+    return re.sub(r"\[\S+:[0-9]+\] |This is typically caused.*", "", words)[:300].strip()
 
 
 _joined: list[Joined] = []
@@ -212,16 +271,19 @@ def _met(dist: Any, wanted: int, timeout: float) -> Joined:
 
     end_with_the_launcher()
     try:
-        dist.init_process_group(HOST_RANKS, timeout=timedelta(seconds=timeout))
+        store, rank, world = meet(dist, timeout)
+        limit = timedelta(seconds=timeout)
+        dist.init_process_group(HOST_RANKS, store=store, rank=rank, world_size=world, timeout=limit)
     except (RuntimeError, ValueError) as err:
-        words = " ".join(str(err).split())[:300]
+        words = _in_short(err)
         lost = RanksError(
             f"{wanted} ranks were to train together, and they did not meet.",
             words,
             "Start them with torchrun, or with thalweg train --ranks; or leave RANK and WORLD_SIZE unset.",
         )
+        lost.lost = True
     else:
-        made = Joined(dist.group.WORLD, timeout)
+        made = Joined(dist.group.WORLD, timeout, store)
         atexit.register(made.part)
         return made
     raise lost

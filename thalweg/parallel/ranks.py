@@ -29,11 +29,15 @@ class Ranks(Protocol):
     Attributes:
         rank, world: which this is, from 0, and how many there are.
         group: the process group for sums on the device; None where there is one rank.
+        timeout: seconds after which a rank that does not answer is given up.
+        at: the last step that this rank has made, for what is said of it where it is lost.
     """
 
     rank: int
     world: int
     group: Any
+    timeout: float
+    at: int
 
     @property
     def is_first(self) -> bool:
@@ -54,6 +58,15 @@ class Ranks(Protocol):
 
     def copy(self, tensors: Iterable[Tensor]) -> None:
         """Each tensor becomes that of the first rank, whatever its dtype and strides."""
+
+    def largest(self, number: int) -> int:
+        """The largest of what the ranks gave."""
+
+    def gather(self, tensor: Tensor) -> Tensor:
+        """What each rank gave, in the order of ranks: (world, *shape)."""
+
+    def exchange(self, tensor: Tensor) -> Tensor:
+        """Row ``r`` of every rank's ``tensor`` (world, n) goes to rank ``r``, which gets them in the order of ranks: (world, n)."""
 
     def told(self, value: T) -> list[T]:
         """What each rank gave, in the order of ranks. Plain data."""
@@ -77,6 +90,9 @@ class Ranks(Protocol):
     def leave(self) -> None:
         """All is done: the ranks part."""
 
+    def ends_with(self, words: str) -> None:
+        """This rank ends with an error of its own: the others can say so."""
+
 
 class Silent:
     """Nobody to talk to."""
@@ -91,7 +107,7 @@ class Silent:
 class Alone:
     """One process: everything is its own, and nothing is asked of torch.distributed."""
 
-    rank, world, group = 0, 1, None
+    rank, world, group, timeout, at = 0, 1, None, 0.0, 0
 
     @property
     def is_first(self) -> bool:
@@ -109,6 +125,15 @@ class Alone:
     def copy(self, tensors: Iterable[Tensor]) -> None:
         pass
 
+    def largest(self, number: int) -> int:
+        return number
+
+    def gather(self, tensor: Tensor) -> Tensor:
+        return tensor.unsqueeze(0)
+
+    def exchange(self, tensor: Tensor) -> Tensor:
+        return tensor
+
     def told(self, value: T) -> list[T]:
         return [value]
 
@@ -125,6 +150,9 @@ class Alone:
         pass
 
     def leave(self) -> None:
+        pass
+
+    def ends_with(self, words: str) -> None:
         pass
 
 

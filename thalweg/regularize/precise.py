@@ -22,6 +22,7 @@ from thalweg.core import DataError, seed_for
 from thalweg.device import Device
 from thalweg.device.kept import restored, same_generators, same_modes
 from thalweg.regularize.moments import moments_of, num_ranks, pooled
+from thalweg.regularize.ordered import ordered_sum
 from thalweg.regularize.tracking import FrozenBatchNorm
 
 Forward = Callable[[nn.Module, Any], object]
@@ -63,6 +64,7 @@ def estimate(
     seed: int = 0,
     group: Any = None,
     leave: Collection[str] = (),
+    in_order: bool = False,
 ) -> Estimate:
     """Measure the statistics of every batch-normalization layer; the model, its buffers and torch's generators stay as they are.
 
@@ -78,6 +80,7 @@ def estimate(
         group: process group; None: the default one, where there is one. Every rank gives batches of its own, and all get
             the statistics of all.
         leave: names of further layers to leave out.
+        in_order: the same bits whichever rank gives which batch; all sums of batches are kept until the end.
 
     Raises:
         DataError: if there is no batch.
@@ -86,7 +89,7 @@ def estimate(
     if not layers:
         return Estimate({})
     first = next(iter(layers.values())).running_mean
-    sums = _Sums(layers, Device(first.device).exact, first.device)
+    sums = (_SumsInOrder if in_order else _Sums)(layers, Device(first.device).exact, first.device)
     num = 0
     with _apart(model, layers, training), sums.listening(), torch.no_grad():
         device = Device(first.device)
@@ -94,6 +97,7 @@ def estimate(
             generator.manual_seed(seed_for(seed, "precise"))
         for batch in batches:
             (forward or _plainly)(model, batch)
+            sums.batch_done()
             num += 1
     if not num and num_ranks(group) == 1:
         raise DataError(
@@ -205,10 +209,16 @@ class _Sums:
 
         return hook
 
-    def pooled(self, group: Any) -> dict[str, tuple[Tensor, Tensor]]:
-        """By name; a layer that nothing reached keeps what it has."""
+    def batch_done(self) -> None:
+        """All layers have seen a batch."""
+
+    def over_ranks(self, group: Any) -> None:
         if num_ranks(group) > 1:
             dist.all_reduce(self.flat, group=group)
+
+    def pooled(self, group: Any) -> dict[str, tuple[Tensor, Tensor]]:
+        """By name; a layer that nothing reached keeps what it has."""
+        self.over_ranks(group)
         found = {}
         for name, (count, total, squares) in self.parts.items():
             live = self.layers[name].running_mean, self.layers[name].running_var
@@ -216,6 +226,32 @@ class _Sums:
                 torch.where(count > 0, new.to(old.dtype), old) for new, old in zip(pooled(count, total, squares), live)
             )
         return found  # type: ignore[return-value]
+
+
+class _SumsInOrder(_Sums):
+    """The same, to the bit the same whichever rank has seen which batch."""
+
+    def __init__(self, layers: Mapping[str, Any], exact: torch.dtype, device: torch.device) -> None:
+        super().__init__(layers, exact, device)
+        self._rows: list[Tensor] = []
+
+    def batch_done(self) -> None:
+        self._rows.append(self.flat.clone())
+        self.flat.zero_()
+
+    def over_ranks(self, group: Any) -> None:
+        rows = torch.stack(self._rows) if self._rows else self.flat.new_zeros(0, len(self.flat))
+        if num_ranks(group) == 1:
+            self.flat.copy_(ordered_sum(rows))
+            return
+
+        def reduced(x: Tensor, how: Any) -> Tensor:
+            dist.all_reduce(x, op=how, group=group)
+            return x
+
+        num = int(reduced(torch.tensor([len(rows)], device=rows.device), dist.ReduceOp.SUM))
+        largest, added = (lambda x, how=how: reduced(x, how) for how in (dist.ReduceOp.MAX, dist.ReduceOp.SUM))
+        self.flat.copy_(ordered_sum(rows, num, largest, added))
 
 
 def _layers(model: nn.Module) -> Iterator[tuple[str, Any]]:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from thalweg.core import Evaluation, Event, Plan, Record, RunFolderError, read_lines
+from thalweg.core.goodput import Goodput, goodput
 
 Line = Record | Evaluation
 
@@ -21,6 +22,7 @@ class Run:
         given: the text of recipe.toml, as the run began with it; empty where the file is missing.
         lines: steps and evaluations, in the order in which they were written.
         outcome: reason, advice and sample; empty while the run is not finished.
+        goodput: where its time went; None where nothing tells of it.
     """
 
     name: str
@@ -29,6 +31,7 @@ class Run:
     lines: list[Line]
     events: list[Event]
     outcome: dict[str, str]
+    goodput: Goodput | None = None
 
     @property
     def records(self) -> list[Record]:
@@ -62,13 +65,15 @@ def read_run(folder: Path) -> Run:
                 lines.append(_evaluation(tree))
             elif tree["kind"] == "step":
                 lines.append(_record(tree))
+        name = "times.jsonl"
+        times = goodput(read_lines(folder / name)) if (folder / name).exists() else None
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as err:
         raise RunFolderError(
             f"{folder} cannot be reported on.",
             f"{name}: {type(err).__name__}: {err}.",
             "Give the folder of a run, the one that holds plan.json; a damaged file can be restored from a copy.",
         ) from err
-    return Run(folder.resolve().name, plan, given, lines, events, outcome)
+    return Run(folder.resolve().name, plan, given, lines, events, outcome, times)
 
 
 def _text_of(path: Path) -> str:

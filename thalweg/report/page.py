@@ -53,7 +53,11 @@ def page(run: Run) -> str:
         + sections.decisions(run)
         + sections.recipe(run)
         + sections.parameters(run)
-        + wrap("div", sections.memory(run) + sections.machine(run) + sections.data(run), class_="columns")
+        + wrap(
+            "div",
+            sections.memory(run) + sections.goodput(run) + sections.machine(run) + sections.data(run),
+            class_="columns",
+        )
     )
     body = wrap("main", main) + f"\n<script>{script}</script>\n"
     return f'<!doctype html>\n<html lang="en">\n<head>\n{head}</head>\n<body>\n{body}</body>\n</html>\n'

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from typing import Any
 
-from thalweg.core import human_bytes, human_count, parameter_groups
+from thalweg.core import human_bytes, human_count, human_seconds, parameter_groups
 from thalweg.report.axes import plain
 from thalweg.report.folder import Run
 from thalweg.report.markup import details, section, shown, table, tag, wrap
@@ -74,9 +74,20 @@ def memory(run: Run) -> str:
     return section("Memory", table(("purpose", "size"), rows, numbers=[1]) if sizes else "")
 
 
+def goodput(run: Run) -> str:
+    """Where the wall time went, over all starts of the run."""
+    if run.goodput is None:
+        return ""
+    whole = sum(run.goodput.seconds.values()) or 1.0
+    rows = [
+        (name, human_seconds(number), f"{number / whole:.1%}") for name, number in run.goodput.seconds.items() if number
+    ]
+    return section("Time", table(("purpose", "time", "share"), rows, numbers=[1, 2]) if rows else "")
+
+
 def machine(run: Run) -> str:
     """What the run was on."""
-    facts = {name: value for name, value in run.plan.machine.items() if name != "data"}
+    facts = {name: value for name, value in run.plan.machine.items() if name not in ("data", "peak_flops")}
     return section("Machine", _facts(facts))
 
 

@@ -7,7 +7,8 @@ from pathlib import Path
 
 from torch import nn
 
-from thalweg.core import Evaluation, Plan, Record, StopReason
+from thalweg.core import Evaluation, Plan, Record, StopReason, flops_use, training_times
+from thalweg.core.goodput import Goodput
 from thalweg.engine.signals import exit_code
 
 #: False: a new run; True: go on; a step: go on from there; "auto": go on where there is a run, and begin where there is none.
@@ -26,6 +27,7 @@ class Result:
         folder: the run folder, or None.
         sample: what the task's sample function gave, at the end of a finished run.
         signal: the number of the signal that ended the run; 0: none did.
+        goodput: where the wall time of the run went, over all its starts; on the first rank, where there is a run folder.
     """
 
     reason: StopReason
@@ -36,6 +38,7 @@ class Result:
     folder: Path | None
     sample: str = ""
     signal: int = 0
+    goodput: Goodput | None = None
 
     @property
     def exit_code(self) -> int:
@@ -43,6 +46,13 @@ class Result:
         return (
             exit_code(self.signal) if self.reason is StopReason.INTERRUPTED and self.signal else self.reason.exit_code
         )
+
+    @property
+    def flops_use(self) -> float | None:
+        """Model FLOPs use: the share of the operations a second that the chip's data sheet states; None where it is not known."""
+        lines: list[Record | Evaluation] = [*self.records, *self.evaluations]
+        lines.sort(key=lambda line: (line.step, isinstance(line, Evaluation)))
+        return flops_use(self.plan, training_times(lines))
 
     @property
     def metrics(self) -> dict[str, float]:

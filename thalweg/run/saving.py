@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import time
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import replace
 
@@ -12,6 +14,7 @@ from thalweg.engine import Loop
 from thalweg.engine.guard import unfit
 from thalweg.engine.signals import Asked
 from thalweg.run.best import BestWeights
+from thalweg.run.clock import Clock
 from thalweg.run.folder import SAVED
 from thalweg.watch import JsonLines
 
@@ -29,9 +32,21 @@ class Saving:
         lines: the records; a checkpoint knows how many of them belong to it, and they are made durable before it.
         keeper: the best weights, where a run ends with them.
         asked: whether a signal asks the run to end; then it waits no longer than its grace for a store that fails.
+        still_ours: raises where the run folder is another's by now.
+        clock: where the run's time goes.
     """
 
-    def __init__(self, store: Store, loop: Loop, lines: JsonLines, keeper: BestWeights | None, asked: Asked) -> None:
+    def __init__(
+        self,
+        store: Store,
+        loop: Loop,
+        lines: JsonLines,
+        keeper: BestWeights | None,
+        asked: Asked,
+        still_ours: Callable[[], None],
+        clock: Clock,
+    ) -> None:
+        self.still_ours, self._looked_at, self.clock = still_ours, 0.0, clock
         self.loop, self.lines, self.keeper, self.asked = loop, lines, keeper, asked
         self.wanted = loop.plan.recipe.checkpoint
         self.saver = Saver(store, before=self._before, retain=self._retain, hurry=asked)
@@ -44,6 +59,7 @@ class Saving:
         """Hand over a checkpoint of this moment; the run waits for the copy alone."""
         self.asked.heard()
         self.saver.put(lambda: self._job(must))
+        self.clock.saved(self.loop.step.state.step, self.loop.spent)
 
     def _job(self, must: bool) -> Job:
         loop = self.loop
@@ -69,7 +85,14 @@ class Saving:
         return Job(loop.step.state.step, snapshot.on_host(), must=must, best=loop.best_steps())
 
     def watch(self) -> StopReason | None:
-        """What the thread has to say; a reason where too many saves in a row have failed."""
+        """What the thread has to say; a reason where too many saves in a row have failed.
+
+        Raises:
+            RunFolderError: where the folder is another's by now.
+        """
+        if (now := time.monotonic()) - self._looked_at > 1.0:
+            self._looked_at = now
+            self.still_ours()
         if self.lines.trouble != self._records_fail:
             self._records_fail = self.lines.trouble
             if self._records_fail:
@@ -114,6 +137,7 @@ class Saving:
                 self.loop.tell("saved again", f"Checkpoints are saved again: step {news.step}.")
 
     def _before(self, job: Job) -> None:
+        self.still_ours()
         if fault := unfit(job.snapshot, self._trained):
             raise Unfit(
                 f"The state of step {job.step} is not saved.",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
@@ -11,14 +12,14 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import nn
 
 from thalweg.checkpoint import FolderLock, Snapshot, write_file
 from thalweg.core import (
-    VERSION,
     FeedState,
+    Layout,
     Plan,
+    RanksError,
     Recipe,
     RunFolderError,
     Sink,
@@ -28,15 +29,20 @@ from thalweg.core import (
 )
 from thalweg.core.changes import accepted
 from thalweg.engine import Loop, Resolved, Step, build, evaluate, resolve
+from thalweg.engine.agree import check_forward
 from thalweg.engine.memory import PeakWatch, begun
 from thalweg.engine.signals import Asked, asked_to_end
-from thalweg.engine.together import same_state
-from thalweg.parallel import Ranks, check_equal, join, on_first
-from thalweg.regularize import PreciseStatistics, set_factors
+from thalweg.engine.together import check_same, checksum, has_shards, same_state
+from thalweg.parallel import Agent, Ranks, check_equal, here, join, left_to, on_first
+from thalweg.regularize import PreciseStatistics
 from thalweg.report import write_report
+from thalweg.run.again import check_in_sight, patience_of
 from thalweg.run.best import BestWeights
+from thalweg.run.clock import Clock
 from thalweg.run.earlier import Earlier, check_end, look
+from thalweg.run.ending import give_back, hand_over, wind_up
 from thalweg.run.folder import RunFolder, unwritable
+from thalweg.run.program import held
 from thalweg.run.result import Result, Resume
 from thalweg.run.saving import Saving, ranked_by
 from thalweg.watch import JsonLines, Memory
@@ -86,28 +92,36 @@ def train_task(
     sinks: Sequence[Sink] = (),
 ) -> Result:
     """Train a task; see ``train``."""
-    ranks = join()
+    ranks, called = join(), time.time()
     if folder is None and (resume or accept):
         raise RunFolderError("resume needs a run folder.", "folder is None.", "Give the folder of the run.")
     if ranks.world > 1:
-        check_equal(ranks, "another recipe or program", _held(recipe), "Start all ranks with the same command.")
+        check_equal(
+            ranks, "another recipe or program", held(task, recipe), "Start all ranks with the same command and files."
+        )
     if folder is None:
         return _Run(task, recipe, None, sinks, ranks, None).go()
-    path = Path(folder)
-    lock, here = FolderLock(path), None
+    path, agent = Path(folder), Agent()
+    left = left_to(ranks, agent)
+    again = left.folder == str(path)  # a launcher has started this group in the place of an earlier one
+    lock, place = FolderLock(path), None
     try:
-        on_first(ranks, lock.acquire)
-        here = on_first(ranks, lambda: RunFolder(path, recipe))  # the other ranks write nothing, and read nothing there
-        return _Run(task, recipe, here, sinks, ranks, path).go(resume, accept)
+        on_first(ranks, lambda: lock.acquire(patience_of(ranks) if again else 0.0))
+        place = on_first(
+            ranks, lambda: RunFolder(path, recipe)
+        )  # the other ranks write nothing, and read nothing there
+        if again:
+            on_first(ranks, lambda: check_in_sight(place, left))
+            resume = "auto"
+        run = _Run(task, recipe, place, sinks, ranks, path, agent=agent)
+        run.still_ours, run.clock = lock.check, Clock(path if ranks.is_first else None, called, again=again)
+        if again:
+            run.news.append(("ranks", f"Started again by the launcher, on {ranks.world} ranks."))
+        return run.go(resume, accept)
     finally:
-        if here is not None:
-            here.release()
+        if place is not None:
+            place.release()
         lock.release()
-
-
-def _held(recipe: Recipe) -> list[str]:
-    """What ranks must have in common, one thing a line."""
-    return [f"thalweg {VERSION}", f"torch {torch.__version__}", *recipe.to_toml().splitlines()]
 
 
 class _Run:
@@ -116,7 +130,15 @@ class _Run:
     Args:
         folder: where it writes; None on all ranks but the first.
         path: of the run's folder, which all may know.
+        agent: what started this process, for what the next group should know.
+
+    Attributes:
+        still_ours: raises where the folder is another's by now.
+        clock: where the run's time goes.
     """
+
+    still_ours: Callable[[], None] = staticmethod(lambda: None)
+    clock = Clock(None, 0.0)
 
     def __init__(
         self,
@@ -126,8 +148,11 @@ class _Run:
         sinks: Sequence[Sink],
         ranks: Ranks,
         path: Path | None,
+        *,
+        agent: Agent | None = None,
     ) -> None:
         self.task, self.recipe, self.folder, self.ranks, self.path = task, recipe, folder, ranks, path
+        self.agent = agent
         self.memory = Memory()
         self.lines: JsonLines | None = None
         self.news: list[tuple[str, str]] = []  # to be told when the run begins: name and text of an event
@@ -154,8 +179,9 @@ class _Run:
             assert decided is not None
             return decided
         plan = Plan.from_json(ranks.from_first("" if decided is None else decided.plan.to_json()))
+        stand = Layout(**plan.layout)
         resolved = ranks.together(
-            lambda: decided or resolve(self.task, self.recipe, saved=plan, begins=False, ranks=ranks)
+            lambda: decided or resolve(self.task, self.recipe, saved=plan, begins=False, ranks=ranks, layout=stand)
         )
         rows = [f"{row.name} {list(row.shape)} by {row.rule}" for row in resolved.plan.parameters]
         check_equal(ranks, "another model", rows, "Let the model not hang on the rank.")
@@ -166,13 +192,15 @@ class _Run:
         try:
             return self._through(resolved, earlier, asked, step)
         finally:
-            self._give_back(step)
+            give_back(step)
 
     def _through(self, resolved: Resolved, earlier: Earlier, asked: Asked, step: Step) -> Result:
         plan, kept = self._filled(step, resolved, earlier)
+        if self.ranks.world > 1 and (text := check_forward(step, resolved.tried, self.ranks)):
+            self.news.append(("ranks", text))
         check_end(plan, step.state.step)  # a plan with fewer epochs knows its end only now
-        news = [] if self.folder is None else self._claim(self.folder, plan, earlier, step.state.step)
-        sinks = self._sinks(earlier.snapshot)
+        news = self._begun(plan, earlier, step.state.step)
+        sinks = self._sinks(earlier.snapshot, new=earlier.plan is None)
         precise = self._precise(resolved)
         evaluation = self._evaluation(resolved, step, precise, asked)
         loop = Loop(plan, step, resolved.feed, sinks, evaluate=evaluation, stop=asked, ranks=self.ranks)
@@ -181,6 +209,7 @@ class _Run:
         if kept is not None:
             self._take_up(loop, keeper, kept)
         self._begin(loop, plan, resolved, [*news, *self.news])
+        self.clock.start(step.state.step, self.ranks.world)
         try:
             reason = loop.run()
             if keeper is not None and keeper.values:
@@ -188,40 +217,26 @@ class _Run:
         except BaseException as err:
             if isinstance(err, ThalwegError):
                 err.in_run = True
+            if not (isinstance(err, RanksError) and (err.lost or err.told)):
+                self.ranks.ends_with(f"{type(err).__name__}: {err}"[:300])
             with suppress(BaseException):  # the first error is the one that counts
-                self._wind_up(StopReason.FAILED, saving, step, sinks)
+                wind_up(StopReason.FAILED, saving, step, sinks)
             raise
-        reason = self._wind_up(reason, saving, step, sinks)
+        with loop.spending("saving"):
+            reason = wind_up(reason, saving, step, sinks)
+        self.clock.end(step.state.step, loop.spent)
         reason = self.ranks.from_first(reason)  # whether it could be saved, the first one alone knows
-        self._hand_over(step, precise, keeper)
+        if self.agent is not None and reason is StopReason.DIVERGED:
+            self.agent.leave(code=reason.exit_code)  # a group that is started again would go the same way
+        hand_over(step, precise, keeper)
         sample = self._sample(step.state.model, reason)
         if self.folder:
             self._conclude(reason, sample)
         number = max(self.ranks.told(asked.number))  # any rank may have been asked; what the first one writes is there
-        memory = self.memory
+        memory, told = self.memory, self.clock.told()
         return Result(
-            reason, step.state.model, plan, memory.records, memory.evaluations, self.path, sample, signal=number
+            reason, step.state.model, plan, memory.records, memory.evaluations, self.path, sample, number, told
         )
-
-    @staticmethod
-    def _wind_up(reason: StopReason, saving: Saving | None, step: Step, sinks: Sequence[Sink]) -> StopReason:
-        """Nothing follows but what must be done: each part of it, whatever another raises; the first error is passed on."""
-        found: list[BaseException] = []
-        if saving is not None:
-            try:
-                reason = saving.finish(reason)
-            except BaseException as err:
-                reason, found = StopReason.FAILED, [err]
-        if step.recomputation is not None:
-            step.recomputation.release()
-        for sink in sinks:
-            try:
-                sink.stop(reason)
-            except BaseException as err:
-                found.append(err)
-        if found:
-            raise found[0]
-        return reason
 
     def _filled(self, step: Step, resolved: Resolved, earlier: Earlier) -> tuple[Plan, Snapshot | None]:
         """The step has the state that the run goes on from; the plan as it is kept, and what else was in the checkpoint."""
@@ -235,6 +250,16 @@ class _Run:
         kept, told = same_state(step.state, earlier.snapshot, ranks)
         self.news += [("ranks", text) for text in told]
         return plan, kept
+
+    def _begun(self, plan: Plan, earlier: Earlier, at: int) -> list[tuple[str, str]]:
+        """The folder holds the run; where a launcher may start ranks again, the next ones will know of it, wherever they are."""
+        folder, ranks = self.folder, self.ranks
+        if self.agent is not None:
+            self.agent.leave(folder=str(self.path), host=ranks.from_first(here()))
+        news = on_first(ranks, lambda: [] if folder is None else self._claim(folder, plan, earlier, at))
+        if self.agent is not None:
+            self.agent.leave(begun=True)
+        return news or []
 
     def _claim(self, folder: RunFolder, plan: Plan, earlier: Earlier, at: int) -> list[tuple[str, str]]:
         """All checks are behind us and the run goes on from step ``at``: what lies ahead of it in the folder is another's."""
@@ -258,13 +283,15 @@ class _Run:
     def _wired(self, loop: Loop, keeper: BestWeights | None, asked: Asked) -> Saving | None:
         """What goes on beside the loop is connected with it; what saves, where something is saved."""
         loop.feed.tell = loop.tell
+        if self.ranks.world > 1 and not has_shards(loop.step.state.model):
+            loop.agree = lambda: check_same(loop.step.state, self.ranks, checksum)
         if self.ranks.world == 1:  # a rank that waits for data ends with the others, after the same step
             loop.feed.stop = asked
         if keeper is not None:
             loop.best = keeper.keep
         if self.folder is None or self.lines is None:
             return None
-        saving = Saving(self.folder.store, loop, self.lines, keeper, asked)
+        saving = Saving(self.folder.store, loop, self.lines, keeper, asked, self.still_ours, self.clock)
         loop.save, loop.watch = saving.save, saving.watch
         return saving
 
@@ -286,24 +313,6 @@ class _Run:
         begun_by = next((made.value for made in plan.decisions if made.path == "ranks"), 1)
         if begun_by != self.ranks.world:
             loop.tell("ranks", f"The run began on {begun_by} ranks, and goes on with {self.ranks.world}.")
-
-    @staticmethod
-    def _hand_over(step: Step, precise: PreciseStatistics | None, keeper: BestWeights | None) -> None:
-        """The model has the weights that were evaluated."""
-        step.state.adopt_average()
-        if precise is not None:
-            precise.estimate(version=step.state.step).put(step.state.model)
-        if keeper is not None:
-            keeper.adopt()
-
-    @staticmethod
-    def _give_back(step: Step) -> None:
-        """The model is the user's again, however the run has ended; its layers draw from torch's generator."""
-        if step.recomputation is not None:
-            step.recomputation.release()
-        if step.streams is not None:
-            step.streams.release()
-            set_factors(step.state.model, {"dropout": None, "stochastic_depth": None})
 
     def _conclude(self, reason: StopReason, sample: str) -> None:
         """How it ended, for those who look at the folder; on a disk that takes nothing more, the run is over all the same."""
@@ -340,11 +349,12 @@ class _Run:
             state = FeedState(facts["feed"], dict(snapshot.groups.get("feed", {})))
             loop.feed.restore(loop.step.state.step, state)
 
-    def _sinks(self, snapshot: Snapshot | None) -> list[Sink]:
+    def _sinks(self, snapshot: Snapshot | None, *, new: bool) -> list[Sink]:
         sinks: list[Sink] = [self.memory]
         if self.folder:
             keep = snapshot.facts["records_bytes"] if snapshot else 0
             self.lines = JsonLines(self.folder.records_file, keep_bytes=keep)
+            self.clock.look(keep, new=new)
             sinks.append(self.lines)
         return [*sinks, *self.given_sinks]
 
@@ -363,7 +373,8 @@ class _Run:
             with resolved.policy.context(resolved.device):
                 resolved.loss(model, batch)
 
-        return PreciseStatistics(resolved.model, batches, forward, seed=recipe.seed, group=self.ranks.group)
+        ranks = {"group": self.ranks.group, "in_order": recipe.exact_reduce}
+        return PreciseStatistics(resolved.model, batches, forward, seed=recipe.seed, **ranks)
 
     def _evaluation(
         self, resolved: Resolved, step: Any, precise: PreciseStatistics | None, asked: Asked

@@ -224,7 +224,8 @@ def sizes_of(recipe: Recipe, rows: Sequence[ParameterRow], model: nn.Module, kin
     kept = wanted.average_window * sizes.parameters if window else 0
     kept += sizes.parameters * (bool(wanted.sharpness) + bool(recipe.evaluate.patience))  # to come back to
     aside = sizes.parameters if wanted.averages else 0  # while averaged weights are evaluated
-    return replace(sizes, averages=sizes.averages + kept, update=max(sizes.update, aside))
+    gradients = sizes.gradients * (2 if recipe.exact_reduce else 1)  # of a micro-batch, and the total
+    return replace(sizes, gradients=gradients, averages=sizes.averages + kept, update=max(sizes.update, aside))
 
 
 def predicted(
