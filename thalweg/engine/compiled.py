@@ -42,6 +42,7 @@ class CompiledStep(Step):
         self.flats = [FlatArena(arena, names) for arena in state.arenas]
         self.graph_statistics = GraphStatistics(state.statistics, "model.")
         self.undo = Undo(state.model, state.arenas, self.sums, self.graph_statistics)
+        self.at = torch.zeros(1, dtype=torch.int64, device=state.device.torch_device)  # the row of this step
         self._graphs = {
             "add": compiler.graph(self._add),
             "end": compiler.graph(self._end),
@@ -89,7 +90,8 @@ class CompiledStep(Step):
             found.append(self._graphs["update"](due_of(self.flats, state.step)))
         row, ok = found[0]
         with torch.no_grad():
-            self.ring[state.step % RING].copy_(row)
+            self.at.fill_(state.step % RING)
+            self.ring.index_copy_(0, self.at, row[None])  # a row of its own would be another program for each of them
         state.step += 1
         if state.window is not None:
             state.window.keep(state.step, ok)

@@ -30,6 +30,8 @@ def traces_autograd() -> bool:
 
 def compile_backend(device: Device) -> str:
     """The backend of torch.compile for a device, or "" where there is none."""
+    if device.graph_kind == "graph":
+        return device.compile_backend or ""
     return "" if device.kind == "mps" else "inductor"
 
 
@@ -38,7 +40,7 @@ class Compiler:
 
     Args:
         backend: of torch.compile.
-        options: for inductor.
+        options: for the backend.
 
     Attributes:
         made: graphs compiled so far.
@@ -69,7 +71,7 @@ class Compiler:
         else:
             from torch._dynamo.backends.registry import lookup_backend
 
-            made = lookup_backend(self.name)(graph, inputs)
+            made = lookup_backend(self.name)(graph, inputs, **({"options": self.options} if self.options else {}))
         self.made += 1
         return made
 

@@ -18,15 +18,18 @@ Take = Callable[[str, Any, str], Any]
 WHOLE = ("step", "captured")  # values of ``compile`` that make one graph of a step
 
 
-def why_not(recipe: Recipe, rows: Sequence[ParameterRow], device: Device, how: str) -> str:
+def why_not(recipe: Recipe, rows: Sequence[ParameterRow], device: Device, how: str, against: str = "") -> str:
     """Why a complete recipe cannot be compiled so on a device; "" where it can.
 
     Args:
         rows: the parameter table.
         how: "model", "step" or "captured".
+        against: what is against graphs of this model there, if anything is.
     """
     if how == "off":
         return ""
+    if against:
+        return against
     if not compile_backend(device):
         return f"torch.compile has no backend for {device.kind}"
     if how == "model":
@@ -59,23 +62,25 @@ def settle_compile(
     device: Device,
     take: Take,
     measure: Callable[[Recipe, Sequence[str], Take], str] | None = None,
+    against: str = "",
 ) -> Recipe:
     """The recipe with ``compile`` decided.
 
     Args:
         recipe: complete but for it.
         measure: tries ways of a recipe, and tells the fastest; None: nothing can be tried.
+        against: as for ``why_not``.
 
     Raises:
         RecipeError: for what was asked for and cannot be.
     """
     asked = recipe.compile
     if asked == "auto":
-        return replace(recipe, compile=_auto(recipe, rows, device, take, measure))
+        return replace(recipe, compile=_auto(recipe, rows, device, take, measure, against))
     if asked in WHOLE and not traces_autograd():
         older = "this torch cannot trace a backward pass into the graph of its forward pass; torch 2.13 can"
         return replace(recipe, compile=take("compile", "model", f"'{asked}' was asked for: {older}"))
-    if reason := why_not(recipe, rows, device, asked):
+    if reason := why_not(recipe, rows, device, asked, against):
         raise RecipeError(
             f"compile='{asked}' is not possible in this run.",
             f"{reason[0].upper()}{reason[1:]}.",
@@ -90,12 +95,13 @@ def _auto(
     device: Device,
     take: Take,
     measure: Callable[[Recipe, Sequence[str], Take], str] | None,
+    against: str,
 ) -> str:
     if device.kind == "cpu":
         return "off"
     able = ["off"]
     for how in ("model", "step", "captured"):
-        reason = why_not(recipe, rows, device, how)
+        reason = why_not(recipe, rows, device, how, against)
         if how in WHOLE and not reason and not traces_autograd():
             reason = "this torch cannot trace a backward pass into the graph of its forward pass; torch 2.13 can"
         if reason:
@@ -103,6 +109,8 @@ def _auto(
                 take("compile", f"not '{how}'", reason)
         else:
             able.append(how)
+    if device.graph_kind == "graph" and "step" in able:
+        return str(take("compile", "step", f"{device.kind} compiles whatever it runs, and one graph a step is the least"))
     if measure is None or len(able) == 1:
         return "off"
     return measure(recipe, able, take)
