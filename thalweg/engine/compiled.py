@@ -7,7 +7,7 @@ that adds gradients up and one for the last of them with the update; on ranks th
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -15,6 +15,7 @@ from torch import Tensor
 
 from thalweg.device import ran_out
 from thalweg.engine.compiled_backend import Compiler
+from thalweg.engine.compiled_check import FirstCheck
 from thalweg.engine.compiled_graph import FlatArena, LossOf, due_of, gradients, names_in, update
 from thalweg.engine.compiled_statistics import GraphStatistics
 from thalweg.engine.portions import Failure, go_through, in_update
@@ -30,19 +31,20 @@ class CompiledStep(Step):
         compiler: makes graphs; the rest is as for ``Step``.
 
     Attributes:
-        last_update: the graph's own words on the last update: (row, whether it was applied).
+        check: of the first step of this process, until it was made.
     """
 
     def __init__(self, *args: Any, compiler: Compiler, **words: Any) -> None:
         super().__init__(*args, **words)
         state = self.state
-        self.compiler = compiler
+        self.compiler, self.news = compiler, compiler.news
         self.module = LossOf(state.model, self.loss, self.policy, state.device)
         names = names_in(self.module)
         self.flats = [FlatArena(arena, names) for arena in state.arenas]
         self.graph_statistics = GraphStatistics(state.statistics, "model.")
-        self.undo = Undo(state.model, state.arenas, self.sums, self.graph_statistics)
         self.at = torch.zeros(1, dtype=torch.int64, device=state.device.torch_device)  # the row of this step
+        self.check: FirstCheck | None = FirstCheck(self)
+        self.undo = Undo(state.model, state.arenas, self.sums, self.graph_statistics)
         self._graphs = {
             "add": compiler.graph(self._add),
             "end": compiler.graph(self._end),
@@ -56,42 +58,15 @@ class CompiledStep(Step):
         state = self.state
         parts = state.limit.cut(window)
         state.timetable.turn(state.applied, state.step)
-        alone = self.place is None
-        if not alone or len(parts) != 1:
-            self.sums.zero_()
-            self.graph_statistics.clear()
-            for arena in state.arenas:
-                arena.clear_gradients()
-        found: list[tuple[Tensor, Tensor]] = []
-
-        def one(index: int, first: int, batch: Any, last: bool) -> int:
-            num = self._seed(index, first, batch)
-            self.undo.touched = True
-            if not alone or not last:
-                self._graphs["add"](batch)
-                return num
-            state.updating = True
-            graph = self._graphs["single" if len(parts) == 1 else "end"]
-            try:
-                found.append(graph(batch, due_of(self.flats, state.step)))
-            except Exception as err:
-                if not ran_out(err):
-                    raise
-                failure = Failure.of(err, "a compiled step")
-            else:
-                return num
-            raise in_update(failure, moved=True)
-
         with self.policy.around(state.device), self.graph_statistics.taking():
-            go_through(parts, one, state.limit, self.undo)
-        if not alone:
-            self._add_ranks(True)
-            state.updating = True
-            found.append(self._graphs["update"](due_of(self.flats, state.step)))
-        row, ok = found[0]
+            check = self.check.begin(parts) if self.check is not None else None
+            row, ok = self._single_pass(parts) if self._is_alone(parts) else self._passes_of(parts, check)
+            if check is not None and self.place is None:
+                check.compare(row[0], row[1], row[2] * (row[1] * row[5] * self.unit))
+        self.check, self.compiler.stepped = None, True
         with torch.no_grad():
             self.at.fill_(state.step % RING)
-            self.ring.index_copy_(0, self.at, row[None])  # a row of its own would be another program for each of them
+            self.ring.index_copy_(0, self.at, row[None])  # to copy into a row would be another program for each
         state.step += 1
         if state.window is not None:
             state.window.keep(state.step, ok)
@@ -100,7 +75,56 @@ class CompiledStep(Step):
         for arena in state.arenas:
             arena.left_clear()
         state.updating = False
-        return self.ring[(state.step - 1) % RING]
+        return row
+
+    def _is_alone(self, parts: Sequence[Any]) -> bool:
+        return self.place is None and len(parts) == 1
+
+    def _single_pass(self, parts: Sequence[Any]) -> tuple[Tensor, Tensor]:
+        """A window of one micro-batch."""
+        self._seed(0, 0, parts[0])
+        return self._moved(self._graphs["single"], parts[0])
+
+    def _passes_of(self, parts: Sequence[Any], check: FirstCheck | None) -> tuple[Tensor, Tensor]:
+        """A window of several, or a rank's share of one."""
+        self.sums.zero_()
+        self.graph_statistics.clear()
+        for arena in self.state.arenas:
+            arena.clear_gradients()
+        found: list[tuple[Tensor, Tensor]] = []
+
+        def one(index: int, first: int, batch: Any, last: bool) -> int:
+            num = self._seed(index, first, batch)
+            self.undo.touched = True
+            if last and self.place is None:
+                found.append(self._moved(self._graphs["end"], batch))
+            else:
+                self._graphs["add"](batch)
+            return num
+
+        go_through(parts, one, self.state.limit, self.undo)
+        if self.place is None:
+            return found[0]
+        if check is not None:
+            check.compare(*self.sums, global_norm([flat.grads for flat in self.flats]))
+        self._add_ranks(True)
+        return self._moved(self._graphs["update"])
+
+    def _moved(self, graph: Callable[..., Any], *batch: Any) -> tuple[Tensor, Tensor]:
+        """What a graph with the update in it gives.
+
+        Raises:
+            OutOfMemoryError: where memory runs out in it: how far it has come cannot be told, and nothing can be taken back.
+        """
+        self.state.updating = True
+        try:
+            found: tuple[Tensor, Tensor] = graph(*batch, due_of(self.flats, self.state.step))
+            return found
+        except Exception as err:
+            if not ran_out(err):
+                raise
+            failure = Failure.of(err, "a compiled step")
+        raise in_update(failure, moved=True)
 
     # ------------------------------------------------------------------ what is traced
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from thalweg.engine.compiled import CompiledStep
-from thalweg.engine.compiled_backend import Compiler, compile_backend
+from thalweg.engine.compiled_backend import Compiler
 from thalweg.engine.compiled_choice import WHOLE, check_model
 from thalweg.engine.compiled_model import CompiledModel
 from thalweg.engine.recompute import Recomputation
@@ -34,7 +34,7 @@ def compiled_step(
         release: of gradients, where they are.
     """
     check_model(state.model, how)
-    compiler = Compiler(compile_backend(state.device), state.device.compile_options)
+    compiler = Compiler(state.device.compile_backend or "", state.device.compile_options)
     if how in WHOLE:
         step: Step = CompiledStep(state, loss, policy, options, streams, again, ranks, compiler=compiler)
         return step

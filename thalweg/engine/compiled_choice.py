@@ -10,10 +10,12 @@ from torch import nn
 
 from thalweg.core import ParameterRow, Recipe, RecipeError
 from thalweg.device import Device
-from thalweg.engine.compiled_backend import compile_backend, traces_autograd
+from thalweg.engine.compiled_backend import traces_autograd
 from thalweg.rules import RULES
 
 Take = Callable[[str, Any, str], Any]
+
+_OLDER = "this torch cannot trace a backward pass into the graph of its forward pass; torch 2.13 can"
 
 WHOLE = ("step", "captured")  # values of ``compile`` that make one graph of a step
 
@@ -30,11 +32,11 @@ def why_not(recipe: Recipe, rows: Sequence[ParameterRow], device: Device, how: s
         return ""
     if against:
         return against
-    if not compile_backend(device):
+    if not device.compile_backend:
         return f"torch.compile has no backend for {device.kind}"
     if how == "model":
         return ""
-    if how == "captured" and not captures(device):
+    if how == "captured" and not device.captures_graphs:
         return f"launches cannot be recorded on {device.kind}"
     optimizer = recipe.optimizer
     if optimizer.release_gradients not in (None, "off"):
@@ -43,17 +45,14 @@ def why_not(recipe: Recipe, rows: Sequence[ParameterRow], device: Device, how: s
         return "optimizer.offload moves slots between memories while the update runs"
     if recipe.recompute not in (None, "none"):
         return f"recompute='{recipe.recompute}' runs blocks again, and in one graph the compiler decides what is kept"
+    if recipe.exact_reduce:
+        return "exact_reduce adds up gradients micro-batch by micro-batch, between the passes"
     if recipe.regularize.sharpness:
         return "regularize.sharpness goes through the window twice"
     noisy = sorted({row.rule for row in rows if "noise" in RULES[row.rule].needs})
     if noisy:
         return f"{noisy[0]} draws noise from a generator of its own at every step"
     return ""
-
-
-def captures(device: Device) -> bool:
-    """Whether the device can record what is launched, and play it again."""
-    return device.kind == "cuda"
 
 
 def settle_compile(
@@ -78,8 +77,7 @@ def settle_compile(
     if asked == "auto":
         return replace(recipe, compile=_auto(recipe, rows, device, take, measure, against))
     if asked in WHOLE and not traces_autograd():
-        older = "this torch cannot trace a backward pass into the graph of its forward pass; torch 2.13 can"
-        return replace(recipe, compile=take("compile", "model", f"'{asked}' was asked for: {older}"))
+        return replace(recipe, compile=take("compile", "model", f"'{asked}' was asked for, but {_OLDER}"))
     if reason := why_not(recipe, rows, device, asked, against):
         raise RecipeError(
             f"compile='{asked}' is not possible in this run.",
@@ -97,20 +95,19 @@ def _auto(
     measure: Callable[[Recipe, Sequence[str], Take], str] | None,
     against: str,
 ) -> str:
-    if device.kind == "cpu":
+    if device.graph_kind == "cpu":
         return "off"
-    able = ["off"]
-    for how in ("model", "step", "captured"):
-        reason = why_not(recipe, rows, device, how, against)
-        if how in WHOLE and not reason and not traces_autograd():
-            reason = "this torch cannot trace a backward pass into the graph of its forward pass; torch 2.13 can"
-        if reason:
-            if how != "captured":
-                take("compile", f"not '{how}'", reason)
-        else:
-            able.append(how)
-    if device.graph_kind == "graph" and "step" in able:
-        return str(take("compile", "step", f"{device.kind} compiles whatever it runs, and one graph a step is the least"))
+    reasons = {how: why_not(recipe, rows, device, how, against) for how in ("model", *WHOLE)}
+    if not traces_autograd():
+        reasons.update({how: reasons[how] or _OLDER for how in WHOLE})
+    if device.graph_kind == "graph":
+        if reasons["step"]:
+            return str(take("compile", "off", f"not 'step': {reasons['step']}"))
+        return str(take("compile", "step", f"{device.kind} runs whole graphs, compiled before they run"))
+    for how in ("model", "step"):
+        if reasons[how]:
+            take("compile", f"not '{how}'", reasons[how])
+    able = ["off", *(how for how, reason in reasons.items() if not reason)]
     if measure is None or len(able) == 1:
         return "off"
     return measure(recipe, able, take)
