@@ -173,9 +173,7 @@ def _avg_pool1d(
 
     size = one(kernel_size)
     step = size if stride is None or stride == () else one(stride)
-    pooled = F.avg_pool2d(
-        input.unsqueeze(-2), (1, size), (1, step), (0, one(padding)), ceil_mode, count_include_pad
-    )
+    pooled = F.avg_pool2d(input.unsqueeze(-2), (1, size), (1, step), (0, one(padding)), ceil_mode, count_include_pad)
     return pooled.squeeze(-2)
 
 

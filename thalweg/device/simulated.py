@@ -107,7 +107,9 @@ def begin() -> None:
     assert found is not None
     os.environ["TPU_LIBRARY_PATH"] = str(found)
     os.environ.setdefault("TORCH_DEVICE_BACKEND_AUTOLOAD", "0")
-    os.environ.setdefault("NPROC", "16")  # programs wait for one another in threads: as few as two cores have all wait for ever
+    os.environ.setdefault(
+        "NPROC", "16"
+    )  # programs wait for one another in threads: as few as two cores have all wait for ever
     library = ctypes.CDLL(str(found), mode=ctypes.RTLD_LOCAL)
     library.GetPjrtApi.restype = ctypes.c_void_p
     table = library.GetPjrtApi()

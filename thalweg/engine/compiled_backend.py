@@ -70,7 +70,11 @@ class Compiler:
 
     def note(self, graph: str, args: tuple[Any, ...], seconds: float) -> None:
         """``graph`` has just been compiled for ``args``, in so many seconds."""
-        shapes = ", ".join(f"{name or 'batch'} {'x'.join(map(str, t.shape))}" for name, t in tensors(args[0])) if args else ""
+        shapes = (
+            ", ".join(f"{name or 'batch'} {'x'.join(map(str, t.shape))}" for name, t in tensors(args[0]))
+            if args
+            else ""
+        )
         before = self._shapes.get(graph)
         self._shapes[graph] = shapes
         text = f"The graph '{graph}' was compiled in {seconds:.1f} s"

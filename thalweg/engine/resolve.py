@@ -281,7 +281,9 @@ def _resolve(
     data = _bytes_near(source, device)
     if planning or not sized or (recipe.memory_budget is not None and saved is None):
         if sized or sizes is not None or lengths is not None:  # the whole, and the longest, there will be
-            window = _first_window(_changed(feeding(micro_batch=recipe.train.batch, sizes=None), mix, None), steps, device)
+            window = _first_window(
+                _changed(feeding(micro_batch=recipe.train.batch, sizes=None), mix, None), steps, device
+            )
         bench = Bench(plan_of, model, loss, window[0], device, policy, check=check, data=data, held=prepared.held)
         recipe, ledger = fit(recipe, bench, decide.take, most, planning=planning)
         feed = _changed(feeding(micro_batch=whole_of(recipe.train.micro_batch)), mix, lengths)
@@ -299,11 +301,20 @@ def _resolve(
     if saved is None:
 
         def measure(recipe: Recipe, able: Sequence[str], take: Callable[[str, Any, str], Any]) -> str:
-            first = _first_window(_changed(feeding(micro_batch=recipe.train.batch, sizes=None), mix, None), steps, device)
+            first = _first_window(
+                _changed(feeding(micro_batch=recipe.train.batch, sizes=None), mix, None), steps, device
+            )
             here = bench or Bench(plan_of, model, loss, first[0], device, policy, data=data, held=prepared.held)
             return fastest(here, recipe, able, steps, take)
 
-        recipe = settle_compile(recipe, plan_of(recipe).parameters, device, decide.take, None if planning else measure, device.against_graphs(model))
+        recipe = settle_compile(
+            recipe,
+            plan_of(recipe).parameters,
+            device,
+            decide.take,
+            None if planning else measure,
+            device.against_graphs(model),
+        )
     elif recipe.compile == "auto":  # of before there was a choice
         recipe = replace(recipe, compile="off")
     tell_gradients(recipe, decide.take)
