@@ -207,7 +207,7 @@ def _resolve(
         decide.take(*told)
     if ranks.world > 1:
         check_layers(model, ranks.world)
-    if settled is not None and settled.shard > 1:
+    if stand.shard > 1:
         check_parts(model, recipe)
     recipe, early = begin_precision(recipe, model, device, decide.take)
     if early is not None:
