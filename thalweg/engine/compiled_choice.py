@@ -17,21 +17,23 @@ Take = Callable[[str, Any, str], Any]
 
 _OLDER = "this torch cannot trace a backward pass into the graph of its forward pass; torch 2.13 can"
 
+#: Against any graph of a model whose parameters are spread over ranks.
+IN_PARTS = "parameters are spread over ranks, and gathered block by block while a pass runs"
 WHOLE = ("step", "captured")  # values of ``compile`` that make one graph of a step
 
 
-def why_not(recipe: Recipe, rows: Sequence[ParameterRow], device: Device, how: str, spread: bool = False) -> str:
+def why_not(recipe: Recipe, rows: Sequence[ParameterRow], device: Device, how: str, against: str = "") -> str:
     """Why a complete recipe cannot be compiled so on a device; "" where it can.
 
     Args:
         rows: the parameter table.
         how: "model", "step" or "captured".
-        spread: whether parameters lie in parts on ranks.
+        against: what is against graphs of this model there, if anything is.
     """
     if how == "off":
         return ""
-    if spread:
-        return "parameters are spread over ranks, and gathered block by block while a pass runs"
+    if against:
+        return against
     if not device.compile_backend:
         return f"torch.compile has no backend for {device.kind}"
     if how == "model":
@@ -61,24 +63,24 @@ def settle_compile(
     device: Device,
     take: Take,
     measure: Callable[[Recipe, Sequence[str], Take], str] | None = None,
-    spread: bool = False,
+    against: str = "",
 ) -> Recipe:
     """The recipe with ``compile`` decided.
 
     Args:
         recipe: complete but for it.
         measure: tries ways of a recipe, and tells the fastest; None: nothing can be tried.
-        spread: as for ``why_not``.
+        against: as for ``why_not``.
 
     Raises:
         RecipeError: for what was asked for and cannot be.
     """
     asked = recipe.compile
     if asked == "auto":
-        return replace(recipe, compile=_auto(recipe, rows, device, take, measure, spread))
+        return replace(recipe, compile=_auto(recipe, rows, device, take, measure, against))
     if asked in WHOLE and not traces_autograd():
         return replace(recipe, compile=take("compile", "model", f"'{asked}' was asked for, but {_OLDER}"))
-    if reason := why_not(recipe, rows, device, asked, spread):
+    if reason := why_not(recipe, rows, device, asked, against):
         raise RecipeError(
             f"compile='{asked}' is not possible in this run.",
             f"{reason[0].upper()}{reason[1:]}.",
@@ -93,11 +95,11 @@ def _auto(
     device: Device,
     take: Take,
     measure: Callable[[Recipe, Sequence[str], Take], str] | None,
-    spread: bool,
+    against: str,
 ) -> str:
     if device.graph_kind == "cpu":
         return "off"
-    reasons = {how: why_not(recipe, rows, device, how, spread) for how in ("model", *WHOLE)}
+    reasons = {how: why_not(recipe, rows, device, how, against) for how in ("model", *WHOLE)}
     if not traces_autograd():
         reasons.update({how: reasons[how] or _OLDER for how in WHOLE})
     if device.graph_kind == "graph":

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 
 from torch import nn
 
-from thalweg.core import Layout, Ledger, Plan, Recipe, RecipeError
+from thalweg.core import Layout, Ledger, Plan, Recipe, RecipeError, ThalwegError
 from thalweg.core.parallel import layout_of, told
 from thalweg.device import Device, memory
 from thalweg.engine.checks import whole_of
@@ -16,7 +16,7 @@ from thalweg.engine.memory.budget import MARGIN
 from thalweg.engine.memory.forms import Way, pick, tell_form
 from thalweg.engine.memory.layouts import candidates, gathered, on_rank, rank_sizes
 from thalweg.engine.settle import Decisions
-from thalweg.engine.together import check_ranks, settle_micro_batch
+from thalweg.engine.together import check_parts, check_ranks, settle_micro_batch
 from thalweg.parallel import Ranks, ranks_on_each
 
 
@@ -111,14 +111,26 @@ def fitting_layout(
         way = planned.way(settled, complete)
         return settled, complete, None if way is None else way.ledger
     limit, tried = _limit(planned.device, ranks.world), []
+    why_not = _why_no_parts(planned.model, recipe)
     for layout, one in candidates(recipe, planned.model, ranks.world, ranks_on_each(ranks.world)):
-        way = planned.way(layout, one)
+        way = None if layout.shard > 1 and why_not else planned.way(layout, one)
         tried += [] if way is None else [way]
         if way is not None and way.ledger.peak <= limit:
             break
     chosen = pick(tried, None, limit)
     tell_form(tried, chosen, limit, decide.take)
+    if chosen.ledger.peak > limit and why_not:
+        decide.take("parallel='fsdp'", "not possible", why_not)
     return chosen.layout, chosen.recipe, chosen.ledger
+
+
+def _why_no_parts(model: nn.Module, recipe: Recipe) -> str:
+    """Why parameters cannot lie in parts; "" where they can."""
+    try:
+        check_parts(model, recipe)
+    except ThalwegError as err:
+        return err.asked
+    return ""
 
 
 def _limit(device: Device, world: int) -> int:

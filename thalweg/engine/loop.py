@@ -98,6 +98,8 @@ class Loop:
                     self._note()
                     if state.limit.news and (self._alone or not self._pending):
                         self._tell_of_memory()
+                    while self.step.news:
+                        self.tell("compiled", self.step.news.pop(0))
                     if state.step == settled and (text := self.measured()):
                         self.tell("memory", text)
                     if self.guard.is_due():

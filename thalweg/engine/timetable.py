@@ -45,6 +45,6 @@ class Timetable:
     def turn(self, applied: Tensor, attempted: int) -> None:
         """Go to the row of ``applied`` updates, (1,); beyond the end, the last one."""
         place = applied if attempted < self.length else applied.clamp(max=self.length - 1)
-        torch.index_select(self.table, 0, place, out=self._row)
+        self._row.copy_(self.table.index_select(0, place))  # not `out=`: not every device has that form
         if self.feedback.pieces:
             self.feedback.apply(self.now)
