@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import thalweg
-from tests.chip import RAN
+from tests.chip import RAN, load
 from tests.models import IGNORED, mlp, ragged_text, small_gpt, text_loss
 from thalweg.core import Split
 from thalweg.device import choose, memory
@@ -176,12 +176,14 @@ CASES: dict[str, Callable[[], str]] = {
     "fp16": lambda: refused(precision="fp16"),
     "memory": lambda: refused(**{"train.micro_batch": "auto"}),
     "second chip": lambda: refused(on="chip:1"),
+    "nearly": lambda: refused(on="chp"),
     "fused": lambda: refused(**{"optimizer.way": "fused"}),
     "compiled": lambda: refused(**{"optimizer.way": "compiled"}),
 }
 
 
 def main() -> None:
+    load()
     for name, case in CASES.items():
         try:
             told = case()

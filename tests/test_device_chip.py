@@ -44,6 +44,7 @@ WANTED: dict[str, str | tuple[str, ...]] = {
     ),
     "memory": ("How much memory chip has is not known.", "Its backend does not say", "memory_budget='16GiB'"),
     "second chip": ("device='chip:1' is not on this machine.", "It has cpu and 1 of chip.", "Use device='auto'"),
+    "nearly": ("device='chp' is not known.", "This machine has cpu and 1 of chip.", "Did you mean chip?"),
     "fused": ("way='fused' is not possible for adamw.", "on chip", "Leave way out"),
     "compiled": (
         "way='compiled' is not possible for adamw.",

@@ -11,6 +11,7 @@ from pathlib import Path
 
 from thalweg import __version__
 from thalweg.cli import checkpoint, train
+from thalweg.cli.backends import leave_out
 from thalweg.cli.words import pair, recipe_of, whole
 from thalweg.core import RanksError, RecipeError, RunFolderError, StopReason, ThalwegError
 
@@ -26,6 +27,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     asked = _parser().parse_args(_joined(words))
     asked.words = words
     try:
+        leave_out(asked)
         code = int(asked.run(asked))
         sys.stdout.flush()  # a reader who has gone is noticed here, not when Python ends
         return code
@@ -118,7 +120,10 @@ def _parser() -> argparse.ArgumentParser:
     )
     preview.set_defaults(run=_preview)
     checkpoint.add(commands)
-    doctor = commands.add_parser("doctor", help="say what this machine is and what it gains by half precision")
+    doctor = commands.add_parser(
+        "doctor", help="say what this machine is, what it can do, and what half precision gains"
+    )
+    doctor.add_argument("--device", default="auto", help="which device, as in a recipe (default: auto)")
     doctor.set_defaults(run=_doctor)
     report = commands.add_parser("report", help="write the report of a run folder again")
     report.add_argument("folder", help="the run folder")
@@ -296,7 +301,7 @@ def _has_braille() -> bool:
 def _doctor(asked: argparse.Namespace) -> int:
     from thalweg.device.doctor import examine
 
-    for name, value in examine():
+    for name, value in examine(asked.device):
         print(f"{name:12} {value}")
     return 0
 

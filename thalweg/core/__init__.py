@@ -26,6 +26,7 @@ from thalweg.core.record import Evaluation, Event, Record, StopReason, read_line
 from thalweg.core.registry import Registry
 from thalweg.core.streams import seed_for
 from thalweg.core.units import human_bytes, human_count, human_seconds, to_bytes
+from thalweg.core.use import flops_use, told_use, training_times
 from thalweg.core.version import VERSION
 
 __all__ = [
@@ -69,6 +70,7 @@ __all__ = [
     "ParameterGroup",
     "did_you_mean",
     "divisors",
+    "flops_use",
     "human_bytes",
     "human_count",
     "human_seconds",
@@ -76,4 +78,6 @@ __all__ = [
     "seed_for",
     "parameter_groups",
     "to_bytes",
+    "told_use",
+    "training_times",
 ]

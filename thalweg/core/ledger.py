@@ -35,6 +35,7 @@ class Ledger:
         process: what the process holds besides: on a CPU the interpreter and its libraries, on a GPU the context.
         micro_batch: samples of one pass.
         recompute: as in the recipe.
+        flops: floating-point operations of one sample's products, forward and backward; 0 where nothing counted them.
         gathered: parts of other ranks that are whole here for a while, at most; 0 where nothing lies in parts.
     """
 
@@ -52,6 +53,7 @@ class Ledger:
     process: int
     micro_batch: int
     recompute: str
+    flops: float = 0.0
     gathered: int = 0
 
     @property
@@ -75,8 +77,10 @@ class Ledger:
     @classmethod
     def from_dict(cls, tree: Mapping[str, Any]) -> Ledger:
         modules = tuple(ModuleBytes(**one) for one in tree["modules"])
-        given = {f.name: tree[f.name] for f in fields(cls) if f.name not in ("modules", "gathered")}
-        return cls(**given, modules=modules, gathered=tree.get("gathered", 0))
+        known = {
+            f.name: tree[f.name] for f in fields(cls) if f.name != "modules" and f.name in tree
+        }  # old plans lack some
+        return cls(**known, modules=modules)
 
 
 STATE = ("parameters", "gradients", "slots", "averages", "buffers", "data")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import os
 import platform
 from dataclasses import dataclass
@@ -13,9 +14,11 @@ from torch import nn
 from thalweg.core import DeviceError, did_you_mean
 from thalweg.device import accelerator
 from thalweg.device.capabilities import KNOWN, PACKAGES, Capabilities
+from thalweg.device.chips import chip_here
 from thalweg.device.move import move
 from thalweg.device.probes import capabilities_of
-from thalweg.device.products import cpu_has_tf32
+from thalweg.device.products import TOLD, cpu_has_tf32
+from thalweg.device.silent import mend, untrainable_in_graphs
 
 #: Compute capabilities of CUDA that the formats begin with.
 TF32_FROM, FP8_FROM = (8, 0), (8, 9)
@@ -26,6 +29,10 @@ _NEEDS = {
     "bf16-pure": "bfloat16 products need an NVIDIA GPU of compute capability 8.0 or more (Ampere)",
     "fp8": "8-bit products need an NVIDIA GPU of compute capability 8.9 or more (Ada, Hopper)",
 }
+
+#: What a backend of ``torch.compile`` is to be told. torch-tpu 0.2.0 would otherwise keep what it compiled under a key that does
+#: not have the precision of float32 products in it, and give it out where another was asked for (seen in its StableHLO).
+COMPILE_OPTIONS: dict[str, dict[str, Any]] = {"tpu": {"serializable": False}}
 
 #: What processes of any kind of device tell one another by.
 HOST_RANKS = "gloo"
@@ -76,6 +83,15 @@ class Device:
     def compile_backend(self) -> str | None:
         """What ``torch.compile`` is to be told; None where nothing is known to compile for it."""
         return self.capabilities.compile_backend
+
+    @property
+    def compile_options(self) -> dict[str, Any]:
+        """What the backend of ``torch.compile`` is to be told besides."""
+        return dict(COMPILE_OPTIONS.get(self.kind, {}))
+
+    def against_graphs(self, model: nn.Module) -> str:
+        """Why ``model`` cannot be trained in a compiled graph here, tried on the device; "" where it can."""
+        return untrainable_in_graphs(model, self.torch_device, self.compile_backend)
 
     @property
     def pins(self) -> bool:
@@ -146,6 +162,15 @@ class Device:
             DeviceError: if the device cannot keep them.
         """
         return move(model, self.torch_device)
+
+    def mend(self, model: nn.Module) -> list[tuple[str, str, str]]:
+        """Operators without effect here that the model may use get a stand-in.
+
+        Returns:
+            (what, how, why) of all that is computed in another way here than torch's backend would by itself.
+        """
+        products = [("float32 products", *TOLD[self.kind])] if self.kind in TOLD else []
+        return products + [(f"operator {name}", "replaced", what) for name, what in mend(model, self.torch_device)]
 
     @property
     def ranks_backend(self) -> str:
@@ -232,13 +257,28 @@ def _no_device(asked: str, here: str | None) -> DeviceError:
     kinds = sorted({*KNOWN, "auto", *([here] if here else [])})
     if kind not in kinds:
         return DeviceError(f"device={asked!r} is not known.", f"This machine has {have}.", did_you_mean(kind, kinds))
-    package = PACKAGES.get(kind)
-    missing = package is not None and kind != here and accelerator.registered() != kind
     return DeviceError(
         f"device={asked!r} is not on this machine.",
-        f"It has {have}." + (f" Torch knows no {kind}: the package {package} is not installed." if missing else ""),
+        f"It has {have}.{_unknown(kind)}",
         "Use device='auto' or one it has.",
     )
+
+
+def _unknown(kind: str) -> str:
+    """Why torch does not know a kind of device that a package brings; empty where it does."""
+    package = PACKAGES.get(kind)
+    if package is None or accelerator.registered() == kind:
+        return ""
+    try:
+        importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return f" Torch knows no {kind}: the package {package} is not installed."
+    why = (
+        "TORCH_DEVICE_BACKEND_AUTOLOAD=0"
+        if os.environ.get("TORCH_DEVICE_BACKEND_AUTOLOAD") == "0"
+        else "it finds no chip"
+    )
+    return f" Torch knows no {kind}: {package} is installed and did not register it ({why})."
 
 
 def _cpu_name() -> str:
@@ -249,15 +289,24 @@ def _cpu_name() -> str:
         return platform.processor() or platform.machine()
 
 
-def facts(device: Device) -> dict[str, Any]:
-    """What the machine is, as plain data for the plan and the report."""
+def facts(device: Device, precision: str = "") -> dict[str, Any]:
+    """What the machine is, as plain data for the plan and the report.
+
+    Args:
+        precision: of a recipe: where a data sheet of the chip is known, the operations a second that it states are told.
+    """
+    name, size = device.name(), device.memory_bytes()
+    chip = None if device.is_host else chip_here(name, size)
+    wanted = {"bf16-pure": "bf16"}.get(precision, precision)
+    stated = {} if chip is None or wanted not in chip.rates else {"chip": chip.name, "peak_flops": chip.rates[wanted]}
     return {
         "device": str(device.torch_device),
-        "name": device.name(),
-        "memory_bytes": device.memory_bytes(),
+        "name": name,
+        "memory_bytes": size,
         "threads": torch.get_num_threads(),
         "cores": os.cpu_count(),
         "torch": torch.__version__,
         "python": platform.python_version(),
         "system": f"{platform.system()} {platform.machine()}",
+        **stated,
     }

@@ -50,6 +50,8 @@ def matmul_rates(
 ) -> dict[str, float]:
     """Floating-point operations a second of a square matrix product, by dtype; the best of ``repeats``.
 
+    A product that takes more than half a second is not repeated: it gains nothing by being warm.
+
     Args:
         names: of ``RATES``; those that the device does not have are left out of the answer.
     """
@@ -62,8 +64,22 @@ def matmul_rates(
             with float32_products("tf32" if name == "tf32" else "ieee", device.kind), torch.no_grad():
                 a = torch.ones(size, size, dtype=dtype, device=device.torch_device)
                 work = lambda a=a: a @ a
-                clock(work, device, repeats=1)
-                rates[name] = 2 * size**3 / min(clock(work, device, repeats=repeats))
+                first = clock(work, device, repeats=1)
+                rates[name] = 2 * size**3 / min(first if first[0] > 0.5 else clock(work, device, repeats=repeats))
         except RuntimeError:  # the device has no such product
             continue
     return rates
+
+
+#: A product of matrices should take so many seconds before its rate is the chip's and not that of starting it; and the largest.
+_LONG, _LARGEST = 2e-3, 8192
+
+
+def peak_rates(device: Device) -> tuple[int, dict[str, float]]:
+    """(size, floating-point operations a second by precision) of square products that are large enough to fill the device."""
+    short = {"float32": "fp32", "tf32": "tf32", "bfloat16": "bf16", "float16": "fp16"}
+    names = [name for name in RATES if short[name] in ("fp32", "tf32", *device.autocasts)]
+    size = 1024
+    while size < _LARGEST and 2 * size**3 / matmul_rates(device, size=size, names=("float32",))["float32"] < _LONG:
+        size *= 2
+    return size, {short[name]: rate for name, rate in matmul_rates(device, size=size, names=names).items()}

@@ -12,6 +12,7 @@ from thalweg.data import batch_size, split
 from thalweg.engine.diagnose import as_it_was
 from thalweg.engine.losses import sum_and_weight
 from thalweg.engine.step import Step
+from thalweg.engine.together import has_shards
 from thalweg.optim import named_trainable
 from thalweg.parallel import Ranks
 from thalweg.regularize.moments import alone
@@ -34,7 +35,7 @@ def check_forward(step: Step, batch: Any, ranks: Ranks) -> str:
     Raises:
         ModelError: on all ranks, naming what is other where.
     """
-    if any(hasattr(p, "placements") for p in step.state.model.parameters()):  # shards: no rank has the model
+    if has_shards(step.state.model):
         return ""
     num = min(ranks.told(batch_size(batch)))
     batch = split(batch, num)[0]

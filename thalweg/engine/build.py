@@ -107,18 +107,22 @@ def build(
     )
     streams = make_streams(model, recipe, device.torch_device, timetable.now)
     again = recompute(model, recipe.recompute or "none")
-    if releases:
-        release = Release(arenas, two_pass=optimizer.release_gradients == "two-pass")
-        return ReleasedStep(state, loss, policy, options, streams, again, release=release)
-    if isinstance(fully, TensorParallel):
-        state.spread = Spread(state, ranks)
-        step = TensorStep(state, loss, policy, options, streams, again, feeds)
-        step.tensor = fully
-        return step
-    if fully is not None:
-        state.spread = Spread(state, ranks)
-        return ShardedStep(state, loss, policy, options, streams, again, ranks, fully=fully)
-    return Step(state, loss, policy, options, streams, again, ranks)
+    release = Release(arenas, two_pass=optimizer.release_gradients == "two-pass") if releases else None
+    if recipe.compile in ("off", "auto"):  # a variant that is tried has no compiler
+        if release is not None:
+            return ReleasedStep(state, loss, policy, options, streams, again, release=release)
+        if isinstance(fully, TensorParallel):
+            state.spread = Spread(state, ranks)
+            step = TensorStep(state, loss, policy, options, streams, again, feeds)
+            step.tensor = fully
+            return step
+        if fully is not None:
+            state.spread = Spread(state, ranks)
+            return ShardedStep(state, loss, policy, options, streams, again, ranks, fully=fully)
+        return Step(state, loss, policy, options, streams, again, ranks)
+    from thalweg.engine.compiled_build import compiled_step  # it imports torch's compiler
+
+    return compiled_step(recipe.compile, state, loss, policy, options, streams, again, ranks, release)
 
 
 def run_span(plan: Plan) -> Span:

@@ -13,6 +13,7 @@ from thalweg.data import Order, Source, held_out, shortened, tensors
 from thalweg.device import Device
 from thalweg.engine.preflight import ModelLoss, as_written, in_evaluation_mode, untouched
 from thalweg.engine.scheduled import Scheduled, average_lengths
+from thalweg.engine.stateful import is_stateful
 from thalweg.precision import POLICIES
 from thalweg.regularize import check_batch
 from thalweg.schedules import Span
@@ -30,7 +31,10 @@ def check_metric(task: Task, recipe: Recipe, model: nn.Module, test: Source, dev
     if task.metrics is not None:
         with untouched(model, device, recipe.seed), in_evaluation_mode(model), torch.no_grad():
             for few in held_out(test, min(whole_of(recipe.evaluate.batch), 2), device.torch_device):
-                names |= set(task.metrics(model, few))
+                found = task.metrics(model, few)
+                for one in filter(is_stateful, found.values()):
+                    one.reset()  # what it has seen here counts nowhere
+                names |= set(found)
                 break
     if recipe.evaluate.best not in names:
         raise RecipeError(

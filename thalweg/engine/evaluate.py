@@ -15,6 +15,7 @@ from thalweg.engine.losses import sum_and_weight
 from thalweg.engine.portions import each
 from thalweg.engine.preflight import ModelLoss, in_evaluation_mode
 from thalweg.engine.state import State
+from thalweg.engine.stateful import Held
 from thalweg.parallel import ALONE, Ranks
 from thalweg.precision import Policy
 from thalweg.regularize import PreciseStatistics
@@ -48,7 +49,7 @@ def evaluate(
 
     Args:
         precise: measures the statistics of batch normalization for the averaged weights.
-        metrics: gives further (sum, weight) pairs by name.
+        metrics: gives further (sum, weight) pairs by name, or metrics that add up for themselves (``engine/stateful.py``).
         batch: samples a batch; the result does not depend on it but for rounding.
         stop: asked before each batch: whether to break off. Not on ranks, which would wait for one another.
         ranks: each evaluates its share of the batches; all get the same figures.
@@ -63,23 +64,29 @@ def evaluate(
         with policy.context(state.device):
             found = {"loss": sum_and_weight(loss(model, samples), samples)}
             if metrics is not None:
-                found |= {name: sum_and_weight(pair, samples) for name, pair in metrics(model, samples).items()}
+                with held.whole():
+                    more = held.take(metrics(model, samples))
+                found |= {name: sum_and_weight(pair, samples) for name, pair in more.items()}
         exact, device = state.device.exact, state.device.torch_device
         return {
             name: [torch.as_tensor(v, dtype=exact, device=device).reshape(()) for v in pair]
             for name, pair in found.items()
         }
 
+    held = Held()
     batches: list[dict[str, list[Tensor]]] = []  # one after the other: sums do not hang on who evaluates what
-    with evaluated_weights(state, precise), in_evaluation_mode(model), torch.no_grad():
-        for samples in held_out(source, batch, state.device.torch_device, (ranks.rank, ranks.world)):
-            if stop():
-                raise Interrupted
-            batches.append(_added(each(samples, pairs, state.evaluation_limit)))
-    sums = _added(batches if ranks.world == 1 else _over_ranks(batches, ranks))
-    if not sums:
-        raise LossError("Nothing was evaluated.", "The held-out data gave no batch.", "Give at least one sample.")
-    return {name: float(total / weight) for name, (total, weight) in sums.items()}
+    try:
+        with evaluated_weights(state, precise), in_evaluation_mode(model), torch.no_grad():
+            for samples in held_out(source, batch, state.device.torch_device, (ranks.rank, ranks.world)):
+                if stop():
+                    raise Interrupted
+                batches.append(_added(each(samples, pairs, state.evaluation_limit)))
+        sums = _added(batches if ranks.world == 1 else _over_ranks(batches, ranks))
+        if not sums:
+            raise LossError("Nothing was evaluated.", "The held-out data gave no batch.", "Give at least one sample.")
+        return {name: float(total / weight) for name, (total, weight) in sums.items()} | held.values(ranks)
+    finally:
+        held.clear()
 
 
 def _added(found: Iterable[Mapping[str, list[Tensor]]]) -> dict[str, list[Tensor]]:

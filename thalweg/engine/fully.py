@@ -19,7 +19,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from thalweg.core import Layout, Plan
+from thalweg.core import Layout, ModelError, Plan
 from thalweg.device import Device
 from thalweg.engine.blocks import repeated_blocks
 from thalweg.engine.precision import gradient_dtype
@@ -28,9 +28,6 @@ from thalweg.optim.sharded_arena import ShardedArena
 from thalweg.optim.shards import Shards
 from thalweg.parallel import Grid
 
-# The names of torch 2.13, and those before.
-_all_gather: Any = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)
-_reduce_scatter: Any = getattr(dist, "reduce_scatter_single", dist.reduce_scatter_tensor)
 # What FSDP2 writes into modules: attributes, and hooks.
 _NOTES = ("_is_fsdp_managed_module", "_fsdp_use_orig_params", "__composable_api_state_key")
 _HOOKS = (
@@ -161,11 +158,15 @@ class FullySharded:
     def _deliver(self, summing: _Sum, p: Any) -> None:
         """The sum of a parameter's gradients, of this rank's part, is there."""
         name = self.names[id(p)]
+        if not summing.given:  # autograd itself brings it: FSDP2 has not gathered this parameter where it was read
+            raise read_in_parts(f"'{name}' gets a gradient that no pass of its layer has made.")
         view, room = self._views[name], self.shards.pieces[name].room
         for given in summing.given:
             view.add_(given[summing.at : summing.at + view.numel()])
         summing.at += room
         p.grad = None
+        if summing.at == summing.given[0].numel():  # that was the last one
+            summing.given = []
 
     # ------------------------------------------------------------------ the end
 
@@ -227,6 +228,14 @@ def _digest(tensors: Sequence[Tensor]) -> str:
         flat = tensor.detach().cpu().contiguous().reshape(-1)
         found.update(flat.view(torch.uint8).numpy().tobytes() if flat.numel() else b"")
     return found.hexdigest()
+
+
+def read_in_parts(numbers: str) -> ModelError:
+    return ModelError(
+        "A weight is read outside of the layers that hold it, where it lies in parts.",
+        numbers,
+        "Read weights in the forward pass of their own layer; or use parallel='ddp'.",
+    )
 
 
 class _Sum:
@@ -300,6 +309,16 @@ class _Rest:
         for module in self.model.modules():
             if id(module) not in self.inside:
                 yield from module.parameters(recurse=False)
+
+
+def _all_gather(found: Tensor, given: Tensor, group: Any) -> None:
+    (getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor)(
+        found, given, group=group
+    )  # before torch 2.13
+
+
+def _reduce_scatter(found: Tensor, given: Tensor, group: Any) -> None:
+    (getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor)(found, given, group=group)
 
 
 def _groups(module: Any) -> list[Any]:

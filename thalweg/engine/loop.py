@@ -67,6 +67,7 @@ class Loop:
         self._pending: list[float] = []  # seconds of the steps whose rows are still on the device
         self._saved = -1
         self.owed = False  # whether this step is still to be evaluated
+        self.agree: Callable[[], None] = lambda: None  # before a checkpoint: raises where ranks hold other states
         self.spent = dict.fromkeys(BESIDE, 0.0)  # seconds beside the steps
         self.measured: Callable[[], str] = lambda: ""  # the peak of memory beside what was predicted
 
@@ -97,6 +98,8 @@ class Loop:
                     self._note()
                     if state.limit.news and (self._alone or not self._pending):
                         self._tell_of_memory()
+                    while self.step.news:
+                        self.tell("compiled", self.step.news.pop(0))
                     if state.step == settled and (text := self.measured()):
                         self.tell("memory", text)
                     if self.guard.is_due():
@@ -152,6 +155,7 @@ class Loop:
                 self._save(must=True)  # it stands in the checkpoint that this evaluation is still owed
                 return StopReason.INTERRUPTED
         if self._is_due(self.plan.recipe.checkpoint.every) or self._is_best_now():
+            self._check_agreement()
             self._save(must=not going_on or self._is_best_now())
         if self.early.is_over() and going_on:
             self._save(must=True)
@@ -163,6 +167,13 @@ class Loop:
             self._save(must=True)
             return StopReason.INTERRUPTED
         return StopReason.UNSAVED if unsaved and going_on else None
+
+    def _check_agreement(self) -> None:
+        try:
+            self.agree()
+        except Exception:
+            self._saved = self.step.state.step  # what ranks hold differently is not kept
+            raise
 
     def _wishes(self) -> tuple[bool, bool, bool]:
         """Whether to give up, to stop, to end because nothing is saved any more: what any rank wished a step ago, so that all

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -11,12 +12,13 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from thalweg.checkpoint import Snapshot
-from thalweg.core import ModelError, RanksError, Recipe, RecipeError, divisors
+from thalweg.core import Layout, ModelError, RanksError, Recipe, RecipeError, divisors
 from thalweg.device import Device
 from thalweg.engine.preflight import ModelLoss, as_written, untouched
 from thalweg.engine.state import State
-from thalweg.parallel import Ranks
+from thalweg.parallel import ALONE, Ranks, check_equal
 from thalweg.regularize import SyncedBatchNorm
+from thalweg.regularize.moments import num_ranks
 
 
 @dataclass(frozen=True)
@@ -89,6 +91,48 @@ def too_many(recipe: Recipe, world: int) -> RecipeError:
     )
 
 
+def ranks_of_step(given: Ranks | None) -> Ranks:
+    """Who trains by a ``TrainStep``.
+
+    Raises:
+        RanksError: where there are several processes, and it was not told.
+    """
+    if given is not None:
+        return given
+    there = num_ranks()
+    if there > 1:
+        raise RanksError(
+            f"TrainStep was not told of the {there} ranks that there are.",
+            "torch.distributed is initialised, and by itself each rank would train a model of its own.",
+            "Give ranks=thalweg.parallel.join(), and every rank the same batch; or ranks=thalweg.parallel.ALONE.",
+        )
+    return ALONE
+
+
+def check_ranks_of_step(recipe: Recipe, ranks: Ranks) -> None:
+    """Refuse what a ``TrainStep`` cannot do on several ranks.
+
+    Raises:
+        RecipeError: naming it.
+        RanksError: where ranks have other recipes.
+    """
+    check_equal(ranks, "another recipe", recipe.to_toml().splitlines(), "Give every rank the same recipe.")
+    if recipe.train.micro_batch == "auto" or recipe.memory_budget is not None:
+        asked = "memory_budget" if recipe.memory_budget is not None else "train.micro_batch='auto'"
+        raise RecipeError(
+            f"{asked} is out of TrainStep's reach on {ranks.world} ranks.",
+            "It is chosen by what one process has room for.",
+            "Give train.micro_batch, or use thalweg.train.",
+        )
+    if recipe.optimizer.release_gradients not in (None, "off"):
+        check_ranks(recipe, ranks.world)
+
+
+def has_shards(model: nn.Module) -> bool:
+    """Whether parameters are DTensors: no rank has the whole model then."""
+    return any(hasattr(p, "placements") for p in model.parameters())
+
+
 def check_layers(model: nn.Module, world: int) -> None:
     """Refuse layers that look beyond their micro-batch.
 
@@ -135,6 +179,21 @@ def check_parts(model: nn.Module, recipe: Recipe) -> None:
             f"{len(mixed)} layers, such as '{mixed[0]}'.",
             "Give each layer one dtype, or use parallel='ddp'.",
         )
+
+
+def tell_parts(recipe: Recipe, layout: Layout, take: Callable[[str, Any, str], Any]) -> None:
+    """Say what parameters that lie in parts are gathered as, and what is held besides."""
+    micro = recipe.train.micro_batch
+    mine = -(-recipe.train.batch // (micro * layout.feeds)) if isinstance(micro, int) else 1
+    more = ""
+    if mine > 1 and not recipe.exact_reduce:
+        more = f"; gradients are summed once a step, so a rank holds its own whole ones through {mine} micro-batches"
+    take(
+        "parts",
+        f"1/{layout.shard} a rank",
+        f"of parameters, gradients, slots and averages; parameters are gathered block by block in the dtype that they are stored "
+        f"in, whatever passes compute in: the bits of one rank{more}",
+    )
 
 
 def check_buffers(model: nn.Module, loss: ModelLoss, batch: Any, device: Device, recipe: Recipe, world: int) -> None:
@@ -229,7 +288,29 @@ def same_state(state: State, snapshot: Snapshot | None, ranks: Ranks) -> tuple[S
     return None if kept is None else Snapshot(kept[1], kept[0]), told
 
 
-def check_same(state: State, ranks: Ranks) -> None:
+def digest(state: State) -> str:
+    """SHA-256 over every tensor of a state."""
+    whole = hashlib.sha256()
+    for tensor in state.tensors():
+        whole.update(_bytes(tensor))
+    return whole.hexdigest()
+
+
+def checksum(state: State) -> str:
+    """A sum over every tensor of a state, made where it lies: a tensor or two that differ show, and nothing is copied."""
+    sums = [_sum(tensor.detach()) for tensor in state.tensors() if tensor.numel()]
+    return f"{hash(tuple(sums)) & (1 << 64) - 1:016x}"
+
+
+def _sum(tensor: Tensor) -> int:
+    flat = tensor.contiguous().reshape(-1).view(torch.uint8)
+    for dtype in (torch.int64, torch.int32):
+        if flat.numel() % dtype.itemsize == 0 and flat.storage_offset() % dtype.itemsize == 0:
+            return int(flat.view(dtype).sum(dtype=torch.int64))
+    return int(flat.sum(dtype=torch.int64))
+
+
+def check_same(state: State, ranks: Ranks, digest: Callable[[State], str] = digest) -> None:
     """
     Raises:
         RanksError: if a rank holds another state than the first.
@@ -242,14 +323,6 @@ def check_same(state: State, ranks: Ranks) -> None:
             f"Rank 0 has {found[0][:12]}, rank {others[0]} {found[others[0]][:12]}.",
             "The model or the loss does other things on other ranks: let it not ask which rank it is on.",
         )
-
-
-def digest(state: State) -> str:
-    """SHA-256 over every tensor of a state."""
-    whole = hashlib.sha256()
-    for tensor in state.tensors():
-        whole.update(_bytes(tensor))
-    return whole.hexdigest()
 
 
 def _bytes(tensor: Tensor) -> bytes:

@@ -16,6 +16,7 @@ from thalweg.data import batch_size, split, to_device
 from thalweg.device import choose, facts
 from thalweg.engine.begin import take_weights
 from thalweg.engine.build import build
+from thalweg.engine.compiled_choice import settle_compile
 from thalweg.engine.given import task_loss
 from thalweg.engine.memory import Bench, fit, settle_memory
 from thalweg.engine.portions import spoken
@@ -28,9 +29,12 @@ from thalweg.engine.resolve import changed_model, few, loss_divisor, tell_split
 from thalweg.engine.scheduled import average_lengths, scheduled, span_of
 from thalweg.engine.settle import Decisions, settle_optimizer
 from thalweg.engine.step import FIELDS, Step
+from thalweg.engine.together import check_buffers, check_layers, check_ranks_of_step, ranks_of_step, same_state
 from thalweg.optim import parameter_table
+from thalweg.parallel import Ranks, on_first
 from thalweg.precision import policy_for
 from thalweg.regularize import set_factors
+from thalweg.regularize.moments import alone
 
 _WHY_NOT = dict.fromkeys(("examples", "tokens", "epochs"), "TrainStep does not see the data ahead of it.")
 
@@ -103,6 +107,8 @@ class TrainStep:
         recipe: a ``Recipe``, or what differs from the default one by dotted path. Its data, evaluation and checkpoint
             tables have no use here.
         steps: updates that the schedule spans; needed unless the schedule is constant.
+        ranks: who trains, from ``thalweg.parallel.join()``. Every rank is called with the same batch, and computes its share of the
+            micro-batches: the step is that of one process. None: this process alone.
 
     Raises:
         ThalwegError: at construction for a recipe that is not possible, at the first call for a loss or model that is not.
@@ -115,7 +121,9 @@ class TrainStep:
         recipe: Recipe | Mapping[str, Any] | None = None,
         *,
         steps: int | None = None,
+        ranks: Ranks | None = None,
     ) -> None:
+        self.ranks = ranks_of_step(ranks)
         given = recipe if isinstance(recipe, Recipe) else Recipe().override(recipe or {})
         self._decide = Decisions()
         self.recipe = settle_optimizer(given, self._decide)
@@ -136,7 +144,9 @@ class TrainStep:
                     "TrainStep was given no steps.",
                     f"Give steps=..., or schedule.{one.name}='constant()'.",
                 )
-        self.device, _ = choose(self.recipe.device)
+        if self.ranks.world > 1:
+            check_ranks_of_step(self.recipe, self.ranks)
+        self.device = self.ranks.own(choose(self.recipe.device)[0])
         take_weights(model, self.recipe, self._decide.take, None)
         self.model = self.device.move(model)
         self.rows = parameter_table(model, optimizer=self.recipe.optimizer, schedule=self.recipe.schedule)
@@ -166,7 +176,8 @@ class TrainStep:
             raise RecipeError("TrainStep is finished.", "finish() was called.", "Make a new one.")
         if self._step is None:
             self._step = self._build(to_device(batch, self.device.torch_device))
-        window = [to_device(part, self.device.torch_device) for part in self._cut(batch)]
+        mine = self._cut(batch)[self.ranks.rank :: self.ranks.world]
+        window = [to_device(part, self.device.torch_device) for part in mine]
         row = self._step.run(window).clone()
         if self._step.state.limit.news:
             for text, _ in spoken(self._step.state.limit, self.model, self.recipe):
@@ -186,6 +197,7 @@ class TrainStep:
         if self._step is None:
             self._step = self._build(to_device(batch, self.device.torch_device))
         self._step.state.load(snapshot)
+        same_state(self._step.state, snapshot, self.ranks)
 
     def finish(self) -> nn.Module:
         """The model, plain again: what precision, recomputation and named streams put around it is taken off.
@@ -214,7 +226,15 @@ class TrainStep:
     def _build(self, batch: Any) -> Step:
         undo = ExitStack()
         try:
-            return self._checked(batch, undo)
+            with alone():
+                step = on_first(self.ranks, lambda: self._checked(batch, undo))
+                recipe = self.ranks.from_first("" if step is None else self.recipe.to_toml())
+                if step is None:  # what is measured, the first rank decides for all
+                    self.recipe = Recipe.from_toml(recipe)
+                step = self.ranks.together(lambda: step or self._checked(batch, undo))
+            self.ranks.use(self.device)
+            same_state(step.state, None, self.ranks)
+            return step
         except BaseException:
             undo.close()
             raise
@@ -224,6 +244,8 @@ class TrainStep:
         opened = given == "auto" or (given is None and self.recipe.memory_budget is not None)
         window = split(batch, few(batch)) if opened else self._cut(batch)
         size = batch_size(batch)
+        if self.ranks.world > 1:
+            window, given = self._on_ranks(batch, size)
         # A short last micro-batch counts as one; where the size is given, later batches may be cut even if this one is not.
         least = 2 if self.recipe.optimizer.release_gradients in (None, "off") else 1
         whole = max(least, -(-size // given)) * given if isinstance(given, int) else size
@@ -254,7 +276,7 @@ class TrainStep:
                 parameters=parameter_table(self.model, optimizer=recipe.optimizer, schedule=recipe.schedule),
                 unit="samples",
                 sizes={},
-                machine=facts(self.device),
+                machine=facts(self.device, recipe.precision),
                 why_not=_WHY_NOT,
                 changes=tuple(map(str, changes)),
             )
@@ -268,8 +290,19 @@ class TrainStep:
         recipe = settle_memory(recipe)
         tell_split(self.model, recipe, self._decide)
         check_release(recipe, self.device.kind, self.rows, self._decide.take)
+        recipe = settle_compile(recipe, self.rows, self.device, self._decide.take)
         tell_gradients(recipe, self._decide.take)
         self.recipe = recipe
         self.plan = replace(plan_of(recipe), decisions=tuple(self._decide.made), ledger=ledger)
         self.prepared.keep()
-        return build(self.plan, self.model, self.loss, self.device, policy)
+        return build(self.plan, self.model, self.loss, self.device, policy, self.ranks)
+
+    def _on_ranks(self, batch: Any, size: int) -> tuple[list[Any], int]:
+        """The micro-batches of the first batch, and their size: there is one for each rank, unless the recipe says otherwise."""
+        given = self.recipe.train.micro_batch
+        micro = given if isinstance(given, int) else -(-size // self.ranks.world)
+        self.recipe = replace(self.recipe, train=replace(self.recipe.train, micro_batch=micro))
+        check_layers(self.model, self.ranks.world)
+        window = self._cut(batch)
+        check_buffers(self.model, self.loss, window[0], self.device, self.recipe, self.ranks.world)
+        return window, micro

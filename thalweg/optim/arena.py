@@ -213,6 +213,10 @@ class Arena:
         if self._cleared != self.grads._version:
             self.grads.zero_()
 
+    def left_clear(self) -> None:
+        """Whoever wrote the gradients has left zeros."""
+        self._cleared = self.grads._version
+
     def hold_gradients(self) -> None:
         """Gradients that someone replaced or set to None go back into the arena."""
         for p, view in self._views:
@@ -257,7 +261,7 @@ class Arena:
             extra = {"noise": self._noise(segment, due)} if "noise" in program.tensors else None
             segment.update.run(segment.batch, self.scalars(segment, given), due=now, extra=extra)
         if all(segment.program.clear for segment in self.segments):
-            self._cleared = self.grads._version
+            self.left_clear()
 
     def _noise(self, segment: Segment, step: int) -> list[Tensor]:
         """What ``noise`` gives, shaped like the segment's batch."""

@@ -6,7 +6,7 @@ import math
 import statistics
 from collections.abc import Iterable
 
-from thalweg.core import Evaluation, human_bytes, human_count, human_seconds
+from thalweg.core import Evaluation, flops_use, human_bytes, human_count, human_seconds, training_times
 from thalweg.report.axes import plain
 from thalweg.report.charts import Chart, Series, draw
 from thalweg.report.folder import Run
@@ -31,6 +31,10 @@ def key_figures(run: Run) -> str:
     rates = [rate for _, rate in _throughput(run)]
     if rates:
         cards.append(("throughput", f"{human_count(statistics.median(rates))} {run.plan.unit}/s", "median"))
+    share = flops_use(run.plan, training_times(run.lines))
+    if share is not None:
+        stated = f"of {run.plan.machine['peak_flops'] / 1e12:g} TFLOP/s, {run.plan.machine['chip']}"
+        cards.append(("model FLOPs use", f"{share:.1%}", stated))
     sizes, weights = run.plan.sizes, sum(math.prod(row.shape) for row in run.plan.parameters)
     held = f"{human_bytes(sum(sizes.values()))} with gradients and slots" if sizes else ""
     cards.append(("parameters", human_count(weights), held))

@@ -87,7 +87,7 @@ def goodput(run: Run) -> str:
 
 def machine(run: Run) -> str:
     """What the run was on."""
-    facts = {name: value for name, value in run.plan.machine.items() if name != "data"}
+    facts = {name: value for name, value in run.plan.machine.items() if name not in ("data", "peak_flops")}
     return section("Machine", _facts(facts))
 
 

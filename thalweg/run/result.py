@@ -7,7 +7,7 @@ from pathlib import Path
 
 from torch import nn
 
-from thalweg.core import Evaluation, Plan, Record, StopReason
+from thalweg.core import Evaluation, Plan, Record, StopReason, flops_use, training_times
 from thalweg.core.goodput import Goodput
 from thalweg.engine.signals import exit_code
 
@@ -46,6 +46,13 @@ class Result:
         return (
             exit_code(self.signal) if self.reason is StopReason.INTERRUPTED and self.signal else self.reason.exit_code
         )
+
+    @property
+    def flops_use(self) -> float | None:
+        """Model FLOPs use: the share of the operations a second that the chip's data sheet states; None where it is not known."""
+        lines: list[Record | Evaluation] = [*self.records, *self.evaluations]
+        lines.sort(key=lambda line: (line.step, isinstance(line, Evaluation)))
+        return flops_use(self.plan, training_times(lines))
 
     @property
     def metrics(self) -> dict[str, float]:

@@ -9,7 +9,7 @@ from dataclasses import replace
 from typing import Any
 
 from thalweg.checkpoint import Job, Saver, Snapshot, Store, Unfit, write_file
-from thalweg.core import Plan, StopReason
+from thalweg.core import Plan, RunFolderError, StopReason
 from thalweg.core.changes import accepted
 from thalweg.engine import Loop
 from thalweg.engine.guard import unfit
@@ -110,6 +110,7 @@ class Saving:
             self.loop.tell("slow store", "A checkpoint has been under way for 30 seconds; the run goes on beside it.")
         if not self.saver.news:
             return None
+        self.still_ours()  # or a save that was refused for that would count as one that failed
         self._tell()
         if self._unfit:  # what is not finite never becomes so again
             return StopReason.DIVERGED
@@ -146,7 +147,10 @@ class Saving:
                 self.loop.tell("saved again", f"Checkpoints are saved again: step {news.step}.")
 
     def _before(self, job: Job) -> None:
-        self.still_ours()
+        try:
+            self.still_ours()
+        except RunFolderError as err:
+            raise Unfit(err.asked, err.numbers, err.remedy) from None  # trying again would not help
         if fault := unfit(job.snapshot, self._trained):
             raise Unfit(
                 f"The state of step {job.step} is not saved.",

@@ -33,7 +33,7 @@ from thalweg.engine import Loop, Resolved, Step, build, evaluate, resolve
 from thalweg.engine.agree import check_forward
 from thalweg.engine.memory import PeakWatch, begun
 from thalweg.engine.signals import Asked, asked_to_end
-from thalweg.engine.together import take_state
+from thalweg.engine.together import check_same, checksum, has_shards, take_state
 from thalweg.parallel import Agent, Ranks, check_equal, here, join, left_to, on_first
 from thalweg.regularize import PreciseStatistics
 from thalweg.report import write_report
@@ -296,6 +296,8 @@ class _Run:
     def _wired(self, loop: Loop, keeper: BestWeights | None, asked: Asked) -> Saving | None:
         """What goes on beside the loop is connected with it; what saves, where something is saved."""
         loop.feed.tell = loop.tell
+        if self.ranks.world > 1 and not has_shards(loop.step.state.model):
+            loop.agree = lambda: check_same(loop.step.state, self.ranks, checksum)
         if self.ranks.world == 1:  # a rank that waits for data ends with the others, after the same step
             loop.feed.stop = asked
         if keeper is not None:

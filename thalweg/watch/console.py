@@ -25,6 +25,7 @@ from thalweg.core import (
     human_count,
     human_seconds,
     parameter_groups,
+    told_use,
 )
 
 _LINE_SECONDS = 10.0
@@ -80,6 +81,8 @@ class Terminal:
         self._rate = 0.0
         self._seen = 0.0  # seconds at the last flush
         self._line_at = 0.0
+        self._times: list[tuple[int, float]] = []  # of some steps: how fast the run was without its evaluations
+        self._away = 0.0
 
     def start(self, plan: Plan, step: int) -> None:
         self.plan, self.goal = plan, plan.recipe.evaluate
@@ -94,6 +97,10 @@ class Terminal:
 
     def steps(self, records: list[Record]) -> None:
         last = records[-1]
+        self._times = [
+            *(self._times[::2] if len(self._times) > 200 else self._times),
+            (last.step, last.seconds - self._away),
+        ]
         figures = self._figures(records)
         if self._progress is not None:
             self._progress.update(self._bar, completed=last.step, figures=figures)
@@ -107,6 +114,7 @@ class Terminal:
             self.console.print(f"[yellow]step {skipped.step}: {why}; the step is skipped[/yellow]")
 
     def evaluation(self, evaluation: Evaluation) -> None:
+        self._away += max(0.0, evaluation.seconds - self._seen)
         if evaluation.best:
             self.best = (self.goal.best, evaluation.metrics[self.goal.best], evaluation.step)
         named = "  ".join(f"{name} {value:.4f}" for name, value in evaluation.metrics.items())
@@ -121,6 +129,8 @@ class Terminal:
             self._progress.stop()
             self._progress = None
         self.console.print(f"[bold]{reason.value}[/bold]: {reason.advice}", soft_wrap=True)
+        if self._times and (use := told_use(self.plan, self._times)):
+            self.console.print(use, soft_wrap=True)
 
     def _figures(self, records: list[Record]) -> str:
         last = records[-1]

@@ -151,12 +151,16 @@ class Bench:
                 "Give train.micro_batch as a number, and no memory_budget.",
             ) from None
 
-    def step(self, recipe: Recipe) -> Step:
+    def step(self, recipe: Recipe, *, compiled: bool = False) -> Step:
         """The step of a recipe on a copy of the model.
+
+        Args:
+            compiled: as the recipe says; else by plain operators, which take the most memory and no time to begin.
 
         Raises:
             ModelError: if the model cannot be copied.
         """
+        recipe = recipe if compiled else replace(recipe, compile="off")
         return build(self.plan_of(recipe), self._copy(), self.loss, self.device, self.policy)
 
     def confirm(self, recipe: Recipe) -> None:

@@ -65,6 +65,7 @@ def predict(
         process=process,
         micro_batch=traced.samples,
         recompute=recompute,
+        flops=3 * traced.flops / max(traced.samples, 1),
     )
 
 

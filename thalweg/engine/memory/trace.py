@@ -12,7 +12,7 @@ import itertools
 import math
 import weakref
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext, suppress
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -61,12 +61,14 @@ class Trace:
         inputs: bytes of the micro-batch itself, which are not among the blocks.
         blocks: every allocation, in the order of birth.
         events: births and deaths in order: k where block k was born, ~k where it died.
+        flops: floating-point operations of the forward pass's products and convolutions.
     """
 
     samples: int
     inputs: int
     blocks: tuple[Block, ...]
     events: tuple[int, ...]
+    flops: int = 0
 
     @property
     def kept(self) -> int:
@@ -149,7 +151,7 @@ class Line:
         else:
             factor = on_line(one.peak, two.peak) / max(two.peak, 1)
             blocks = tuple(replace(b, nbytes=math.ceil(b.nbytes * factor)) for b in two.blocks)
-        return Trace(samples, inputs, blocks, two.events)
+        return Trace(samples, inputs, blocks, two.events, on_line(one.flops, two.flops))
 
 
 def trace(
@@ -268,7 +270,7 @@ def _follow(
             p.grad = grad
         follow.alive.clear()  # its callbacks hold it: nothing would go before Python looks for cycles
         follow.old.clear()
-    return Trace(batch_size(batch), sum(x.nbytes for x in inputs), *follow.result())
+    return Trace(batch_size(batch), sum(x.nbytes for x in inputs), *follow.result(), follow.flops)
 
 
 def load_backward() -> None:
@@ -305,8 +307,10 @@ class _Follow(TorchDispatchMode):
     """Notes every storage that operations make, when it is born and when it dies."""
 
     def __init__(self, kind: str, old: Sequence[Tensor]) -> None:
+        from torch.utils.flop_counter import flop_registry
+
         super().__init__()  # type: ignore[no-untyped-call]
-        self.kind = kind
+        self.kind, self.counts = kind, flop_registry
         self.inside: list[str] = []
         self.old = {
             x.untyped_storage()._cdata: x.untyped_storage() for x in old
@@ -317,6 +321,7 @@ class _Follow(TorchDispatchMode):
         self.kept: set[int] = set()
         self.events: list[int] = []
         self.backward = False
+        self.flops = 0
         self.used = ""  # module of the activation that a backward operation used last
 
     @classmethod
@@ -325,6 +330,9 @@ class _Follow(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
+        if not self.backward and (count := self.counts.get(func.overloadpacket)) is not None:
+            with suppress(Exception):  # an operator that torch's table does not read is not counted
+                self.flops += int(count(*args, **(kwargs or {}), out_val=result))
         given, made = _tensors_in(args), _tensors_in((result,))
         if kwargs:
             given += _tensors_in(tuple(kwargs.values()))
