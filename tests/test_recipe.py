@@ -35,6 +35,7 @@ from thalweg.core import (
 )
 from thalweg.core.guard import NONFINITE
 from thalweg.core.recipe import (
+    COMPILED,
     PRECISIONS,
     RECOMPUTED,
     RELEASES,
@@ -127,6 +128,7 @@ recipes = st.builds(
     weights=st.sampled_from(["w.pt", "runs/digits"]),
     weights_rename=st.lists(st.sampled_from(["=net", "model=", "a=b.c"]), max_size=3).map(tuple),
     recompute=maybe(st.sampled_from(RECOMPUTED)),
+    compile=st.sampled_from(COMPILED),
     exact_reduce=st.booleans(),
     parallel=st.sampled_from(["auto", "fsdp", {"data": 4, "tensor": 2}]),
     model=options,
@@ -312,6 +314,7 @@ def test_an_option_of_None_is_kept_or_refused_but_never_dropped() -> None:
         ("train.micro_batch", "16", 16),
         ("optimizer.slots", "auto", None),
         ("memory_budget", "12GiB", "12GiB"),
+        ("compile", "step", "step"),
         ("exact_reduce", "true", True),
         ("parallel", "fsdp", "fsdp"),
         ("parallel", "{data=4, tensor=2}", {"data": 4, "tensor": 2}),
@@ -519,6 +522,7 @@ def test_a_value_in_the_place_of_a_table_is_refused(table: str, bad: Any) -> Non
         ("guard.rewinds", 0),
         ("precision", "fp9"),
         ("recompute", "all"),
+        ("compile", "always"),
         ("memory_budget", "12 apples"),
         ("memory_budget", "0"),
         ("train.micro_batch", "many"),

@@ -522,6 +522,7 @@ class Checkpoint:
 
 PRECISIONS = ("fp32", "tf32", "bf16", "fp16", "bf16-pure", "fp8")
 RECOMPUTED = ("none", "blocks", "ops", "compiled")
+COMPILED = ("auto", "off", "model", "step", "captured")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -541,6 +542,9 @@ class Recipe:
         recompute: which activations are not kept but computed again in the backward pass: "none"; "blocks": those
             inside the model's repeated blocks; "ops": all but the products of matrices; "compiled": what torch.compile's
             activation memory budget leaves out; None: "none", unless ``memory_budget`` asks for more.
+        compile: what torch.compile is given: "off"; "model": the model alone; "step": forward and backward pass, clipping and
+            update as one graph; "captured": the same, and its launches recorded once and played again, where the device can;
+            "auto": what is fastest, measured where that is worth it (docs/compile.md).
         weights: what a new run begins with: a run folder, a checkpoint, a file of torch, safetensors or Lightning, a
             Hugging Face folder; None: what the model is made with. A resumed run does not read it again.
         weights_rename: ``OLD=NEW`` names of modules or tensors in it; the first that fits a name changes it.
@@ -560,6 +564,7 @@ class Recipe:
     islands: tuple[str, ...] | None = None
     memory_budget: str | None = None
     recompute: str | None = None
+    compile: str = "auto"
     weights: str | None = None
     weights_rename: tuple[str, ...] = ()
     exact_reduce: bool = False
@@ -592,7 +597,7 @@ class Recipe:
             "A seed is a whole number of 64 bits, with sign.",
             "Give one from -2**63 to 2**63 - 1, such as 0.",
         )
-        for name, known in (("precision", ("auto", *PRECISIONS)), ("recompute", RECOMPUTED)):
+        for name, known in (("precision", ("auto", *PRECISIONS)), ("recompute", RECOMPUTED), ("compile", COMPILED)):
             value = getattr(self, name)
             _check(
                 value in known or (name == "recompute" and value is None),

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
 from types import MethodType
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -25,6 +25,13 @@ from thalweg.regularize.keyed import Keyed
 
 #: Of torch.compile's activation memory budget: 1 keeps what it keeps by itself, 0 the inputs alone.
 COMPILED_BUDGET = 0.5
+
+
+class Released(Protocol):
+    """Something that was changed in a model for the time of a run."""
+
+    def release(self) -> None:
+        """The model is as it was."""
 
 
 class Recomputation:

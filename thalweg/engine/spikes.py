@@ -69,10 +69,18 @@ class Spikes:
 
     def take_in(self, ok: Tensor, step: int) -> None:
         """Remember the values of step ``step`` (from 1) where it was applied (``ok``)."""
-        self.ring.index_copy_(1, self.seen % (self.window + 1), self._now)
-        self.seen.add_(ok)
+        self.remember(ok)
+        self.turn(step)
+
+    def turn(self, step: int) -> None:
+        """Step ``step`` (from 1) is over: the limits are taken anew when it is time."""
         if step % REFRESH == 0:
             self.refresh()
+
+    def remember(self, ok: Tensor) -> None:
+        """As ``take_in``, without a look at the limits."""
+        self.ring.index_copy_(1, self.seen % (self.window + 1), self._now)
+        self.seen.add_(ok)
 
     def refresh(self) -> None:
         """Take the limits anew."""

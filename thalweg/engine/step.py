@@ -15,7 +15,7 @@ from thalweg.device import ran_out
 from thalweg.engine.inorder import InOrder
 from thalweg.engine.losses import sum_and_weight
 from thalweg.engine.portions import Failure, go_through, in_update, num_portions
-from thalweg.engine.recompute import Recomputation
+from thalweg.engine.recompute import Released
 from thalweg.engine.sharpness import Sharpness
 from thalweg.engine.spikes import JUDGED
 from thalweg.engine.state import State
@@ -71,11 +71,12 @@ class Step:
         policy: Policy,
         options: StepOptions,
         streams: Streams | None = None,
-        recomputation: Recomputation | None = None,
+        recomputation: Released | None = None,
         ranks: Ranks = ALONE,
     ) -> None:
         self.state, self.loss, self.policy, self.options, self.streams = state, loss, policy, options, streams
         self.recomputation, self.ranks = recomputation, ranks
+        self.news: list[str] = []  # to be told of how it runs
         self.place = None if ranks.world == 1 else Place(ranks.rank, ranks.world, options.micro_batch)
         self.generators = state.device.generators()
         self.sharpness: Sharpness | None = None
@@ -232,7 +233,7 @@ class Step:
 
     def _numbers(self, mass: Tensor, norm: Tensor | None, ok: Tensor) -> dict[str, Any]:
         """What ``update`` is given; without a norm nothing is clipped."""
-        divisor = mass * (self.one if norm is None else self._excess(norm, ok))
+        divisor = mass * (self.one if norm is None else self._excess_of(norm, self.clip, ok))
         given = {"lr": self.lr, "t": self.state.t, "divisor": divisor, "skipped": (~ok).to(torch.float32)}
         return {**given, "share": self.share, "moved": self.state.timetable.now}
 
@@ -295,11 +296,11 @@ class Step:
         norm = global_norm if self.in_order is None else ordered_norm
         return norm([arena.grads for arena in self.state.arenas])
 
-    def _excess(self, norm: Tensor, ok: Tensor) -> Tensor:
+    def _excess_of(self, norm: Tensor, clip: float | Tensor, ok: Tensor) -> Tensor:
         """How many times too long the gradient is."""
         if self.state.history is not None:
-            return excess(norm, self.clip, self.state.history, ok)
-        return (norm / self.clip).clamp(min=1) if self.options.clip else self.one
+            return excess(norm, clip, self.state.history, ok)
+        return (norm / clip).clamp(min=1) if self.options.clip else self.one
 
     def _record(self, norm: Tensor, skipped: Tensor, scale: Tensor) -> Tensor:
         row, places = self.rows[self.state.step % RING]

@@ -38,9 +38,13 @@ class Timetable:
         self.feedback = Feedback(listening, device.torch_device, device.exact)
         self.told = dict(scales or {})
 
+    def cut(self) -> dict[str, Tensor]:
+        """``now``, cut out of its row anew: what a graph reads, whose inputs must not overlap."""
+        return {name: self._row[0, k] for k, name in enumerate(self.now)}
+
     def turn(self, applied: Tensor, attempted: int) -> None:
         """Go to the row of ``applied`` updates, (1,); beyond the end, the last one."""
         place = applied if attempted < self.length else applied.clamp(max=self.length - 1)
-        torch.index_select(self.table, 0, place, out=self._row)
+        self._row.copy_(self.table.index_select(0, place))  # not `out=`: not every device has that form
         if self.feedback.pieces:
             self.feedback.apply(self.now)

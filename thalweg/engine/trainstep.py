@@ -16,6 +16,7 @@ from thalweg.data import batch_size, split, to_device
 from thalweg.device import choose, facts
 from thalweg.engine.begin import take_weights
 from thalweg.engine.build import build
+from thalweg.engine.compiled_choice import settle_compile
 from thalweg.engine.given import task_loss
 from thalweg.engine.memory import Bench, fit, settle_memory
 from thalweg.engine.portions import spoken
@@ -289,6 +290,7 @@ class TrainStep:
         recipe = settle_memory(recipe)
         tell_split(self.model, recipe, self._decide)
         check_release(recipe, self.device.kind, self.rows, self._decide.take)
+        recipe = settle_compile(recipe, self.rows, self.device, self._decide.take)
         tell_gradients(recipe, self._decide.take)
         self.recipe = recipe
         self.plan = replace(plan_of(recipe), decisions=tuple(self._decide.made), ledger=ledger)

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
 from thalweg.device import ran_out
 from thalweg.optim import Arena
-from thalweg.regularize import PooledStatistics
 
 
 @dataclass
@@ -20,8 +19,24 @@ class Kept:
 
     gradients: list[Tensor]
     sums: Tensor
-    statistics: tuple[Tensor, list[int], int] | None
+    statistics: Any
     buffers: list[Tensor]
+
+
+class Statistics(Protocol):
+    """What passes gather of batch normalization."""
+
+    layers: list[Any]
+
+    def begin(self) -> None: ...
+
+    def restore(self) -> None: ...
+
+    def undo(self) -> bool: ...
+
+    def collected(self) -> Any: ...
+
+    def put_back(self, collected: Any) -> None: ...
 
 
 class Undo:
@@ -38,7 +53,7 @@ class Undo:
         touched: whether the micro-batch under way may have added to the gradients or the sums.
     """
 
-    def __init__(self, model: nn.Module, arenas: Sequence[Arena], sums: Tensor, statistics: PooledStatistics) -> None:
+    def __init__(self, model: nn.Module, arenas: Sequence[Arena], sums: Tensor, statistics: Statistics) -> None:
         self.arenas, self.sums, self.statistics = arenas, sums, statistics
         self.touched = False
         layers = set(map(id, statistics.layers))

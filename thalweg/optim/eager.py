@@ -144,6 +144,8 @@ def _tiled(
         targets = [(old, value) for old, value in zip([flat_p[cut], *old], [new, *parts]) if old.ndim]
         write_all([(old, value.reshape(-1)[: old.numel()]) for old, value in targets], skipped)
     for flattened, part in ((flat_p, p), *((s, m[i]) for s, m, like in zip(stored, batch.slots, per_element) if like)):
+        if torch.compiler.is_compiling():  # of an arena, which has no gaps
+            break
         if flattened.data_ptr() != part.data_ptr():  # a copy, because the tensor has gaps
             part.copy_(flattened.view(p.shape) if flat(p) is None else flattened.as_strided(p.shape, p.stride()))
     return parts

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import cache
+from functools import cache, reduce
 from typing import Any
 
 import torch
@@ -37,7 +37,7 @@ def global_norm(gs: Sequence[Tensor]) -> Tensor:
     norms = [_norm(group) for group in groups.values()]
     if len(norms) == 1:
         return norms[0]
-    wide = max((n.dtype for n in norms), key=lambda d: torch.finfo(d).bits)
+    wide = reduce(torch.promote_types, (n.dtype for n in norms))
     total: Tensor = torch.linalg.vector_norm(torch.stack([n.to(norms[0].device, wide) for n in norms]))
     return total
 

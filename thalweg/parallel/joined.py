@@ -94,7 +94,10 @@ class Joined:
     def gather(self, tensor: Tensor) -> Tensor:
         found = tensor.new_empty(self.world, *tensor.shape)
         with self._in_touch("a sum in order"):
-            self._dist.all_gather_into_tensor(found.reshape(-1), tensor.contiguous().reshape(-1), group=self.group)
+            put = (
+                getattr(self._dist, "all_gather_single", None) or self._dist.all_gather_into_tensor
+            )  # before torch 2.13
+            put(found.reshape(-1), tensor.contiguous().reshape(-1), group=self.group)
         return found
 
     def exchange(self, tensor: Tensor) -> Tensor:

@@ -53,6 +53,7 @@ class PooledStatistics:
             False  # whether passes are not counted in the rest of this step, or until ``collect``
         )
         self.group = group
+        self.seen: Any = None  # who is told of calls instead, while a whole step is traced
         self._aside: set[int] = set()  # layers that write there just now
         if not layers:
             return
@@ -292,6 +293,9 @@ class PooledStatistics:
 
     def _before(self, i: int) -> Any:
         def hook(module: nn.Module, inputs: tuple[Tensor, ...], named: dict[str, Any]) -> None:
+            if self.seen is not None:
+                self.seen.before(i, inputs[0] if inputs else named["input"])
+                return
             if not self._active or not module.training:
                 return
             if self._again or recomputing():  # the same samples again

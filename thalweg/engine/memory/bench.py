@@ -89,14 +89,18 @@ class Bench:
             return err
         return None
 
-    def ledger(self, recipe: Recipe) -> Ledger:
-        """What a complete recipe takes, its micro-batch a number."""
+    def ledger(self, recipe: Recipe, feeds: int = 1) -> Ledger:
+        """What a complete recipe takes, its micro-batch a number.
+
+        Args:
+            feeds: how many ways the micro-batches of a window go.
+        """
         micro = whole_of(recipe.train.micro_batch)
         return predict(
             self._line(recipe).at(min(micro, batch_size(self.window))),
-            self._size(recipe),
+            self.sizes(recipe),
             self.device,
-            micro_batches=-(-batch_size(self.window) // micro),
+            micro_batches=-(-batch_size(self.window) // (micro * feeds)),
             buffers=sum(buffer.nbytes for buffer in self.model.buffers()),
             data=self.data,
             recompute=recipe.recompute or "none",
@@ -114,7 +118,8 @@ class Bench:
             self.process = _besides(self.model, self.device, self.held)  # what traces need of torch is there now
         return self._lines[how]
 
-    def _size(self, recipe: Recipe) -> StateSizes:
+    def sizes(self, recipe: Recipe) -> StateSizes:
+        """Of the training state."""
         optimizer, several = recipe.optimizer, whole_of(recipe.train.micro_batch) < recipe.train.batch
         key = (optimizer.slots, optimizer.release_gradients, optimizer.offload, several)
         if key not in self._sizes:
@@ -146,12 +151,16 @@ class Bench:
                 "Give train.micro_batch as a number, and no memory_budget.",
             ) from None
 
-    def step(self, recipe: Recipe) -> Step:
+    def step(self, recipe: Recipe, *, compiled: bool = False) -> Step:
         """The step of a recipe on a copy of the model.
+
+        Args:
+            compiled: as the recipe says; else by plain operators, which take the most memory and no time to begin.
 
         Raises:
             ModelError: if the model cannot be copied.
         """
+        recipe = recipe if compiled else replace(recipe, compile="off")
         return build(self.plan_of(recipe), self._copy(), self.loss, self.device, self.policy)
 
     def confirm(self, recipe: Recipe) -> None:

@@ -1,0 +1,167 @@
+"""What makes graphs: torch.compile with the settings that a whole step needs, counted."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable
+from functools import cache
+from types import FunctionType, MethodType
+from typing import Any
+
+import torch
+from torch import nn
+
+from thalweg.core import ModelError
+from thalweg.data import tensors
+
+#: Another backend of torch.compile than the device's own, for tests: inductor takes 5 to 15 s a graph.
+BACKEND = "THALWEG_COMPILE_BACKEND"
+
+#: Compilations after the first step that nobody is warned of: a window with fewer micro-batches, one that is short, evaluation.
+FEW = 3
+
+#: Shapes of micro-batches that a run may have.
+MOST_SHAPES = 64
+
+
+@cache
+def traces_autograd() -> bool:
+    """Whether this torch can trace a backward pass into the graph of its forward pass (from 2.13 on, behind a switch)."""
+    import torch._dynamo.config as config
+
+    return hasattr(config, "trace_autograd_ops")
+
+
+class Compiler:
+    """Makes graphs, and counts them.
+
+    Args:
+        backend: of torch.compile.
+        options: for the backend.
+
+    Attributes:
+        made: graphs compiled so far.
+        stepped: whether the run's first step is done.
+        news: what is to be told of them.
+    """
+
+    def __init__(self, backend: str, options: dict[str, Any] | None = None) -> None:
+        self.name, self.options = os.environ.get(BACKEND) or backend, dict(options or {})
+        self.made = 0
+        self.stepped = False
+        self.news: list[str] = []
+        self._shapes: dict[str, str] = {}  # of what each graph was given when it was last compiled
+        self._again = 0  # graphs since the first step
+
+    @property
+    def draws_alike(self) -> bool:
+        """Whether graphs draw the numbers from torch's generators that plain operators do."""
+        return self.name in ("inductor", "aot_eager", "eager")
+
+    def graph(self, method: Callable[..., Any]) -> Callable[..., Any]:
+        """``method`` compiled as one graph for each shape of what it is given.
+
+        Raises:
+            ModelError: at a call, where it cannot be traced as one.
+        """
+        compiled = torch.compile(_fresh(method), fullgraph=True, dynamic=False, backend=self._backend)
+        return _Graph(compiled, self, method.__name__.strip("_"))
+
+    def note(self, graph: str, args: tuple[Any, ...], seconds: float) -> None:
+        """``graph`` has just been compiled for ``args``, in so many seconds."""
+        shapes = (
+            ", ".join(f"{name or 'batch'} {'x'.join(map(str, t.shape))}" for name, t in tensors(args[0]))
+            if args
+            else ""
+        )
+        before = self._shapes.get(graph)
+        self._shapes[graph] = shapes
+        text = f"The graph '{graph}' was compiled in {seconds:.1f} s"
+        if self.stepped:
+            self._again += 1
+            text += f", number {self._again} after the first step"
+        if before is not None:
+            text += f", for {shapes} after {before}" if before != shapes else ", for the same shapes"
+        if self._again > FEW:
+            text += f". More than {FEW} are time lost: give all micro-batches one shape (train.last='drop', sequences of one length)"
+        self.news.append(f"{text}.")
+
+    def compile_model(self, model: nn.Module) -> None:
+        """Let ``model``, when it is called, run what is made of its forward function."""
+        model.compile(backend=self._backend)
+
+    def _backend(self, graph: Any, inputs: Any) -> Any:
+        if self.name == "inductor":
+            import torch._inductor
+
+            made: Any = torch._inductor.compile(graph, inputs, options={"fallback_random": True, **self.options})
+        else:
+            from torch._dynamo.backends.registry import lookup_backend
+
+            made = lookup_backend(self.name)(graph, inputs, **({"options": self.options} if self.options else {}))
+        self.made += 1
+        return made
+
+
+class _Graph:
+    """A compiled function whose tracing needs switches of torch's that its calls do not: setting them takes longer than a call."""
+
+    def __init__(self, compiled: Callable[..., Any], compiler: Compiler, name: str) -> None:
+        import torch._dynamo.config as config
+        from torch._dynamo.exc import FailOnRecompileLimitHit, Unsupported
+
+        self.compiled, self.compiler, self.name, self.traced = compiled, compiler, name, False
+        self.switches: dict[str, Any] = {
+            "trace_autograd_ops": True,
+            "specialize_float": True,
+            "recompile_limit": MOST_SHAPES,
+        }
+        self.config, self.not_traced = config, (Unsupported, FailOnRecompileLimitHit)
+
+    def __call__(self, *args: Any) -> Any:
+        made, begun = self.compiler.made, time.perf_counter()
+        found = self._called(args)
+        if self.compiler.made != made:
+            self.compiler.note(self.name, args, time.perf_counter() - begun)
+        return found
+
+    def _called(self, args: tuple[Any, ...]) -> Any:
+        if self.traced:
+            try:
+                return self.compiled(*args)
+            except self.not_traced:  # another shape: nothing has run yet
+                pass
+        try:
+            with self.config.patch(**self.switches):
+                found = self.compiled(*args)
+        except self.not_traced as err:
+            raise _not_one_graph(err) from err
+        self.traced = True
+        return found
+
+
+def _not_one_graph(err: Exception) -> ModelError:
+    """The tracer's words, which are long, as three parts."""
+    lines = [line.strip() for line in str(err).splitlines() if line.strip()]
+    places = [line for line in lines if line.startswith("File ")]
+    where = f" The last place: {places[-1]}." if places else ""
+    return ModelError(
+        "The step cannot be compiled as one graph.",
+        f"{(lines or [type(err).__name__])[0]}.{where}",
+        "Let the model and the loss not branch on values of tensors, print, or call what torch cannot trace; or use "
+        "compile='model', which may be cut into several graphs, or compile='off'.",
+    )
+
+
+def _fresh(method: Callable[..., Any]) -> Callable[..., Any]:
+    """The method with code of its own: what torch.compile knows of it is not shared with another run's."""
+    function: Any = method.__func__  # type: ignore[attr-defined]
+    copy = FunctionType(
+        function.__code__.replace(),
+        function.__globals__,
+        function.__name__,
+        function.__defaults__,
+        function.__closure__,
+    )
+    return MethodType(copy, method.__self__)  # type: ignore[attr-defined]

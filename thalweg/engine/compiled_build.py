@@ -1,0 +1,44 @@
+"""The step of a recipe that asks for the compiler."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from thalweg.engine.compiled import CompiledStep
+from thalweg.engine.compiled_backend import Compiler
+from thalweg.engine.compiled_choice import WHOLE, check_model
+from thalweg.engine.compiled_model import CompiledModel
+from thalweg.engine.recompute import Recomputation
+from thalweg.engine.release import Release
+from thalweg.engine.released import ReleasedStep
+from thalweg.engine.state import State
+from thalweg.engine.step import Step
+from thalweg.parallel import Ranks
+
+
+def compiled_step(
+    how: str,
+    state: State,
+    loss: Any,
+    policy: Any,
+    options: Any,
+    streams: Any,
+    again: Recomputation,
+    ranks: Ranks,
+    release: Release | None,
+) -> Step:
+    """As ``build`` makes it.
+
+    Args:
+        how: "model", "step" or "captured".
+        release: of gradients, where they are.
+    """
+    check_model(state.model, how)
+    compiler = Compiler(state.device.compile_backend or "", state.device.compile_options)
+    if how in WHOLE:
+        step: Step = CompiledStep(state, loss, policy, options, streams, again, ranks, compiler=compiler)
+        return step
+    compiled = CompiledModel(state.model, compiler, again)
+    if release is not None:
+        return ReleasedStep(state, loss, policy, options, streams, compiled, release=release)
+    return Step(state, loss, policy, options, streams, compiled, ranks)

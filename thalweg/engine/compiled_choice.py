@@ -1,0 +1,129 @@
+"""What the recipe's ``compile`` becomes: refused where it cannot be, passed over with the reason, or measured."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import Any
+
+from torch import nn
+
+from thalweg.core import ParameterRow, Recipe, RecipeError
+from thalweg.device import Device
+from thalweg.engine.compiled_backend import traces_autograd
+from thalweg.rules import RULES
+
+Take = Callable[[str, Any, str], Any]
+
+_OLDER = "this torch cannot trace a backward pass into the graph of its forward pass; torch 2.13 can"
+
+#: Against any graph of a model whose parameters are spread over ranks.
+IN_PARTS = "parameters are spread over ranks, and gathered block by block while a pass runs"
+WHOLE = ("step", "captured")  # values of ``compile`` that make one graph of a step
+
+
+def why_not(recipe: Recipe, rows: Sequence[ParameterRow], device: Device, how: str, against: str = "") -> str:
+    """Why a complete recipe cannot be compiled so on a device; "" where it can.
+
+    Args:
+        rows: the parameter table.
+        how: "model", "step" or "captured".
+        against: what is against graphs of this model there, if anything is.
+    """
+    if how == "off":
+        return ""
+    if against:
+        return against
+    if not device.compile_backend:
+        return f"torch.compile has no backend for {device.kind}"
+    if how == "model":
+        return ""
+    if how == "captured" and not device.captures_graphs:
+        return f"launches cannot be recorded on {device.kind}"
+    optimizer = recipe.optimizer
+    if optimizer.release_gradients not in (None, "off"):
+        return "optimizer.release_gradients updates inside the backward pass, which a graph has no place for"
+    if optimizer.offload:
+        return "optimizer.offload moves slots between memories while the update runs"
+    if recipe.recompute not in (None, "none"):
+        return f"recompute='{recipe.recompute}' runs blocks again, and in one graph the compiler decides what is kept"
+    if recipe.exact_reduce:
+        return "exact_reduce adds up gradients micro-batch by micro-batch, between the passes"
+    if recipe.regularize.sharpness:
+        return "regularize.sharpness goes through the window twice"
+    noisy = sorted({row.rule for row in rows if "noise" in RULES[row.rule].needs})
+    if noisy:
+        return f"{noisy[0]} draws noise from a generator of its own at every step"
+    return ""
+
+
+def settle_compile(
+    recipe: Recipe,
+    rows: Sequence[ParameterRow],
+    device: Device,
+    take: Take,
+    measure: Callable[[Recipe, Sequence[str], Take], str] | None = None,
+    against: str = "",
+) -> Recipe:
+    """The recipe with ``compile`` decided.
+
+    Args:
+        recipe: complete but for it.
+        measure: tries ways of a recipe, and tells the fastest; None: nothing can be tried.
+        against: as for ``why_not``.
+
+    Raises:
+        RecipeError: for what was asked for and cannot be.
+    """
+    asked = recipe.compile
+    if asked == "auto":
+        return replace(recipe, compile=_auto(recipe, rows, device, take, measure, against))
+    if asked in WHOLE and not traces_autograd():
+        return replace(recipe, compile=take("compile", "model", f"'{asked}' was asked for, but {_OLDER}"))
+    if reason := why_not(recipe, rows, device, asked, against):
+        raise RecipeError(
+            f"compile='{asked}' is not possible in this run.",
+            f"{reason[0].upper()}{reason[1:]}.",
+            "Leave compile out: what is possible is chosen, with its reason; or use compile='model' or 'off'.",
+        )
+    return recipe
+
+
+def _auto(
+    recipe: Recipe,
+    rows: Sequence[ParameterRow],
+    device: Device,
+    take: Take,
+    measure: Callable[[Recipe, Sequence[str], Take], str] | None,
+    against: str,
+) -> str:
+    if device.graph_kind == "cpu":
+        return "off"
+    reasons = {how: why_not(recipe, rows, device, how, against) for how in ("model", *WHOLE)}
+    if not traces_autograd():
+        reasons.update({how: reasons[how] or _OLDER for how in WHOLE})
+    if device.graph_kind == "graph":
+        if reasons["step"]:
+            return str(take("compile", "off", f"not 'step': {reasons['step']}"))
+        return str(take("compile", "step", f"{device.kind} runs whole graphs, compiled before they run"))
+    for how in ("model", "step"):
+        if reasons[how]:
+            take("compile", f"not '{how}'", reasons[how])
+    able = ["off", *(how for how, reason in reasons.items() if not reason)]
+    if measure is None or len(able) == 1:
+        return "off"
+    return measure(recipe, able, take)
+
+
+def check_model(model: nn.Module, how: str) -> None:
+    """Refuse a model that cannot be compiled.
+
+    Raises:
+        RecipeError: for one that is spread over ranks.
+    """
+    if any(hasattr(p, "device_mesh") for p in model.parameters()):
+        raise RecipeError(
+            f"compile='{how}' is not possible for parameters that are spread over ranks.",
+            "They are gathered block by block while a pass runs.",
+            "Use compile='off', or parallel='ddp'.",
+        )
