@@ -12,7 +12,6 @@ from thalweg.cli import checkpoint
 from thalweg.cli.words import pair, recipe_of, whole
 from thalweg.core import RanksError, RecipeError, ThalwegError
 
-
 _START = (
     120.0  # seconds that ranks may be apart when they start: one reads torch from a slow disk, and nothing is wrong
 )
