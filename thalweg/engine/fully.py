@@ -19,7 +19,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from thalweg.core import Layout, Plan
+from thalweg.core import Layout, ModelError, Plan
 from thalweg.device import Device
 from thalweg.engine.blocks import repeated_blocks
 from thalweg.engine.precision import gradient_dtype
@@ -158,6 +158,8 @@ class FullySharded:
     def _deliver(self, summing: _Sum, p: Any) -> None:
         """The sum of a parameter's gradients, of this rank's part, is there."""
         name = self.names[id(p)]
+        if not summing.given:  # autograd itself brings it: FSDP2 has not gathered this parameter where it was read
+            raise read_in_parts(f"'{name}' gets a gradient that no pass of its layer has made.")
         view, room = self._views[name], self.shards.pieces[name].room
         for given in summing.given:
             view.add_(given[summing.at : summing.at + view.numel()])
@@ -226,6 +228,14 @@ def _digest(tensors: Sequence[Tensor]) -> str:
         flat = tensor.detach().cpu().contiguous().reshape(-1)
         found.update(flat.view(torch.uint8).numpy().tobytes() if flat.numel() else b"")
     return found.hexdigest()
+
+
+def read_in_parts(numbers: str) -> ModelError:
+    return ModelError(
+        "A weight is read outside of the layers that hold it, where it lies in parts.",
+        numbers,
+        "Read weights in the forward pass of their own layer; or use parallel='ddp'.",
+    )
 
 
 class _Sum:

@@ -86,7 +86,7 @@ from thalweg.engine.scheduled import (
     span_of,
 )
 from thalweg.engine.settle import Decisions, settle_evaluation, settle_length, settle_optimizer
-from thalweg.engine.together import check_buffers, check_layers, check_parts, check_ranks
+from thalweg.engine.together import check_buffers, check_layers, check_parts, check_ranks, tell_parts
 from thalweg.optim import parameter_table
 from thalweg.parallel import ALONE, Ranks
 from thalweg.precision import Policy, Prepared, policy_for
@@ -309,8 +309,10 @@ def _resolve(
         )
         stand, recipe, ledger = fitting_layout(settled, planned, ranks, decide)
     check(recipe)
-    if settled is None and stand.shard > 1:
-        check_parts(model, recipe)
+    if stand.shard > 1:
+        if settled is None:
+            check_parts(model, recipe)
+        tell_parts(recipe, stand, decide.take)
     check_release(recipe, device.kind, plan_of(recipe).parameters, decide.take)
     if saved is None:
 

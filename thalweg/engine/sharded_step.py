@@ -15,11 +15,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from thalweg.core import ModelError, OutOfMemoryError, ThalwegError
+from thalweg.core import OutOfMemoryError, ThalwegError
 from thalweg.data import batch_size, to_device, tree_map
 from thalweg.data.share import Window
 from thalweg.device import ran_out
-from thalweg.engine.fully import FullySharded
+from thalweg.engine.fully import FullySharded, read_in_parts
 from thalweg.engine.portions import Failure
 from thalweg.engine.recompute import Recomputation
 from thalweg.engine.state import State
@@ -75,7 +75,7 @@ class ShardedStep(Step):
             if ran_out(err):
                 failure = Failure.of(err, "a pass")
             elif "DTensor" in str(err) and not isinstance(err, ThalwegError):
-                raise self._read_in_parts(err) from err
+                raise read_in_parts(f"{type(err).__name__}: {' '.join(str(err).split())[:200]}") from err
             else:
                 raise
         else:
@@ -85,13 +85,6 @@ class ShardedStep(Step):
             f"Parameters lie in parts on {self.ranks.world} ranks, which all gather them as often: none can cut its "
             f"micro-batch by itself. The allocator: {failure.words}",
             "Give a smaller train.micro_batch or recompute='blocks', and go on with --resume.",
-        )
-
-    def _read_in_parts(self, err: Exception) -> ModelError:
-        return ModelError(
-            "A weight is read outside of the layers that hold it, where it lies in parts.",
-            f"{type(err).__name__}: {' '.join(str(err).split())[:200]}",
-            "Read weights in the forward pass of their own layer; or use parallel='ddp'.",
         )
 
     def _once(self, parts: Sequence[Any], rounds: int, counted: bool) -> None:

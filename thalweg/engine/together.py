@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from thalweg.checkpoint import Snapshot
-from thalweg.core import ModelError, RanksError, Recipe, RecipeError, divisors
+from thalweg.core import Layout, ModelError, RanksError, Recipe, RecipeError, divisors
 from thalweg.device import Device
 from thalweg.engine.preflight import ModelLoss, as_written, untouched
 from thalweg.engine.state import State
@@ -179,6 +179,21 @@ def check_parts(model: nn.Module, recipe: Recipe) -> None:
             f"{len(mixed)} layers, such as '{mixed[0]}'.",
             "Give each layer one dtype, or use parallel='ddp'.",
         )
+
+
+def tell_parts(recipe: Recipe, layout: Layout, take: Callable[[str, Any, str], Any]) -> None:
+    """Say what parameters that lie in parts are gathered as, and what is held besides."""
+    micro = recipe.train.micro_batch
+    mine = -(-recipe.train.batch // (micro * layout.feeds)) if isinstance(micro, int) else 1
+    more = ""
+    if mine > 1 and not recipe.exact_reduce:
+        more = f"; gradients are summed once a step, so a rank holds its own whole ones through {mine} micro-batches"
+    take(
+        "parts",
+        f"1/{layout.shard} a rank",
+        f"of parameters, gradients, slots and averages; parameters are gathered block by block in the dtype that they are stored "
+        f"in, whatever passes compute in: the bits of one rank{more}",
+    )
 
 
 def check_buffers(model: nn.Module, loss: ModelLoss, batch: Any, device: Device, recipe: Recipe, world: int) -> None:
