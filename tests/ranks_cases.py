@@ -427,6 +427,7 @@ def go_through(rank: int, world: int, port: int, out: str) -> None:
     folder = Path(out)
     groups = {num: dist.new_group(list(range(num))) for num in (2, 3, 4)}
     short = dist.new_group([0, 1], timeout=timedelta(seconds=4))
+    limited = dist.new_group([0, 1], timeout=timedelta(seconds=4))
     for num in (2, 3, 2):  # torch names a group by how many its members have
         if rank >= num:
             dist.new_group([rank], use_local_synchronization=True)
@@ -470,6 +471,7 @@ def go_through(rank: int, world: int, port: int, out: str) -> None:
     from tests import tensor_cases
 
     found["tensor"] = tensor_cases.go_through(rank, folder, on)
+    found["waits inside"] = on(2, elastic_cases.waits_inside, limited)
     found["hung"] = on(2, lambda ranks: hung(ranks, folder / "hung", 9.0), short)
     torch.save(found, folder / f"rank {rank}")
     os._exit(0)  # the group of the hung run is broken: nobody waits for it
