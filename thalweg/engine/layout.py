@@ -104,7 +104,7 @@ class Planned:
         ledger = self.whole if recipe.recompute == self.whole.recompute else self.ledger_of(recipe)
         if ledger is None:
             return None
-        if layout.shard > 1:
+        if layout.shard > 1 or layout.tensor > 1:
             rows, kind = self.plan.parameters, self.device.kind
             sizes = sizes_of(recipe, rows, self.model, kind)
             num = -(-recipe.train.batch // whole_of(recipe.train.micro_batch))
