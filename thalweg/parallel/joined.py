@@ -282,7 +282,8 @@ def _met(dist: Any, wanted: int, timeout: float, patience: float) -> Joined:
     try:
         store, rank, world = meet(dist, patience)
         limit = timedelta(seconds=timeout)
-        dist.init_process_group(HOST_RANKS, store=store, rank=rank, world_size=world, timeout=limit)
+        patient = timedelta(seconds=max(timeout, patience))  # until all are there
+        dist.init_process_group(HOST_RANKS, store=store, rank=rank, world_size=world, timeout=patient)
         words = dist.new_group(backend=HOST_RANKS, timeout=limit)  # a model's own collectives do not meet ours
     except (RuntimeError, ValueError) as err:
         words = _in_short(err)
