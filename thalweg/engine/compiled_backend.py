@@ -84,7 +84,7 @@ class Compiler:
         if before is not None:
             text += f", for {shapes} after {before}" if before != shapes else ", for the same shapes"
         if self._again > FEW:
-            text += f". More than {FEW} are time lost: give all micro-batches one shape (train.last='drop', sequences of one length)"
+            text += f". More than {FEW} are time lost: give micro-batches one shape (train.last='drop', equal lengths)"
         self.news.append(f"{text}.")
 
     def compile_model(self, model: nn.Module) -> None:
