@@ -55,6 +55,7 @@ from thalweg.engine.given import made_model, split_of, task_loss
 from thalweg.engine.inorder import check_exact
 from thalweg.engine.layout import settle_layout
 from thalweg.engine.memory import Bench, fit, predicted, settle_memory
+from thalweg.engine.memory_format import lay_out
 from thalweg.engine.precision import begin_precision, joined, settle_precision, tell_gradients
 from thalweg.engine.preflight import (
     ModelLoss,
@@ -196,6 +197,7 @@ def _resolve(
     if begins:
         take_weights(model, recipe, decide.take, saved)
     model = device.move(model)
+    lay_out(model, device, decide.take)
     if ranks.world > 1:
         check_layers(model, ranks.world)
     recipe, early = begin_precision(recipe, model, device, decide.take)
