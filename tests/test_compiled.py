@@ -171,9 +171,24 @@ class Sideways(nn.Module):
         return y
 
 
+class Counting(nn.Module):
+    """Counts its calls in a buffer of one number, which the tracer of torch 2.13 would not move."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(6, 3)
+        self.register_buffer("calls", torch.zeros((), dtype=torch.int64))
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.get_buffer("calls").add_(1)
+        y: Tensor = self.layer(x)
+        return y
+
+
 @pytest.mark.parametrize(
     ("make", "asked", "numbers"),
     [
+        (Counting, "The model counts in a buffer that a graph would not move.", "'calls' is one number"),
         (Branching, "The step cannot be compiled as one graph.", "Data-dependent branching"),
         (Sideways, "The step as one graph computes something else than plain operators.", "norm of the gradient"),
     ],
