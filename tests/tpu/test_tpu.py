@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-
 import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -95,14 +94,16 @@ def decided(result: Any, path: str) -> str:
 
 def test_digits_trains_evaluates_and_resumes(tmp_path: Path) -> None:
     task, heard = find_task("digits"), Heard()
-    constant = {**DIGITS, "schedule.lr": "constant"}
+    constant = {**DIGITS, "schedule.lr": "hold()"}
     here = run(task, "cpu", constant)
     there = run(task, "tpu", constant, sinks=[heard])
     check_same(here, there)
     after = [event for event in heard.compiled() if "after the first step" in event.text]
     assert len(heard.compiled()) >= 2 and len(after) <= MOST, [event.text for event in heard.compiled()]
     assert decided(there, "compile").startswith("step")
-    assert "did not move" in decided(there, "operator batch_norm")  # and its statistics, in the evaluation, are the CPU's
+    assert "did not move" in decided(
+        there, "operator batch_norm"
+    )  # and its statistics, in the evaluation, are the CPU's
     assert decided(there, "float32 products").startswith("highest")
     assert "normalise by the batch" in decided(there, "padding")
 
@@ -138,7 +139,10 @@ class Pooled(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.conv, self.norm = nn.Conv1d(1, 4, 3, padding=1), nn.InstanceNorm1d(4, affine=True, track_running_stats=True)
+        self.conv, self.norm = (
+            nn.Conv1d(1, 4, 3, padding=1),
+            nn.InstanceNorm1d(4, affine=True, track_running_stats=True),
+        )
         self.pool, self.out = nn.AvgPool1d(2), nn.Linear(16, 2)
 
     def forward(self, x: Tensor) -> Tensor:
