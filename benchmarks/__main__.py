@@ -24,6 +24,7 @@ NAMES = (
     "bytes_a_parameter",
     "checkpoint",
     "scaling",
+    "compiled",
 )
 
 for name in sys.argv[1:] or NAMES:
