@@ -25,6 +25,7 @@ NAMES = (
     "checkpoint",
     "scaling",
     "ranks",
+    "compiled",
 )
 
 for name in sys.argv[1:] or NAMES:
