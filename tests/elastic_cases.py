@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import random
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -226,6 +227,22 @@ def own_loop(ranks: Any = None) -> dict[str, Any]:
         "weights": weights,
         "tensors": {name: sorted(group) for name, group in snapshot.groups.items()},
     }
+
+
+def waits_inside(ranks: Joined) -> str:
+    """The forward pass of one rank waits for others, who never come: as a collective that only one of them reaches."""
+
+    def waiting(model: nn.Module, batch: Any) -> Any:
+        if ranks.rank == 0:
+            time.sleep(6.0)  # longer than the others wait
+            raise RuntimeError("Timed out waiting for a collective of the model")
+        return mean_loss(model, batch)
+
+    try:
+        train(task(loss=waiting))
+    except Exception as err:
+        return f"{type(err).__name__}: {err}"
+    return "nothing"
 
 
 def cases(rank: int, on: Callable[..., Any], folder: Path) -> dict[Any, Any]:

@@ -425,6 +425,7 @@ def go_through(rank: int, world: int, port: int, out: str) -> None:
     folder = Path(out)
     groups = {num: dist.new_group(list(range(num))) for num in (2, 3, 4)}
     short = dist.new_group([0, 1], timeout=timedelta(seconds=4))
+    limited = dist.new_group([0, 1], timeout=timedelta(seconds=4))
     for num in (2, 3, 2):  # torch names a group by how many its members have
         if rank >= num:
             dist.new_group([rank], use_local_synchronization=True)
@@ -465,6 +466,7 @@ def go_through(rank: int, world: int, port: int, out: str) -> None:
     found["chosen"] = on(3, lambda _: train(bn_task(), {"train.batch": 24, "train.steps": 3}))
     found |= elastic_cases.cases(rank, on, folder)
     parts_cases.go_through(on, found, folder, rank)
+    found["waits inside"] = on(2, elastic_cases.waits_inside, limited)
     found["hung"] = on(2, lambda ranks: hung(ranks, folder / "hung", 9.0), short)
     torch.save(found, folder / f"rank {rank}")
     os._exit(0)  # the group of the hung run is broken: nobody waits for it

@@ -21,6 +21,7 @@ from tests.faults import ranked
 from tests.faults.runs import Ended, lines
 from tests.test_ranks import EXACT, four, ranks_of, wait_until
 from thalweg.checkpoint import FolderLock
+from thalweg.cli import main as cli
 from thalweg.core import RanksError, RunFolderError
 from thalweg.core.goodput import goodput
 from thalweg.parallel import ALONE, Agent, Left, launch, left_to
@@ -295,6 +296,26 @@ def test_ranks_that_are_not_alike_are_refused_on_all_of_them(four: Any) -> None:
         assert "micro_batch='auto' is out of TrainStep's reach on 2 ranks" in told["step auto"]
         assert "'both' cannot be joined over ranks" in told["metric"] and "{**collection}" in told["metric"]
         assert "'recall' is no number" in told["metric of three"] and "shape (3,)" in told["metric of three"]
+
+
+def test_a_rank_that_waits_inside_its_forward_pass_says_what_for(four: Any) -> None:
+    """The others give it up; its own error is what it ends with, and not that they are gone."""
+    first, second = (found["waits inside"] for found in four[0][:2])
+    assert first == "RuntimeError: Timed out waiting for a collective of the model"
+    assert second.startswith("RanksError: Rank 1 lost another of the 2 ranks"), second
+
+
+def test_a_traceback_says_whose_it_is(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    def broken(asked: Any) -> int:
+        raise KeyError("images")
+
+    monkeypatch.setattr(cli, "_tasks", broken)
+    for world, told in (("1", ""), ("3", "rank 2 of 3: KeyError\n")):
+        monkeypatch.setenv("RANK", "2")
+        monkeypatch.setenv("WORLD_SIZE", world)
+        with pytest.raises(KeyError):
+            cli.main(["tasks"])
+        assert capsys.readouterr().err == told
 
 
 def test_a_loss_that_draws_by_itself_is_told_of_and_not_refused(four: Any) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import itertools
 import json
 import time
@@ -13,6 +14,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 
 from thalweg.checkpoint import FolderLock, Snapshot, write_file
@@ -29,6 +31,7 @@ from thalweg.core import (
     ThalwegError,
 )
 from thalweg.core.changes import accepted
+from thalweg.device import Device
 from thalweg.engine import Loop, Resolved, Step, build, evaluate, resolve
 from thalweg.engine.agree import check_forward
 from thalweg.engine.memory import PeakWatch, begun
@@ -406,4 +409,12 @@ class _Run:
         if self.task.sample is None or reason is not StopReason.FINISHED or not self.ranks.is_first:
             return ""
         model.eval()
-        return self.task.sample(model)
+        return self.task.sample(self._where_lengths_may_change(model))
+
+    @staticmethod
+    def _where_lengths_may_change(model: nn.Module) -> nn.Module:
+        """The model, or a copy on the host: what grows word by word would be compiled anew for each word elsewhere."""
+        first = next(model.parameters(), None)
+        if first is None or not Device(first.device).static_shapes:
+            return model
+        return Device(torch.device("cpu")).move(copy.deepcopy(model))
