@@ -7,7 +7,7 @@ import gc
 import os
 import re
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from datetime import timedelta
 from typing import Any, TypeVar
 
@@ -164,6 +164,9 @@ class Joined:
         if self._dist.is_initialized():
             self._dist.destroy_process_group()
         gc.collect()  # who else holds the group, in a cycle
+
+    def in_touch(self, what: str) -> AbstractContextManager[None]:
+        return self._in_touch(what)
 
     @contextmanager
     def _in_touch(self, what: str) -> Iterator[None]:
