@@ -161,7 +161,9 @@ class Events(Memory):
         self.told.append(event.text)
 
 
-def train(task: Task, changes: dict[str, Any], folder: Path | None = None, resume: bool = False) -> dict[str, Any]:
+def train(
+    task: Task, changes: dict[str, Any], folder: Path | None = None, resume: bool | int = False
+) -> dict[str, Any]:
     """A run, and what is compared of it."""
     sink = Events()
     recipe = Recipe().override({**BASE, **changes})
@@ -466,6 +468,9 @@ def go_through(rank: int, world: int, port: int, out: str) -> None:
     found["chosen"] = on(3, lambda _: train(bn_task(), {"train.batch": 24, "train.steps": 3}))
     found |= elastic_cases.cases(rank, on, folder)
     parts_cases.go_through(on, found, folder, rank)
+    from tests import tensor_cases
+
+    found["tensor"] = tensor_cases.go_through(rank, folder, on)
     found["waits inside"] = on(2, elastic_cases.waits_inside, limited)
     found["hung"] = on(2, lambda ranks: hung(ranks, folder / "hung", 9.0), short)
     torch.save(found, folder / f"rank {rank}")

@@ -151,6 +151,20 @@ def test_a_form_that_is_asked_for_is_the_plan_whatever_fits() -> None:
     assert "does not multiply out to 8 ranks" in three_parts(err.value)[0]
 
 
+def test_cut_layers_are_planned_too() -> None:
+    found = plan_there(task_of(small_gpt), made(parallel={"tensor": 2}), "h100-80gb", devices=8, most=10**10)
+    assert found.forms[0].name == "data=4, tensor=2" and found.forms[0].chosen and found.forms[0].seconds is None
+    assert found.seconds is None and found.timed.startswith("not computed: layers are cut")
+    cut = {"qkv.weight", "up.weight", "up.bias", "out.weight", "down.weight"}  # the head has 17 rows, and stays whole
+    rooms = [
+        p.numel() // 2 if ".".join(name.split(".")[-2:]) in cut else p.numel()
+        for name, p in small_gpt().named_parameters()
+    ]
+    held = sum(4 * 256 * -(-room // 256) for room in rooms)
+    assert (found.ledger.parameters, found.ledger.slots) == (held, 2 * held)
+    assert found.batch == 64 and found.ledger.micro_batch == 1 and found.ledger.gathered == 0
+
+
 def test_what_adds_up_and_what_gathering_costs() -> None:
     found = planned(**{"optimizer.rule": "muon", "regularize.average": 0.99})
     ddp, fsdp = found.forms[:2]

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from thalweg.core import Plan, seed_for
 from thalweg.device import Device
-from thalweg.engine.fully import cut
+from thalweg.engine.fully import FullySharded, cut
 from thalweg.engine.precision import gradient_dtype
 from thalweg.engine.preflight import ModelLoss
 from thalweg.engine.recompute import recompute
@@ -26,6 +27,8 @@ from thalweg.engine.sharded_step import ShardedStep
 from thalweg.engine.spread import Spread
 from thalweg.engine.state import State
 from thalweg.engine.step import Step, StepOptions
+from thalweg.engine.tensor import TensorParallel, cut_layers
+from thalweg.engine.tensor_step import TensorStep
 from thalweg.engine.timetable import Timetable
 from thalweg.optim import make_arenas, named_trainable
 from thalweg.optim.arena import How
@@ -44,8 +47,13 @@ def build(
     device: Device,
     policy: Policy,
     ranks: Ranks = ALONE,
+    tried: Any = None,
 ) -> Step:
-    """The step of a plan; the model's parameters become views of flat buffers."""
+    """The step of a plan; the model's parameters become views of flat buffers.
+
+    Args:
+        tried: a micro-batch that is the same on all ranks, to look at a model whose layers are cut.
+    """
     recipe = plan.recipe
     optimizer, regularize = recipe.optimizer, recipe.regularize
     in_update = regularize.averages and regularize.average_form != "window"
@@ -62,8 +70,11 @@ def build(
         offload=bool(optimizer.offload),
         gradients=gradient_dtype(recipe),
     )
-    fully = None
-    if ranks.world == 1 or plan.layout.get("shard", 1) == 1:
+    fully: FullySharded | TensorParallel | None = None
+    if plan.layout.get("tensor", 1) > 1 and ranks.world > 1:
+        fully, feeds = cut_layers(model, plan, device, ranks, loss, policy, tried)
+        arenas = fully.arenas(plan.parameters, optimizer, how)
+    elif ranks.world == 1 or plan.layout.get("shard", 1) == 1:
         arenas = make_arenas(named_trainable(model), plan.parameters, optimizer, how)
     else:
         fully = cut(model, plan, device, ranks)
@@ -100,6 +111,11 @@ def build(
     if recipe.compile in ("off", "auto"):  # a variant that is tried has no compiler
         if release is not None:
             return ReleasedStep(state, loss, policy, options, streams, again, release=release)
+        if isinstance(fully, TensorParallel):
+            state.spread = Spread(state, ranks)
+            step = TensorStep(state, loss, policy, options, streams, again, feeds)
+            step.tensor = fully
+            return step
         if fully is not None:
             state.spread = Spread(state, ranks)
             return ShardedStep(state, loss, policy, options, streams, again, ranks, fully=fully)

@@ -38,7 +38,7 @@ def settle_layout(recipe: Recipe, ranks: Ranks, decide: Decisions, saved: Plan |
     if layout is None and saved is not None and saved.layout:
         return _again(Layout(**saved.layout), ranks.world)
     if layout is not None:
-        check_layout(layout, asked)
+        check_layout(layout, recipe)
     return layout
 
 
@@ -49,14 +49,34 @@ def _again(before: Layout, world: int) -> Layout:
     return Layout(data=world) if before.shard == 1 else Layout(shard=world)
 
 
-def check_layout(layout: Layout, asked: object) -> None:
-    """Refuse what is not there."""
-    if layout.tensor > 1:
-        raise RecipeError(
-            f"parallel={told(asked)} is not possible.",  # type: ignore[arg-type]
-            f"It cuts layers: {layout}.",
-            "Use parallel='fsdp', which spreads parameters.",
-        )
+def check_layout(layout: Layout, recipe: Recipe) -> None:
+    """Refuse what does not go with cut layers.
+
+    Raises:
+        RecipeError: naming it.
+    """
+    if layout.tensor == 1:
+        return
+    asked = f"parallel={told(recipe.parallel)}"
+    refused = [
+        (layout.shard > 1, f"shard={layout.shard}", "parallel={data=..., tensor=...}, or parallel='fsdp'"),
+        (recipe.exact_reduce, "exact_reduce=true", "exact_reduce=false: layers in parts add up in another order"),
+        (recipe.regularize.sharpness > 0, "regularize.sharpness", "regularize.sharpness=0"),
+        (recipe.regularize.average_form == "window", "regularize.average_form='window'", "average_form='ema'"),
+        (recipe.regularize.precise > 0, "regularize.precise", "regularize.precise=0"),
+        (bool(recipe.regularize.penalties), "regularize.penalties", "optimizer.weight_decay"),
+        (recipe.recompute not in (None, "none"), f"recompute='{recipe.recompute}'", "recompute='none'"),
+        (recipe.precision in ("bf16-pure", "fp8"), f"precision='{recipe.precision}'", "precision='bf16'"),
+        (recipe.memory_budget is not None, "memory_budget", "train.micro_batch as a number"),
+        (recipe.train.micro_batch == "auto", "train.micro_batch='auto'", "train.micro_batch as a number"),
+    ]
+    for is_there, what, instead in refused:
+        if is_there:
+            raise RecipeError(
+                f"{asked} does not go with {what}.",
+                f"{layout.tensor} ranks compute each layer together, and have parts of its weights and activations.",
+                f"Use {instead}, or another parallel.",
+            )
 
 
 @dataclass(frozen=True)
@@ -84,7 +104,7 @@ class Planned:
         ledger = self.whole if recipe.recompute == self.whole.recompute else self.ledger_of(recipe)
         if ledger is None:
             return None
-        if layout.shard > 1:
+        if layout.shard > 1 or layout.tensor > 1:
             rows, kind = self.plan.parameters, self.device.kind
             sizes = sizes_of(recipe, rows, self.model, kind)
             num = -(-recipe.train.batch // whole_of(recipe.train.micro_batch))

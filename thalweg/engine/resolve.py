@@ -87,6 +87,7 @@ from thalweg.engine.scheduled import (
     span_of,
 )
 from thalweg.engine.settle import Decisions, settle_evaluation, settle_length, settle_optimizer
+from thalweg.engine.tensor_plan import tensor_cuts
 from thalweg.engine.together import check_buffers, check_layers, check_parts, check_ranks, tell_parts
 from thalweg.optim import parameter_table
 from thalweg.parallel import ALONE, Ranks
@@ -211,6 +212,8 @@ def _resolve(
         check_layers(model, ranks.world)
     if stand.shard > 1:
         check_parts(model, recipe)
+    if stand.tensor > 1:
+        tensor_cuts(model, recipe, stand.tensor, decide.take)
     recipe, early = begin_precision(recipe, model, device, decide.take)
     if early is not None:
         undo.callback(early.undo)

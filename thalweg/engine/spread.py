@@ -204,7 +204,7 @@ class Spread:
         part = whole.new_zeros(len(whole), arena.params.numel())
         at = 0
         for name in arena.places:
-            piece = self.shards.pieces[name]
+            piece: Any = self.shards.pieces[name]
             start, stop = piece.bounds(self.shards.rank)
             place = arena.places[name][0]
             part[:, place : place + stop - start] = whole[:, at + start : at + stop]

@@ -25,6 +25,7 @@ from thalweg.regularize import GhostBatchNorm, PooledStatistics, WindowAverage
 if TYPE_CHECKING:
     from thalweg.engine.fully import FullySharded
     from thalweg.engine.spread import Spread
+    from thalweg.engine.tensor import TensorParallel
 
 
 class State:
@@ -54,7 +55,7 @@ class State:
         clip_history: float = 0.0,
         window: tuple[int, int, int] | None = None,
         guard: Guard | None = None,
-        fully: FullySharded | None = None,
+        fully: FullySharded | TensorParallel | None = None,
     ) -> None:
         self.model, self.arenas, self.device, self.timetable = model, arenas, device, timetable
         self.fully = fully

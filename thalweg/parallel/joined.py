@@ -69,10 +69,10 @@ class Joined:
                 self.group = self._dist.new_group(backend=backend, timeout=timedelta(seconds=self.timeout))
             self._backend = backend
 
-    def add(self, tensors: Iterable[Tensor]) -> None:
+    def add(self, tensors: Iterable[Tensor], group: Any = None) -> None:
         with self._in_touch("the sum of gradients"):
             for tensor in tensors:
-                self._dist.all_reduce(tensor, group=self.group)
+                self._dist.all_reduce(tensor, group=group or self.group)
 
     def copy(self, tensors: Iterable[Tensor]) -> None:
         with self._in_touch("a copy of the state"), torch.no_grad():

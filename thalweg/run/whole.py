@@ -197,7 +197,15 @@ class _Run:
         return resolved
 
     def _train(self, resolved: Resolved, earlier: Earlier, asked: Asked) -> Result:
-        step = build(resolved.plan, resolved.model, resolved.loss, resolved.device, resolved.policy, self.ranks)
+        step = build(
+            resolved.plan,
+            resolved.model,
+            resolved.loss,
+            resolved.device,
+            resolved.policy,
+            self.ranks,
+            resolved.tried,
+        )
         try:
             return self._through(resolved, earlier, asked, step)
         finally:
@@ -210,7 +218,7 @@ class _Run:
         check_end(plan, step.state.step)  # a plan with fewer epochs knows its end only now
         news = self._begun(plan, earlier, step.state.step)
         sinks = self._sinks(earlier.snapshot, new=earlier.plan is None)
-        precise = self._precise(resolved)
+        precise = self._precise(resolved, step)
         evaluation = self._evaluation(resolved, step, precise, asked)
         loop = Loop(plan, step, resolved.feed, sinks, evaluate=evaluation, stop=asked, ranks=self.ranks)
         keeper = BestWeights(step.state, precise) if plan.recipe.evaluate.patience else None
@@ -368,7 +376,8 @@ class _Run:
             sinks.append(self.lines)
         return [*sinks, *self.given_sinks]
 
-    def _precise(self, resolved: Resolved) -> PreciseStatistics | None:
+    @staticmethod
+    def _precise(resolved: Resolved, step: Step) -> PreciseStatistics | None:
         """What measures batch statistics for averaged weights, from the first batches of the run."""
         recipe, feed = resolved.plan.recipe, resolved.feed
         num = recipe.regularize.precise
@@ -383,7 +392,7 @@ class _Run:
             with resolved.policy.context(resolved.device):
                 resolved.loss(model, batch)
 
-        ranks = {"group": self.ranks.group, "in_order": recipe.exact_reduce}
+        ranks = {"group": step.ranks.group, "in_order": recipe.exact_reduce}
         return PreciseStatistics(resolved.model, batches, forward, seed=recipe.seed, **ranks)
 
     def _evaluation(
@@ -392,7 +401,7 @@ class _Run:
         test, wanted = resolved.test, resolved.plan.recipe.evaluate
         if test is None:
             return None
-        batch, ranks = wanted.batch or 1, self.ranks
+        batch, alone = wanted.batch or 1, self.ranks.world == 1
         return lambda: evaluate(
             step.state,
             test,
@@ -401,8 +410,8 @@ class _Run:
             resolved.policy,
             batch=batch,
             precise=precise,
-            stop=asked if ranks.world == 1 else lambda: False,
-            ranks=ranks,
+            stop=asked if alone else lambda: False,
+            ranks=step.ranks,
         )
 
     def _sample(self, model: nn.Module, reason: StopReason) -> str:

@@ -64,7 +64,7 @@ def tell_form(ways: Sequence[Way], chosen: Way, limit: int, take: Callable[[str,
 def rank_ledger(bench: Bench, recipe: Recipe, layout: Layout) -> Ledger:
     """Of the rank that has most, from that of one process with everything."""
     whole = bench.ledger(recipe, layout.feeds)
-    if layout.shard == 1:
+    if layout.shard == 1 and layout.tensor == 1:
         return whole
     sizes, rows = bench.sizes(recipe), bench.plan_of(recipe).parameters
     num = -(-recipe.train.batch // whole_of(recipe.train.micro_batch))

@@ -13,7 +13,8 @@ from thalweg.core import Layout, Ledger, ParameterRow, Recipe
 from thalweg.device.chips import Chip
 from thalweg.engine.blocks import repeated_blocks
 from thalweg.engine.precision import gradient_dtype
-from thalweg.optim import named_trainable
+from thalweg.engine.tensor_plan import CutPiece, tensor_cuts
+from thalweg.optim import named_trainable, plain_name
 from thalweg.optim.arena import How, make_arenas
 from thalweg.optim.sizes import StateSizes, state_sizes
 
@@ -52,13 +53,14 @@ def rank_sizes(
     Args:
         whole: of one rank that holds all of it.
     """
-    if layout.shard == 1:
+    if layout.shard == 1 and layout.tensor == 1:
         return whole
     named = dict(named_trainable(model))
     average = recipe.regularize.averages and recipe.regularize.average_form != "window"
     makes: dict[str, Any] = {"average": average, "device_kind": kind, "gradients": gradient_dtype(recipe)}
     apart = _seen_whole(named, rows, recipe, average)
-    cut: dict[str, Tensor] = {name: _cut(p, layout.shard) for name, p in named.items()}
+    shapes = {name: tuple(p.shape) for name, p in named.items()} | tensor_shapes(model, recipe, layout.tensor)
+    cut: dict[str, Tensor] = {name: _cut(p, shapes[name], layout.shard) for name, p in named.items()}
     parts = state_sizes(list(cut.items()), rows, recipe.optimizer, **makes)
     if not apart:
         kept, own = parts, StateSizes(0, 0, 0, 0)
@@ -77,8 +79,22 @@ def rank_sizes(
     )
 
 
-def _cut(p: Tensor, num: int) -> Tensor:
-    return nn.Parameter(torch.empty(part_of(p.shape, num) if p.ndim else p.shape, dtype=p.dtype, device="meta"))
+def tensor_shapes(model: nn.Module, recipe: Recipe, world: int) -> dict[str, tuple[int, ...]]:
+    """The shapes of a rank's parts of what is cut where ``world`` ranks compute layers together.
+
+    Raises:
+        ModelError, RecipeError: for a model that cannot be cut so.
+    """
+    found: dict[str, tuple[int, ...]] = {}
+    for cut in tensor_cuts(model, recipe, world) if world > 1 else ():
+        for key, p in model.get_submodule(cut.name).named_parameters(recurse=False):
+            if key == "weight" or cut.dim == 0:
+                found[plain_name(f"{cut.name}.{key}")] = CutPiece(tuple(p.shape), world, cut.dim, cut.packs).size
+    return found
+
+
+def _cut(p: Tensor, shape: tuple[int, ...], num: int) -> Tensor:
+    return nn.Parameter(torch.empty(part_of(shape, num) if shape else shape, dtype=p.dtype, device="meta"))
 
 
 def _sizes_of(named: Mapping[str, Tensor], rows: Sequence[ParameterRow], recipe: Recipe, makes: Any) -> StateSizes:

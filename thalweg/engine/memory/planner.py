@@ -127,7 +127,7 @@ class _There:
             accelerator=self.chip.kind != "cpu",
         )
         whole = gathered(model, self.layout, sizes.gradients, -(-recipe.train.batch // micro))
-        return on_rank(ledger, self.sizes(recipe, self.layout), whole) if self.layout.shard > 1 else ledger
+        return on_rank(ledger, self.sizes(recipe, self.layout), whole)
 
     def seconds(self, recipe: Recipe, micro: int) -> float:
         """Seconds of a step."""
@@ -210,7 +210,7 @@ def plan_there(
     there, recipe, forms = _shared(there, recipe, asked, devices, limit, decide, timed=timed)
     check_release(recipe, chip.kind, there.rows(recipe), decide.take)
     micro = whole_of(recipe.train.micro_batch)
-    seconds = there.step(recipe) if timed else None
+    seconds = there.step(recipe) if timed and there.layout.tensor == 1 else None
     ledger = there.ledger(recipe, micro)
     changes = []
     for what, one, note in smaller_variants(recipe, micro, chip.kind) if seconds else ():
@@ -229,15 +229,19 @@ def plan_there(
         steps=steps,
         largest=largest_that_fits(recipe.train.batch, lambda m: there.ledger(recipe, m).peak, limit),
         seconds=seconds,
-        timed=f"computed: {ARITHMETIC:.0%} of what the {chip.source} states{_between(devices)}",
+        timed=_how_timed(chip, devices, there.layout),
         decisions=tuple((d.path, d.value, d.reason) for d in decide.made),
         changes=tuple(cheapest_changes_first(changes)),
         forms=forms,
     )
 
 
-def _between(devices: int) -> str:
-    return f"; {MACHINE} chips a machine, {NETWORK / 1e9:.0f} GB/s a chip between machines" if devices > MACHINE else ""
+def _how_timed(chip: Chip, devices: int, layout: Layout) -> str:
+    if layout.tensor > 1:
+        return "not computed: layers are cut, and their sums run in the middle of passes"
+    text = f"computed: {ARITHMETIC:.0%} of what the {chip.source} states"
+    between = f"; {MACHINE} chips a machine, {NETWORK / 1e9:.0f} GB/s a chip between machines"
+    return text + between if devices > MACHINE else text
 
 
 def _shared(
@@ -269,7 +273,7 @@ def _shared(
     if asked is None:
         tell_form(ways_to, chosen, limit, decide.take)
     places = {id(way): elsewhere for way, elsewhere, _ in tried}
-    seconds = lambda way: places[id(way)].step(way.recipe) if timed else None
+    seconds = lambda way: places[id(way)].step(way.recipe) if timed and way.layout.tensor == 1 else None
     return mine[1], chosen.recipe, forms_of(ways_to, chosen, limit, seconds)
 
 
