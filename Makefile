@@ -1,6 +1,7 @@
 # make train   sets up its own virtual environment and runs the main job
 # make test    sets up and passes the tests, the linters and the floors
 # make bench   the figures of benchmarks/results
+# make test-gpu  what only a CUDA device can show, and the contracts on it
 # make faults  the long form of the fault harness (docs/faults.md)
 # make test-tpu  trains on torch-tpu over XLA's plugin for the CPU, in an environment of its own (docs/tpu.md)
 PYTHON ?= python3
@@ -8,7 +9,7 @@ TORCH ?= torch==2.13.0
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 
-.PHONY: train test lint bench faults test-tpu clean
+.PHONY: train test test-gpu test-tpu lint bench faults clean
 
 train: .venv/run.stamp
 	$(BIN)/thalweg train pycode
@@ -16,6 +17,12 @@ train: .venv/run.stamp
 # One thread a process: torch's threads wait by spinning, and two processes with two each slow each other tenfold.
 test: lint .venv/test.stamp
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto
+
+test-gpu: .venv/test.stamp
+	$(BIN)/python -m pytest -n 0 -rs -m gpu
+	@if $(BIN)/python -c "import sys, torch; sys.exit(not torch.cuda.is_available())"; \
+	then $(BIN)/python -m pytest -n 0 tests/test_step.py tests/test_resume.py tests/test_compiled.py tests/test_precision_table.py; \
+	else echo "No CUDA device on this machine: the contracts were not run on one."; fi
 
 lint: .venv/test.stamp
 	$(BIN)/ruff check .

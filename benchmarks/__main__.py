@@ -26,6 +26,7 @@ NAMES = (
     "scaling",
     "ranks",
     "forms",
+    "compiled",
 )
 
 for name in sys.argv[1:] or NAMES:

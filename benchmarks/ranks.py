@@ -14,6 +14,7 @@ import argparse
 import ctypes
 import gc
 import importlib
+import json
 import math
 import os
 import socket
@@ -27,7 +28,7 @@ import torch.multiprocessing as mp
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from benchmarks.keep import keep
+from benchmarks.keep import RESULTS, keep
 
 WORLD = 4
 FORMS = ("ddp", "fsdp")
@@ -224,6 +225,13 @@ def _rows_of_memory(allocator: str) -> list[dict[str, Any]]:
     return rows
 
 
+def kept(*, of_memory: bool) -> list[dict[str, Any]]:
+    """The rows of the part that is not measured again."""
+    path = RESULTS / "ranks.json"
+    rows: list[dict[str, Any]] = json.loads(path.read_text())["rows"] if path.exists() else []
+    return [row for row in rows if ("allocator" in row) is of_memory]
+
+
 def free_port() -> int:
     with socket.socket() as one:
         one.bind(("127.0.0.1", 0))
@@ -235,11 +243,8 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--steps", type=int, default=50)
     parser.add_argument("--only", choices=("table", "memory"))
     given = parser.parse_args(arguments)
-    rows: list[dict[str, Any]] = []
-    if given.only != "memory":
-        rows += rows_of_table(given.steps)
-    if given.only != "table":
-        rows += rows_of_memory()
+    rows = rows_of_table(given.steps) if given.only != "memory" else kept(of_memory=False)
+    rows += rows_of_memory() if given.only != "table" else kept(of_memory=True)
     for row in rows:
         print(row)
     print(keep("ranks", rows, "python -m benchmarks.ranks"))

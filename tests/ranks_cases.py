@@ -428,7 +428,7 @@ def go_through(rank: int, world: int, port: int, out: str) -> None:
     groups = {num: dist.new_group(list(range(num))) for num in (2, 3, 4)}
     short = dist.new_group([0, 1], timeout=timedelta(seconds=4))
     limited = dist.new_group([0, 1], timeout=timedelta(seconds=4))
-    for num in (2, 3, 2):  # torch names a group by how many its members have
+    for num in (2, 3, 2, 2):  # torch names a group by how many its members have
         if rank >= num:
             dist.new_group([rank], use_local_synchronization=True)
     found: dict[str, Any] = {}

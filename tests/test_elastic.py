@@ -287,7 +287,7 @@ def test_ranks_that_are_not_alike_are_refused_on_all_of_them(four: Any) -> None:
         assert "another recipe or program" in told["torch"] and "rank 1 has torch 2.11.0" in told["torch"]
         assert "rank 0 has my_loss.py" in told["sources"] and "rank 1 has my_loss.py" in told["sources"]
         assert told["device"].startswith("DeviceError" if rank else "RanksError: Rank 1 failed"), told["device"]
-        assert "There are 1 of cuda" in told["device"]
+        assert "of cuda, counted from 0" in told["device"]
         assert "rank 1 goes another way" in told["way"]
         assert "TanhBackward0: 0 times on rank 0, 1 on rank 1" in told["way"]
         assert "rank 1 gives another loss" in told["loss"] and "rank 0's" in told["loss"]

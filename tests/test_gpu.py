@@ -10,7 +10,9 @@ import torch
 
 import thalweg
 from tests.models import batchnorm_net, make_step, mean_loss, points, run_steps, state_bits
-from thalweg.core import Split
+from thalweg.core import Recipe, Split, Task
+from thalweg.data import to_device
+from thalweg.engine import resolve
 
 pytestmark = [
     pytest.mark.gpu,
@@ -34,7 +36,8 @@ def no_synchronisation() -> Iterator[None]:
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
 def test_a_step_never_waits_for_the_device(precision: str, no_synchronisation: None) -> None:
-    step, feed = make_step(batchnorm_net(0.1), mean_loss, points(), **CHANGES, precision=precision)
+    changes = {**CHANGES, "precision": precision, "compile": "off"}
+    step, feed = make_step(batchnorm_net(0.1), mean_loss, points(), **changes)
     windows = list(feed.windows(0, 6))
     for window in windows[:2]:
         step.run(window)
@@ -52,6 +55,43 @@ def test_two_runs_are_the_same_run(precision: str) -> None:
         run_steps(step, feed, 8)
         states.append(state_bits(step))
     assert all(torch.equal(states[0][name], states[1][name]) for name in states[0])
+
+
+@pytest.mark.parametrize("compiled", ["model", "step", "captured"])
+def test_what_is_compiled_is_the_step(compiled: str) -> None:
+    rows = {}
+    for how in ("off", compiled):
+        torch.manual_seed(0)
+        changes = {**CHANGES, "device": "cuda", "precision": "fp32", "train.micro_batch": 16, "compile": how}
+        step, feed = make_step(batchnorm_net(0.3), mean_loss, points(), **changes)
+        rows[how] = run_steps(step, feed, 8)
+    torch.testing.assert_close(torch.tensor(rows[compiled]), torch.tensor(rows["off"]), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("compiled", ["step", "captured"])
+def test_a_compiled_step_never_waits_for_the_device(compiled: str, no_synchronisation: None) -> None:
+    changes = {**CHANGES, "precision": "bf16", "train.micro_batch": 16, "compile": compiled}
+    step, feed = make_step(batchnorm_net(0.1), mean_loss, points(), **changes)
+    windows = list(feed.windows(0, 9))
+    for window in windows[:5]:
+        step.run(window)
+    torch.cuda.set_sync_debug_mode("error")
+    for window in windows[5:]:
+        step.run(window)
+
+
+def test_what_is_fastest_is_measured_and_told() -> None:
+    recipe = {**CHANGES, "device": "cuda", "precision": "bf16", "train.steps": 10_000}
+    task = Task(model=batchnorm_net(), loss=mean_loss, data=Split(train=points()))
+    plan = resolve(task, Recipe().override(recipe)).plan
+    told = [d for d in plan.decisions if d.path == "compile"]
+    assert plan.recipe.compile == told[-1].value and "ms a step" in told[-1].reason
+
+
+def test_batches_come_from_pinned_memory(no_synchronisation: None) -> None:
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    assert to_device({"x": torch.ones(1000)}, torch.device("cuda"))["x"].is_cuda
 
 
 def test_the_gpu_follows_the_cpu(tmp_path: Path) -> None:

@@ -21,7 +21,7 @@ from tests.faults.runs import Ended, residue
 from tests.faults.server import Fresh, Running, environment, no_orphans, session_of
 
 TASK = "tests.faults.ranked:task"
-TIMEOUT = 5  # seconds after which a rank is given up
+TIMEOUT = 10  # seconds after which a rank is given up
 BAR = 30.0  # seconds after that within which the run goes on
 _CHAIN = 5  # faults in one run
 _MOST = 300.0  # seconds that a run may take
@@ -104,7 +104,7 @@ def struck(row: Row, given: Given, number: int, most: int, how: Callable[[int], 
     runs, ranks = given.folder, 4
     slowest, times, wrong = 0.0, 0, ""
     with ledger(given.folder / f"ledger-{number}") as seen:
-        more = ["--ranks", str(ranks), "--restarts", str(most)]
+        more = ["--ranks", str(ranks), "--restarts", str(2 * most)]  # one that comes to nothing is told by the time
         running = Fresh().start(command(runs, f"run-{number}", *more), given.folder / f"run-{number}.log")
         known: set[str] = set()
         while times < most and not wrong:
@@ -134,6 +134,9 @@ def struck(row: Row, given: Given, number: int, most: int, how: Callable[[int], 
             assert "went into steps that count" in running.text()
             no_orphans(running.pid)
         _send(signal.SIGKILL, session_of(running.pid))
+    row.notes["processors for each process that wants one"] = round(
+        (os.cpu_count() or 1) / max(1.0, os.getloadavg()[1]), 2
+    )
     row.notes["slowest, s"] = round(max(row.notes.get("slowest, s", 0.0), slowest), 1)
     row.count("runs")
 

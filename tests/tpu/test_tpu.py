@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-
 import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -95,7 +94,7 @@ def decided(result: Any, path: str) -> str:
 
 def test_digits_trains_evaluates_and_resumes(tmp_path: Path) -> None:
     task, heard = find_task("digits"), Heard()
-    constant = {**DIGITS, "schedule.lr": "constant"}
+    constant = {**DIGITS, "schedule.lr": "hold()"}
     here = run(task, "cpu", constant)
     there = run(task, "tpu", constant, sinks=[heard])
     check_same(here, there)

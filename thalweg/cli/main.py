@@ -91,6 +91,11 @@ def _parser() -> argparse.ArgumentParser:
     plan.add_argument(
         "--ranks", metavar="N", help="plan for N processes: bytes on each, in each form (docs/parallel.md)"
     )
+    plan.add_argument(
+        "--compile",
+        action="store_true",
+        help="with --on tpu-...: have the TPU's own compiler say what the step takes; no TPU is needed (docs/tpu.md)",
+    )
     plan.set_defaults(run=_plan)
 
     init = commands.add_parser("init", help="write a starter task and recipe")
@@ -138,6 +143,10 @@ def _plan(asked: argparse.Namespace) -> int:
     if asked.on == ["list"]:
         print_chips()
         return 0
+    if asked.compile and not (asked.on and asked.on[0].startswith("tpu-")):
+        raise RecipeError(
+            "--compile goes with --on tpu-....", f"Named: {asked.on or 'no chip'}.", "Name one: --on tpu-v5e."
+        )
     if asked.shard and asked.on is None:
         raise RecipeError("--shard goes with --on.", "No chips are named.", "Name them: --on h100-80gb x 8.")
     changes = dict(pair(text) for text in asked.set)
@@ -151,9 +160,15 @@ def _plan(asked: argparse.Namespace) -> int:
 
     task = find_task(asked.task)
     recipe = recipe_of(task, asked.recipe).override(changes)
-    print_forecast(
-        forecast(task, recipe, on=chip, devices=devices, sharded=asked.shard, device_memory=asked.device_memory)
-    )
+    found = forecast(task, recipe, on=chip, devices=devices, sharded=asked.shard, device_memory=asked.device_memory)
+    print_forecast(found)
+    if asked.compile and chip is not None:
+        from thalweg.run.ahead import compiled_ahead
+
+        decided = {path: value for path, value, _ in found.decisions if path in ("precision", "train.micro_batch")}
+        share = {"train.batch": found.batch // devices, "train.micro_batch": found.ledger.micro_batch}
+        for line in compiled_ahead(asked.task, recipe.override({**decided, **share}), chip):
+            print(line)
     return 0
 
 

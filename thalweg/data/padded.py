@@ -1,4 +1,4 @@
-"""Micro-batches of one shape, for devices on which every shape is compiled anew: short ones are filled up with samples of weight 0."""
+"""Micro-batches of one shape, where every shape is compiled anew: short ones are filled up with samples of weight 0."""
 
 from __future__ import annotations
 

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from thalweg.device import check_float64
+from thalweg.device.lanes import in_host_memory
 
 
 def tree_map(function: Callable[[Tensor], Tensor], tree: Any) -> Any:
@@ -51,7 +52,7 @@ def split(tree: Any, micro_batch: int) -> list[Any]:
 
 
 def to_device(tree: Any, device: torch.device) -> Any:
-    """The batch on ``device``; pinned memory is copied without waiting.
+    """The batch on ``device``; from pinned memory, where the device copies by itself: nobody waits for it.
 
     Raises:
         DeviceError: for float64 where the device has none.
@@ -59,4 +60,9 @@ def to_device(tree: Any, device: torch.device) -> Any:
     if device.type == "cpu":
         return tree
     check_float64(tensors(tree), device, "The data")
-    return tree_map(lambda t: t.to(device, non_blocking=True), tree)
+    return tree_map(lambda t: _pinned(t, device).to(device, non_blocking=True), tree)
+
+
+def _pinned(t: Tensor, device: torch.device) -> Tensor:
+    """A tensor of the CPU's memory where the device copies it from by itself, while the host goes on."""
+    return in_host_memory(t, device) if t.device.type == "cpu" else t

@@ -29,6 +29,7 @@ class Capabilities:
         ranks_backend: what sums between processes on such devices, or "".
         foreach: whether one call works on a list of tensors.
         fused: whether torch's fused optimizers run there.
+        channels_last: whether its convolutions are fastest with channels side by side in memory.
         views: whether a parameter can be a view of a flat buffer.
         faults: operators that are missing, wrong or slow there, with the way round.
     """
@@ -48,6 +49,7 @@ class Capabilities:
     ranks_backend: str = ""
     foreach: bool = True
     fused: bool = False
+    channels_last: bool = False
     views: bool = True
     faults: tuple[Fault, ...] = field(default=())
 
@@ -80,7 +82,7 @@ _GRAPH: dict[str, Any] = {
 KNOWN: dict[str, dict[str, Any]] = {
     "cpu": {**_GPU, "graph_kind": "cpu", "pins": False, "streams": False, "captures_graphs": False}
     | {"ranks_backend": "gloo"},
-    "cuda": {**_GPU, "ranks_backend": "nccl"},
+    "cuda": {**_GPU, "channels_last": True, "ranks_backend": "nccl"},
     "xpu": {name: can for name, can in _GPU.items() if name not in ("float64", "captures_graphs")}
     | {"ranks_backend": "xccl"},  # some of these chips have no float64
     "mps": {**_GPU, "float64": False, "pins": False, "streams": False, "captures_graphs": False}

@@ -54,7 +54,7 @@ def untrainable_in_graphs(model: nn.Module, device: torch.device, backend: str |
         return ""
     for kind in (nn.LSTM, nn.GRU):
         names = [name for name, layer in model.named_modules() if isinstance(layer, kind)]
-        if names and _fails(kind.__name__, device, lambda at, kind=kind: _recurrent(kind, at, backend)):
+        if names and _fails(kind.__name__, device, functools.partial(_recurrent, kind, backend)):
             return f"what {kind.__name__} gives in a compiled graph has no gradient on {device.type} ('{names[0]}')"
     return ""
 
@@ -101,7 +101,7 @@ def _has_gradient(device: torch.device) -> bool:
     return F.avg_pool1d(_some(device).requires_grad_(), 3).requires_grad
 
 
-def _recurrent(kind: type[nn.LSTM] | type[nn.GRU], device: torch.device, backend: str) -> bool:
+def _recurrent(kind: Any, backend: str, device: torch.device) -> bool:
     layer = kind(2, 2).to(device)
     found = torch.compile(layer, backend=backend, dynamic=False)(torch.ones(2, 1, 2, device=device))[0]
     return bool(found.requires_grad)
@@ -177,7 +177,9 @@ def _avg_pool1d(
     return pooled.squeeze(-2)
 
 
-_originals: dict[str, Any] = {name: getattr(F, name) for name in ("batch_norm", "instance_norm", "avg_pool1d")}
+_originals: dict[str, Callable[..., Tensor]] = {
+    name: getattr(F, name) for name in ("batch_norm", "instance_norm", "avg_pool1d")
+}
 _MENDED: dict[str, tuple[Callable[[torch.device], bool], Callable[..., Tensor], str]] = {
     "batch_norm": (
         functools.partial(_moves, _originals["batch_norm"]),

@@ -17,6 +17,7 @@ from thalweg.device import ran_out
 from thalweg.engine.compiled_backend import Compiler
 from thalweg.engine.compiled_check import FirstCheck
 from thalweg.engine.compiled_graph import FlatArena, LossOf, due_of, gradients, names_in, update
+from thalweg.engine.compiled_replay import Record, Replayed
 from thalweg.engine.compiled_statistics import GraphStatistics
 from thalweg.engine.portions import Failure, go_through, in_update
 from thalweg.engine.step import RING, Step
@@ -45,12 +46,16 @@ class CompiledStep(Step):
         self.at = torch.zeros(1, dtype=torch.int64, device=state.device.torch_device)  # the row of this step
         self.check: FirstCheck | None = FirstCheck(self)
         self.undo = Undo(state.model, state.arenas, self.sums, self.graph_statistics)
-        self._graphs = {
+        self._graphs: dict[str, Callable[..., Any]] = {
             "add": compiler.graph(self._add),
             "end": compiler.graph(self._end),
             "single": compiler.graph(self._single),
             "update": compiler.graph(self._update),
         }
+
+    def replay(self, record: Record) -> None:
+        """Graphs are recorded by ``record`` and played again from here on."""
+        self._graphs = {name: Replayed(graph, record) for name, graph in self._graphs.items()}
 
     # ------------------------------------------------------------------ what the host does
 

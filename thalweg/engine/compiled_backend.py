@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable
+import warnings
+from collections.abc import Callable, Sequence
 from functools import cache
 from types import FunctionType, MethodType
 from typing import Any
@@ -65,7 +66,13 @@ class Compiler:
         Raises:
             ModelError: at a call, where it cannot be traced as one.
         """
-        compiled = torch.compile(_fresh(method), fullgraph=True, dynamic=False, backend=self._backend)
+        compiled = torch.compile(
+            _fresh(method),
+            fullgraph=True,
+            dynamic=False,
+            backend=self._backend,
+            options={"guard_filter_fn": _not_ours},
+        )
         return _Graph(compiled, self, method.__name__.strip("_"))
 
     def note(self, graph: str, args: tuple[Any, ...], seconds: float) -> None:
@@ -84,7 +91,7 @@ class Compiler:
         if before is not None:
             text += f", for {shapes} after {before}" if before != shapes else ", for the same shapes"
         if self._again > FEW:
-            text += f". More than {FEW} are time lost: give all micro-batches one shape (train.last='drop', sequences of one length)"
+            text += f". More than {FEW} are time lost: give micro-batches one shape (train.last='drop', equal lengths)"
         self.news.append(f"{text}.")
 
     def compile_model(self, model: nn.Module) -> None:
@@ -92,14 +99,17 @@ class Compiler:
         model.compile(backend=self._backend)
 
     def _backend(self, graph: Any, inputs: Any) -> Any:
-        if self.name == "inductor":
-            import torch._inductor
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", DeprecationWarning)  # torch's own, of what it imports
+            if self.name == "inductor":
+                import torch._inductor
 
-            made: Any = torch._inductor.compile(graph, inputs, options={"fallback_random": True, **self.options})
-        else:
-            from torch._dynamo.backends.registry import lookup_backend
+                made: Any = torch._inductor.compile(graph, inputs, options={"fallback_random": True, **self.options})
+            else:
+                from torch._dynamo.backends.registry import lookup_backend
 
-            made = lookup_backend(self.name)(graph, inputs, **({"options": self.options} if self.options else {}))
+                options = {"options": self.options} if self.options else {}
+                made = lookup_backend(self.name)(graph, inputs, **options)
         self.made += 1
         return made
 
@@ -109,7 +119,7 @@ class _Graph:
 
     def __init__(self, compiled: Callable[..., Any], compiler: Compiler, name: str) -> None:
         import torch._dynamo.config as config
-        from torch._dynamo.exc import FailOnRecompileLimitHit, Unsupported
+        from torch._dynamo.exc import FailOnRecompileLimitHit, TorchDynamoException, Unsupported
 
         self.compiled, self.compiler, self.name, self.traced = compiled, compiler, name, False
         self.switches: dict[str, Any] = {
@@ -117,7 +127,7 @@ class _Graph:
             "specialize_float": True,
             "recompile_limit": MOST_SHAPES,
         }
-        self.config, self.not_traced = config, (Unsupported, FailOnRecompileLimitHit)
+        self.config, self.not_traced, self.failed = config, (Unsupported, FailOnRecompileLimitHit), TorchDynamoException
 
     def __call__(self, *args: Any) -> Any:
         made, begun = self.compiler.made, time.perf_counter()
@@ -135,10 +145,21 @@ class _Graph:
         try:
             with self.config.patch(**self.switches):
                 found = self.compiled(*args)
-        except self.not_traced as err:
+        except self.failed as err:
             raise _not_one_graph(err) from err
         self.traced = True
         return found
+
+
+def _not_ours(guards: Sequence[Any]) -> list[bool]:
+    """Which guards are looked at in every call: those of the model, the loss, the data and torch's settings.
+
+    What a step holds besides is made once and never replaced; looking at it takes a tenth of a tiny model's step.
+    """
+    return [not guard.name.startswith("self.") or guard.name.startswith(_MOVES) for guard in guards]
+
+
+_MOVES = ("self.module", "self.graph_statistics")  # layers may change their mode
 
 
 def _not_one_graph(err: Exception) -> ModelError:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
+from thalweg.device.replay import record
 from thalweg.engine.compiled import CompiledStep
 from thalweg.engine.compiled_backend import Compiler
 from thalweg.engine.compiled_choice import WHOLE, check_model
@@ -36,7 +38,9 @@ def compiled_step(
     check_model(state.model, how)
     compiler = Compiler(state.device.compile_backend or "", state.device.compile_options)
     if how in WHOLE:
-        step: Step = CompiledStep(state, loss, policy, options, streams, again, ranks, compiler=compiler)
+        step = CompiledStep(state, loss, policy, options, streams, again, ranks, compiler=compiler)
+        if how == "captured":
+            step.replay(partial(record, state.device))
         return step
     compiled = CompiledModel(state.model, compiler, again)
     if release is not None:

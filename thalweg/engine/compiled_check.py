@@ -39,10 +39,12 @@ class FirstCheck:
 
     def begin(self, parts: Sequence[Any]) -> FirstCheck | None:
         """Find what is wanted; None where it cannot be compared."""
-        state = self.step.state
+        state, moved = self.step.state, list[str]()
         try:
             with restored(list(state.model.buffers())):
+                before = [(name, b, b._version) for name, b in self._numbers()]
                 self._go_through(parts)
+                moved = [name for name, b, version in before if b._version != version]
         except Exception as err:
             if not ran_out(err):
                 raise
@@ -50,7 +52,21 @@ class FirstCheck:
         for arena in state.arenas:
             arena.hold_gradients()
             arena.grads.zero_()
+        if moved:
+            raise ModelError(
+                "The model counts in a buffer that a graph would not move.",
+                f"'{moved[0]}' is one number, and torch's tracer forgets what is written to a single number on this device.",
+                "Make it a vector of one, as torch.zeros(1); or use compile='off'.",
+            )
         return self if self.wanted else None
+
+    def _numbers(self) -> list[tuple[str, Tensor]]:
+        """Buffers of the model that the tracer takes for numbers of Python's, where it does; batch statistics have others."""
+        if not self.step.state.device.is_host:
+            return []
+        pooled = {id(layer.num_batches_tracked) for layer in self.step.state.statistics.layers}
+        found = [(name, b) for name, b in self.step.state.model.named_buffers() if id(b) not in pooled]
+        return [(name, b) for name, b in found if not b.ndim and b.dtype in (torch.int64, torch.float64)]
 
     def _go_through(self, parts: Sequence[Any]) -> None:
         step, first, drawn = self.step, 0, False

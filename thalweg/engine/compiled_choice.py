@@ -83,7 +83,7 @@ def settle_compile(
     if reason := why_not(recipe, rows, device, asked, against):
         raise RecipeError(
             f"compile='{asked}' is not possible in this run.",
-            f"{reason[0].upper()}{reason[1:]}.",
+            f"The reason: {reason}.",
             "Leave compile out: what is possible is chosen, with its reason; or use compile='model' or 'off'.",
         )
     return recipe

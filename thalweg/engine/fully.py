@@ -11,7 +11,7 @@ import hashlib
 import math
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from functools import partial
 from typing import Any
 
@@ -25,7 +25,7 @@ from thalweg.engine.blocks import repeated_blocks
 from thalweg.engine.precision import gradient_dtype
 from thalweg.optim import Arena, plain_name
 from thalweg.optim.sharded_arena import ShardedArena
-from thalweg.optim.shards import Shards
+from thalweg.optim.shards import Shards, Touch
 from thalweg.parallel import Grid
 
 # What FSDP2 writes into modules: attributes, and hooks.
@@ -47,14 +47,23 @@ class FullySharded:
         mesh: a DeviceMesh of one dimension, or of two: copies, and among which ranks each is cut.
         sums: what gradients are added up in; None: as the parameters are stored.
         exact: whether gradients are summed in the order of micro-batches, to the bits of one rank.
+        touch: stands around each exchange, as for ``Shards``.
 
     What a loss does with weights outside of the layers that hold them is out of reach: they are parts there.
     """
 
-    def __init__(self, model: nn.Module, mesh: Any, *, sums: torch.dtype | None = None, exact: bool = False) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        mesh: Any,
+        *,
+        sums: torch.dtype | None = None,
+        exact: bool = False,
+        touch: Touch = lambda what: nullcontext(),
+    ) -> None:
         from torch.distributed.fsdp import fully_shard
 
-        self.model, self.mesh, self.exact = model, mesh, exact
+        self.model, self.mesh, self.exact, self.touch = model, mesh, exact, touch
         self.released = False
         self.others: list[int] = []  # ranks that began with other weights than the first
         self.idle = False  # whether what this rank adds to the sums is nothing
@@ -70,7 +79,7 @@ class FullySharded:
         self.everyone = group
         replica = 0 if mesh.ndim == 1 else mesh.get_local_rank(0)
         self.replicas = None if mesh.ndim == 1 else mesh.get_group(0)
-        self.shards = Shards(self.shapes, group, replica)
+        self.shards = Shards(self.shapes, group, replica, touch)
         for p in named.values():
             p.data = p.data.contiguous()
         self.units: list[Any] = list(units(model))
@@ -145,6 +154,7 @@ class FullySharded:
 
     def _sum_with(self, module: Any) -> None:
         summing = _Sum(self)
+        module.set_custom_all_gather(_Gather(self))
         module.set_custom_reduce_scatter(summing)
         module.set_gradient_divide_factor(1.0)
         module.set_force_sum_reduction_for_comms(True)
@@ -217,7 +227,7 @@ def cut(model: nn.Module, plan: Plan, device: Device, ranks: Any) -> FullySharde
     whole = [p.detach() for p in model.parameters()] + list(model.buffers())
     told = ranks.told(_digest(whole))
     ranks.copy(whole)
-    made = FullySharded(model, mesh, sums=gradient_dtype(recipe), exact=recipe.exact_reduce)
+    made = FullySharded(model, mesh, sums=gradient_dtype(recipe), exact=recipe.exact_reduce, touch=ranks.in_touch)
     made.others = [rank for rank, one in enumerate(told) if one != told[0]]
     return made
 
@@ -236,6 +246,20 @@ def read_in_parts(numbers: str) -> ModelError:
         numbers,
         "Read weights in the forward pass of their own layer; or use parallel='ddp'.",
     )
+
+
+class _Gather:
+    """FSDP2's way to gather a block's parameters."""
+
+    def __init__(self, sharded: FullySharded) -> None:
+        self.sharded = sharded
+
+    def allocate(self, size: Sequence[int], *, dtype: torch.dtype, device: torch.device) -> Tensor:
+        return torch.empty(*size, dtype=dtype, device=device)
+
+    def __call__(self, output_tensor: Tensor, input_tensor: Tensor, group: Any, async_op: bool = False) -> Any:
+        with self.sharded.touch("the parameters of a block"):
+            return _all_gather(output_tensor, input_tensor, group=group, async_op=async_op)
 
 
 class _Sum:
@@ -259,6 +283,10 @@ class _Sum:
         if self.sharded.idle:
             input_tensor.zero_()
         self.at = 0
+        with self.sharded.touch("the sum of gradients"):
+            self._sum(output_tensor, input_tensor, group)
+
+    def _sum(self, output_tensor: Tensor, input_tensor: Tensor, group: Any) -> None:
         if not self.sharded.exact:
             _reduce_scatter(output_tensor, input_tensor, group=group)
             self.given = [output_tensor]
@@ -311,10 +339,9 @@ class _Rest:
                 yield from module.parameters(recurse=False)
 
 
-def _all_gather(found: Tensor, given: Tensor, group: Any) -> None:
-    (getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor)(
-        found, given, group=group
-    )  # before torch 2.13
+def _all_gather(found: Tensor, given: Tensor, group: Any, async_op: bool = False) -> Any:
+    gather: Any = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor  # before torch 2.13
+    return gather(found, given, group=group, async_op=async_op)
 
 
 def _reduce_scatter(found: Tensor, given: Tensor, group: Any) -> None:

@@ -59,6 +59,7 @@ from thalweg.engine.given import made_model, split_of, task_loss
 from thalweg.engine.inorder import check_exact
 from thalweg.engine.layout import Planned, fitting_layout, on_ranks, settle_layout
 from thalweg.engine.memory import Bench, fit, predicted, settle_memory
+from thalweg.engine.memory_format import lay_out
 from thalweg.engine.padding import settle_padding
 from thalweg.engine.precision import begin_precision, joined, settle_precision, tell_gradients
 from thalweg.engine.preflight import (
@@ -206,6 +207,7 @@ def _resolve(
     model = device.move(model)
     for told in device.mend(model):
         decide.take(*told)
+    lay_out(model, device, decide.take)
     if ranks.world > 1:
         check_layers(model, ranks.world)
     if stand.shard > 1:

@@ -12,7 +12,6 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 
 from thalweg.core import OutOfMemoryError, ThalwegError
@@ -74,6 +73,9 @@ class ShardedStep(Step):
         except Exception as err:
             if ran_out(err):
                 failure = Failure.of(err, "a pass")
+            elif isinstance(err, RuntimeError) and "gloo" in str(err):  # a sum between copies, which FSDP2 makes itself
+                with self.ranks.in_touch("the sum of gradients"):
+                    raise
             elif "DTensor" in str(err) and not isinstance(err, ThalwegError):
                 raise read_in_parts(f"{type(err).__name__}: {' '.join(str(err).split())[:200]}") from err
             else:
@@ -175,7 +177,7 @@ class ShardedStep(Step):
                 counts = self._add_counts(counts)
         with torch.no_grad():
             gs = [arena.grads for arena in self.state.arenas]
-            self.norm = ordered_norm(gs, self.num_elements, self._largest, self.fully.shards.total)
+            self.norm = ordered_norm(gs, self.num_elements, self.fully.shards.largest, self.fully.shards.total)
             if counted and counts is not None:
                 self.sums.copy_(counts[:2])
                 if self.state.statistics.layers:
@@ -197,8 +199,3 @@ class ShardedStep(Step):
         for theirs in self.ranks.gather(mine):
             counts += theirs
         return counts
-
-    def _largest(self, value: Tensor) -> Tensor:
-        found = value.clone()
-        dist.all_reduce(found, op=dist.ReduceOp.MAX, group=self.fully.shards.group)
-        return found

@@ -63,8 +63,11 @@ class Spikes:
 
     def above(self, losses: Tensor, weights: Tensor, norm: Tensor) -> Tensor:
         """Whether the loss and the norm of this step are too large, (2, 1) bool; false for NaN."""
-        torch.div(losses, weights, out=self._loss)
-        self._norm.copy_(norm)
+        loss, last = self._loss, self._norm
+        if torch.compiler.is_compiling():  # a tracer forgets what is written to a number (torch 2.13)
+            loss, last = self._now[0, 0], self._now[1, 0]
+        torch.div(losses, weights, out=loss)
+        last.copy_(norm)
         return self._now > self._most
 
     def take_in(self, ok: Tensor, step: int) -> None:
@@ -131,7 +134,8 @@ class Watch:
         fault = ~finite & (weights > 0)
         if self.scaled:
             fault = fault & (~torch.isfinite(losses) | (scale <= LEAST))
-        self._kind.copy_(fault)
+        kind = self.told[0] if torch.compiler.is_compiling() else self._kind  # as in ``Spikes.above``
+        kind.copy_(fault)
         ok, trips, wild = finite, fault if guard.nonfinite != "skip" else None, None
         if self.spikes is not None:
             above = self.spikes.above(losses, weights, norm)
@@ -140,7 +144,7 @@ class Watch:
             else:
                 wild = above.any() & finite
             ok = ok & ~wild
-            self._kind.add_(wild, alpha=SPIKE)
+            kind.add_(wild, alpha=SPIKE)
             if guard.spike != "skip":
                 trips = wild if trips is None else trips | wild
         self.still = wild

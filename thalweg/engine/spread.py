@@ -101,11 +101,13 @@ class Spread:
             return None if mine is None else mine.detach().cpu()
         if self.shards.rank == owner:
             assert mine is not None
-            dist.send(mine.detach().to(self._device()).contiguous(), group=self.shards.group, group_dst=0)
+            with self.shards.touch("a whole tensor"):
+                dist.send(mine.detach().to(self._device()).contiguous(), group=self.shards.group, group_dst=0)
             return None
         shape, dtype = self._form(stem, path)
         got = torch.empty(shape, dtype=dtype, device=self._device())
-        dist.recv(got, group=self.shards.group, group_src=owner)
+        with self.shards.touch("a whole tensor"):
+            dist.recv(got, group=self.shards.group, group_src=owner)
         return got.cpu()
 
     def _form(self, stem: str, path: str) -> tuple[tuple[int, ...], torch.dtype]:

@@ -19,6 +19,7 @@ from thalweg.engine.build import build
 from thalweg.engine.compiled_choice import settle_compile
 from thalweg.engine.given import task_loss
 from thalweg.engine.memory import Bench, fit, settle_memory
+from thalweg.engine.memory_format import lay_out
 from thalweg.engine.portions import spoken
 from thalweg.engine.precision import begin_precision, check_dtypes, joined, settle_precision, tell_gradients
 from thalweg.engine.preflight import ModelLoss, preflight
@@ -149,6 +150,7 @@ class TrainStep:
         self.device = self.ranks.own(choose(self.recipe.device)[0])
         take_weights(model, self.recipe, self._decide.take, None)
         self.model = self.device.move(model)
+        lay_out(self.model, self.device, self._decide.take)
         self.rows = parameter_table(model, optimizer=self.recipe.optimizer, schedule=self.recipe.schedule)
         span = span_of(self.recipe, self.steps or 1, {}, _WHY_NOT)
         check_values(moved, span)

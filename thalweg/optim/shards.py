@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+
+Touch = Callable[[str], AbstractContextManager[None]]
 
 
 @dataclass(frozen=True)
@@ -59,10 +62,17 @@ class Shards:
         shapes: of whole parameters, by name.
         group: of the ranks among which each parameter is cut.
         replica: which of several such groups this is, which hold the same; 0 where there is one.
+        touch: stands around each exchange, told what it is; makes the errors of ranks that are lost.
     """
 
-    def __init__(self, shapes: Mapping[str, Sequence[int]], group: Any, replica: int = 0) -> None:
-        self.group, self.replica = group, replica
+    def __init__(
+        self,
+        shapes: Mapping[str, Sequence[int]],
+        group: Any,
+        replica: int = 0,
+        touch: Touch = lambda what: nullcontext(),
+    ) -> None:
+        self.group, self.replica, self.touch = group, replica, touch
         self.rank, self.world = dist.get_rank(group), dist.get_world_size(group)
         self.pieces = {name: Piece(tuple(shape), self.world) for name, shape in shapes.items()}
 
@@ -82,16 +92,36 @@ class Shards:
         sent[: part.numel()] = part.reshape(-1)
         got = all_ranks or self.rank == 0
         parts = [torch.empty_like(sent) for _ in range(self.world)] if got else None
-        if all_ranks:
-            dist.all_gather(parts, sent, group=self.group)
-        else:
-            dist.gather(sent, parts, group=self.group, group_dst=0)
+        with self.touch("the parts of a tensor"):
+            if all_ranks:
+                dist.all_gather(parts, sent, group=self.group)
+            else:
+                dist.gather(sent, parts, group=self.group, group_dst=0)
         return torch.cat(parts)[: piece.numel].view(piece.shape) if parts is not None else None
 
     def total(self, value: Tensor) -> Tensor:
         """The sum of what the ranks of the group have found in their parts."""
         found = value.clone()
-        dist.all_reduce(found, group=self.group)
+        with self.touch("a sum over parts"):
+            dist.all_reduce(found, group=self.group)
+        return found
+
+    def largest(self, value: Tensor) -> Tensor:
+        """The largest of what the ranks of the group have found."""
+        found = value.clone()
+        with self.touch("a maximum over parts"):
+            dist.all_reduce(found, op=dist.ReduceOp.MAX, group=self.group)
+        return found
+
+    def exchange(self, given: Tensor, sent: Sequence[int], got: Sequence[int]) -> Tensor:
+        """Runs of a flat tensor to each rank, and from each.
+
+        Args:
+            sent, got: elements to, and from, each rank.
+        """
+        found = torch.empty(sum(got), dtype=given.dtype, device=given.device)
+        with self.touch("whole parameters, or parts of them"):
+            dist.all_to_all_single(found, given, list(got), list(sent), group=self.group)
         return found
 
 
@@ -122,8 +152,7 @@ class Owners:
         given = torch.cat(runs).to(dtype) if runs else torch.empty(0, dtype=dtype, device=device)
         sent = [sum(self._extent(name, shards.rank) for name in names) for names in self.names]
         sizes = [sum(self._extent(name, rank) for name in self.mine) for rank in range(shards.world)]
-        got = torch.empty(sum(sizes), dtype=dtype, device=device)
-        dist.all_to_all_single(got, given, sizes, sent, group=shards.group)
+        got = shards.exchange(given, sent, sizes)
         wholes = {name: torch.empty(shards.pieces[name].shape, dtype=dtype, device=device) for name in self.mine}
         at = 0
         for rank in range(shards.world):
@@ -144,8 +173,7 @@ class Owners:
         given = torch.cat(runs).to(dtype) if runs else torch.empty(0, dtype=dtype, device=device)
         sent = [sum(self._extent(name, rank) for name in self.mine) for rank in range(shards.world)]
         sizes = [sum(self._extent(name, shards.rank) for name in names) for names in self.names]
-        got = torch.empty(sum(sizes), dtype=dtype, device=device)
-        dist.all_to_all_single(got, given, sizes, sent, group=shards.group)
+        got = shards.exchange(given, sent, sizes)
         return dict(self._cut(got))
 
     def _cut(self, got: Tensor) -> Iterator[tuple[str, Tensor]]:

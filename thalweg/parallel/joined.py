@@ -7,7 +7,7 @@ import gc
 import os
 import re
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from datetime import timedelta
 from typing import Any, TypeVar
 
@@ -165,6 +165,9 @@ class Joined:
             self._dist.destroy_process_group()
         gc.collect()  # who else holds the group, in a cycle
 
+    def in_touch(self, what: str) -> AbstractContextManager[None]:
+        return self._in_touch(what)
+
     @contextmanager
     def _in_touch(self, what: str) -> Iterator[None]:
         self._calls += 1
@@ -282,7 +285,8 @@ def _met(dist: Any, wanted: int, timeout: float, patience: float) -> Joined:
     try:
         store, rank, world = meet(dist, patience)
         limit = timedelta(seconds=timeout)
-        dist.init_process_group(HOST_RANKS, store=store, rank=rank, world_size=world, timeout=limit)
+        patient = timedelta(seconds=max(timeout, patience))  # until all are there
+        dist.init_process_group(HOST_RANKS, store=store, rank=rank, world_size=world, timeout=patient)
         words = dist.new_group(backend=HOST_RANKS, timeout=limit)  # a model's own collectives do not meet ours
     except (RuntimeError, ValueError) as err:
         words = _in_short(err)
