@@ -44,7 +44,7 @@ def misfit(value: Any, kind: Any, where: str) -> str:
 def _is_plain(value: Any, kind: Any) -> bool:
     if kind is float:
         return type(value) in (int, float) and abs(value) <= 1e308 and math.isfinite(value)
-    return type(value) is kind and (kind is not int or abs(value) < 2**63)
+    return type(value) is kind and (kind is not int or -(2**63) <= value < 2**63)
 
 
 @cache

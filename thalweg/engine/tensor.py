@@ -26,6 +26,7 @@ from thalweg.engine.preflight import ModelLoss, as_written, untouched
 from thalweg.engine.tensor_plan import Cut, CutPiece, tensor_cuts
 from thalweg.optim import Arena, make_arenas, named_trainable, plain_name
 from thalweg.optim.arena import How
+from thalweg.optim.shards import Touch
 from thalweg.parallel import Feeds, Grid
 from thalweg.precision import Policy
 
@@ -37,8 +38,8 @@ _CLOSE, _CLOSE_IN_HALF = 1e-4, 3e-2  # of what is whole and what is in parts
 class Parts:
     """Which part of each cut parameter is this rank's; as ``Shards`` is for parameters that are sharded by rows."""
 
-    def __init__(self, pieces: Mapping[str, CutPiece], group: Any) -> None:
-        self.pieces, self.group, self.replica = dict(pieces), group, 0
+    def __init__(self, pieces: Mapping[str, CutPiece], group: Any, touch: Touch = lambda what: nullcontext()) -> None:
+        self.pieces, self.group, self.replica, self.touch = dict(pieces), group, 0, touch
         self.rank, self.world = dist.get_rank(group), dist.get_world_size(group)
 
     def mine(self, name: str, whole: Tensor) -> Tensor:
@@ -48,16 +49,18 @@ class Parts:
         """The whole of what ``part`` is this rank's part of: on the first rank of the group, or on all; elsewhere None."""
         sent, got = part.contiguous(), all_ranks or self.rank == 0
         parts = [torch.empty_like(sent) for _ in range(self.world)] if got else None
-        if all_ranks:
-            dist.all_gather(parts, sent, group=self.group)
-        else:
-            dist.gather(sent, parts, group=self.group, group_dst=0)
+        with self.touch("the parts of a tensor"):
+            if all_ranks:
+                dist.all_gather(parts, sent, group=self.group)
+            else:
+                dist.gather(sent, parts, group=self.group, group_dst=0)
         return None if parts is None else self.pieces[name].together(parts)
 
     def total(self, value: Tensor) -> Tensor:
         """The sum of what the ranks of the group have found in their parts."""
         found = value.clone()
-        dist.all_reduce(found, group=self.group)
+        with self.touch("a sum over parts"):
+            dist.all_reduce(found, group=self.group)
         return found
 
 
@@ -68,9 +71,10 @@ class TensorParallel:
         model: whole, the same on all ranks, on its device.
         cuts: which layers.
         grid: how the ranks stand.
+        touch: as for ``Shards``.
     """
 
-    def __init__(self, model: nn.Module, cuts: Sequence[Cut], grid: Grid) -> None:
+    def __init__(self, model: nn.Module, cuts: Sequence[Cut], grid: Grid, touch: Touch) -> None:
         from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
         from torch.distributed.tensor.placement_types import Replicate
 
@@ -98,7 +102,7 @@ class TensorParallel:
         self._own = {
             id(getattr(modules[cut.name], key)): f"{cut.name}.{key}" for cut in cuts for key in ("weight", "bias")
         }
-        self.shards = Parts(pieces, grid.tensor_group)
+        self.shards = Parts(pieces, grid.tensor_group, touch)
         parallelize_module(model, grid.mesh["tensor"], styles, src_data_rank=None)
         self._views: dict[str, Tensor] = {}
 
@@ -227,7 +231,7 @@ def cut_layers(
     ends = [cut.name for cut in cuts if cut.dim or cut.gathers]  # after these, activations are whole again
     run = partial(_seen, model, ends, loss, batch, device, policy, recipe.seed)
     before = run()
-    made = TensorParallel(model, cuts, grid)
+    made = TensorParallel(model, cuts, grid, ranks.in_touch)
     made.others = [rank for rank, one in enumerate(told) if one != told[0]]
     try:
         ranks.together(lambda: _check_same(run, before, policy))

@@ -17,7 +17,6 @@ from thalweg.engine.step import Step
 from thalweg.engine.tensor import TensorParallel
 from thalweg.optim import Arena
 from thalweg.optim.norm import global_norm
-from thalweg.parallel import Feeds
 
 
 class TensorStep(Step):
@@ -36,10 +35,8 @@ class TensorStep(Step):
                     first += one(index, first, batch, index == len(parts) - 1)
         except Exception as err:
             if _is_lost(err):
-                assert isinstance(self.ranks, Feeds)
-                lost = self.ranks.ranks._lost("a layer that ranks compute together", " ".join(str(err).split())[:300])
-                lost.lost = True
-                raise lost from None
+                with self.ranks.in_touch("a layer that ranks compute together"):
+                    raise
             if not ran_out(err):
                 raise
             failure = Failure.of(err, "a pass")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from contextlib import AbstractContextManager
 from typing import TypeVar
 
 from torch import Tensor
@@ -71,6 +72,9 @@ class Feeds:
 
     def together(self, act: Callable[[], T]) -> T:
         return self.ranks.together(act)
+
+    def in_touch(self, what: str) -> AbstractContextManager[None]:
+        return self.ranks.in_touch(what)
 
     def talk(self) -> Talk:
         return self.ranks.talk()
