@@ -3,12 +3,13 @@
 # make bench   the figures of benchmarks/results
 # make test-gpu  what only a CUDA device can show, and the contracts on it
 # make faults  the long form of the fault harness (docs/faults.md)
+# make test-tpu  trains on torch-tpu over XLA's plugin for the CPU, in an environment of its own (docs/tpu.md)
 PYTHON ?= python3
 TORCH ?= torch==2.13.0
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 
-.PHONY: train test test-gpu lint bench faults clean
+.PHONY: train test test-gpu lint bench faults test-tpu clean
 
 train: .venv/run.stamp
 	$(BIN)/thalweg train pycode
@@ -35,6 +36,21 @@ bench: .venv/test.stamp
 faults: .venv/test.stamp
 	OMP_NUM_THREADS=1 $(BIN)/python -m tests.faults
 
+# Where the wheels cannot be had, it says so and passes: nothing was tested.
+test-tpu:
+	@if $(MAKE) --no-print-directory .venv-tpu/test.stamp > /tmp/thalweg-test-tpu.log 2>&1; then \
+		TORCH_DEVICE_BACKEND_AUTOLOAD=0 .venv-tpu/bin/python -m pytest tests/tpu -p no:randomly -rs; \
+	else \
+		tail -n 3 /tmp/thalweg-test-tpu.log; \
+		echo "test-tpu was SKIPPED: torch-tpu, libtpu or xla-cpu-pjrt could not be installed here (the lines above say why)."; \
+	fi
+
+.venv-tpu/test.stamp: pyproject.toml
+	$(PYTHON) -m venv .venv-tpu
+	.venv-tpu/bin/python -m pip install --quiet --disable-pip-version-check "$(TORCH)"
+	.venv-tpu/bin/python -m pip install --quiet --disable-pip-version-check --editable ".[digits,tpu,tpu-test]"
+	touch $@
+
 .venv/run.stamp: pyproject.toml
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -c "import torch" 2>/dev/null || $(PIP) "$(TORCH)"
@@ -46,4 +62,4 @@ faults: .venv/test.stamp
 	touch $@
 
 clean:
-	rm -rf .venv runs
+	rm -rf .venv .venv-tpu runs

@@ -25,6 +25,7 @@ NAMES = (
     "checkpoint",
     "scaling",
     "compiled",
+    "ranks",
 )
 
 for name in sys.argv[1:] or NAMES:

@@ -17,7 +17,8 @@ from thalweg.device.capabilities import KNOWN, PACKAGES, Capabilities
 from thalweg.device.chips import chip_here
 from thalweg.device.move import move
 from thalweg.device.probes import capabilities_of
-from thalweg.device.products import cpu_has_tf32
+from thalweg.device.products import TOLD, cpu_has_tf32
+from thalweg.device.silent import mend, untrainable_in_graphs
 
 #: Compute capabilities of CUDA that the formats begin with.
 TF32_FROM, FP8_FROM = (8, 0), (8, 9)
@@ -28,6 +29,10 @@ _NEEDS = {
     "bf16-pure": "bfloat16 products need an NVIDIA GPU of compute capability 8.0 or more (Ampere)",
     "fp8": "8-bit products need an NVIDIA GPU of compute capability 8.9 or more (Ada, Hopper)",
 }
+
+#: What a backend of ``torch.compile`` is to be told. torch-tpu 0.2.0 would otherwise keep what it compiled under a key that does
+#: not have the precision of float32 products in it, and give it out where another was asked for (seen in its StableHLO).
+COMPILE_OPTIONS: dict[str, dict[str, Any]] = {"tpu": {"serializable": False}}
 
 #: What processes of any kind of device tell one another by.
 HOST_RANKS = "gloo"
@@ -78,6 +83,15 @@ class Device:
     def compile_backend(self) -> str | None:
         """What ``torch.compile`` is to be told; None where nothing is known to compile for it."""
         return self.capabilities.compile_backend
+
+    @property
+    def compile_options(self) -> dict[str, Any]:
+        """What the backend of ``torch.compile`` is to be told besides."""
+        return dict(COMPILE_OPTIONS.get(self.kind, {}))
+
+    def against_graphs(self, model: nn.Module) -> str:
+        """Why ``model`` cannot be trained in a compiled graph here, tried on the device; "" where it can."""
+        return untrainable_in_graphs(model, self.torch_device, self.compile_backend)
 
     @property
     def pins(self) -> bool:
@@ -148,6 +162,15 @@ class Device:
             DeviceError: if the device cannot keep them.
         """
         return move(model, self.torch_device)
+
+    def mend(self, model: nn.Module) -> list[tuple[str, str, str]]:
+        """Operators without effect here that the model may use get a stand-in.
+
+        Returns:
+            (what, how, why) of all that is computed in another way here than torch's backend would by itself.
+        """
+        products = [("float32 products", *TOLD[self.kind])] if self.kind in TOLD else []
+        return products + [(f"operator {name}", "replaced", what) for name, what in mend(model, self.torch_device)]
 
     @property
     def ranks_backend(self) -> str:

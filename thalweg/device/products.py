@@ -19,7 +19,31 @@ def _switches(kind: str) -> tuple[Any, ...]:
         return backends.cuda.matmul, backends.cudnn.conv, backends.cudnn.rnn
     if kind == "cpu":
         return backends.mkldnn.matmul, backends.mkldnn.conv, backends.mkldnn.rnn
+    if kind == "tpu":
+        return (_MatmulPrecision(),)
     return ()
+
+
+#: Where torch alone would compute float32 products with fewer bits: what they are told here, and why.
+TOLD = {
+    "tpu": (
+        "highest",
+        "six passes in bfloat16 for each, as near to float32 as the chip comes; torch-tpu's own default is one pass",
+    )
+}
+
+
+class _MatmulPrecision:
+    """``torch.set_float32_matmul_precision`` as a switch: the only one that torch-tpu has, for convolutions too."""
+
+    @property
+    def fp32_precision(self) -> str:
+        now = torch.get_float32_matmul_precision()
+        return "ieee" if now == "highest" else now
+
+    @fp32_precision.setter
+    def fp32_precision(self, how: str) -> None:
+        torch.set_float32_matmul_precision("highest" if how == "ieee" else how)
 
 
 class float32_products:

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from thalweg.core import Plan, seed_for
 from thalweg.device import Device
+from thalweg.engine.fully import cut
 from thalweg.engine.precision import gradient_dtype
 from thalweg.engine.preflight import ModelLoss
 from thalweg.engine.recompute import recompute
@@ -21,6 +22,8 @@ from thalweg.engine.scheduled import (
     scheduled,
     span_of,
 )
+from thalweg.engine.sharded_step import ShardedStep
+from thalweg.engine.spread import Spread
 from thalweg.engine.state import State
 from thalweg.engine.step import Step, StepOptions
 from thalweg.engine.timetable import Timetable
@@ -34,7 +37,14 @@ from thalweg.rules import RULES
 from thalweg.schedules import Span
 
 
-def build(plan: Plan, model: nn.Module, loss: ModelLoss, device: Device, policy: Policy, ranks: Ranks = ALONE) -> Step:
+def build(
+    plan: Plan,
+    model: nn.Module,
+    loss: ModelLoss,
+    device: Device,
+    policy: Policy,
+    ranks: Ranks = ALONE,
+) -> Step:
     """The step of a plan; the model's parameters become views of flat buffers."""
     recipe = plan.recipe
     optimizer, regularize = recipe.optimizer, recipe.regularize
@@ -52,7 +62,13 @@ def build(plan: Plan, model: nn.Module, loss: ModelLoss, device: Device, policy:
         offload=bool(optimizer.offload),
         gradients=gradient_dtype(recipe),
     )
-    arenas = make_arenas(named_trainable(model), plan.parameters, optimizer, how)
+    fully = None
+    if ranks.world == 1 or plan.layout.get("shard", 1) == 1:
+        arenas = make_arenas(named_trainable(model), plan.parameters, optimizer, how)
+    else:
+        fully = cut(model, plan, device, ranks)
+        arenas = make_arenas(fully.parts(), plan.parameters, optimizer, how, fully.arena)
+        fully.take(arenas)
     span = run_span(plan)
     timetable = make_timetable(plan, span, device, loss)
     state = State(
@@ -65,6 +81,7 @@ def build(plan: Plan, model: nn.Module, loss: ModelLoss, device: Device, policy:
         clip_history=recipe.train.clip_history,
         window=average_times(plan, span) if regularize.average_form == "window" else None,
         guard=recipe.guard,
+        fully=fully,
     )
     if isinstance(loss, TaskLoss):
         loss.move(timetable.now)
@@ -83,6 +100,9 @@ def build(plan: Plan, model: nn.Module, loss: ModelLoss, device: Device, policy:
     if recipe.compile in ("off", "auto"):  # a variant that is tried has no compiler
         if release is not None:
             return ReleasedStep(state, loss, policy, options, streams, again, release=release)
+        if fully is not None:
+            state.spread = Spread(state, ranks)
+            return ShardedStep(state, loss, policy, options, streams, again, ranks, fully=fully)
         return Step(state, loss, policy, options, streams, again, ranks)
     from thalweg.engine.compiled_build import compiled_step  # it imports torch's compiler
 

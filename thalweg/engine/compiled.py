@@ -38,11 +38,12 @@ class CompiledStep(Step):
     def __init__(self, *args: Any, compiler: Compiler, **words: Any) -> None:
         super().__init__(*args, **words)
         state = self.state
-        self.compiler = compiler
+        self.compiler, self.news = compiler, compiler.news
         self.module = LossOf(state.model, self.loss, self.policy, state.device)
         names = names_in(self.module)
         self.flats = [FlatArena(arena, names) for arena in state.arenas]
         self.graph_statistics = GraphStatistics(state.statistics, "model.")
+        self.at = torch.zeros(1, dtype=torch.int64, device=state.device.torch_device)  # the row of this step
         self.check: FirstCheck | None = FirstCheck(self)
         self.undo = Undo(state.model, state.arenas, self.sums, self.graph_statistics)
         self._graphs: dict[str, Callable[..., Any]] = {
@@ -67,9 +68,10 @@ class CompiledStep(Step):
             row, ok = self._single_pass(parts) if self._is_alone(parts) else self._passes_of(parts, check)
             if check is not None and self.place is None:
                 check.compare(row[0], row[1], row[2] * (row[1] * row[5] * self.unit))
-        self.check = None
+        self.check, self.compiler.stepped = None, True
         with torch.no_grad():
-            kept = self.ring[state.step % RING].copy_(row)
+            self.at.fill_(state.step % RING)
+            self.ring.index_copy_(0, self.at, row[None])  # to copy into a row would be another program for each
         state.step += 1
         if state.window is not None:
             state.window.keep(state.step, ok)
@@ -78,7 +80,7 @@ class CompiledStep(Step):
         for arena in state.arenas:
             arena.left_clear()
         state.updating = False
-        return kept
+        return row
 
     def _is_alone(self, parts: Sequence[Any]) -> bool:
         return self.place is None and len(parts) == 1

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import time
 import warnings
 from collections.abc import Callable, Sequence
 from functools import cache
@@ -13,9 +14,13 @@ import torch
 from torch import nn
 
 from thalweg.core import ModelError
+from thalweg.data import tensors
 
 #: Another backend of torch.compile than the device's own, for tests: inductor takes 5 to 15 s a graph.
 BACKEND = "THALWEG_COMPILE_BACKEND"
+
+#: Compilations after the first step that nobody is warned of: a window with fewer micro-batches, one that is short, evaluation.
+FEW = 3
 
 #: Shapes of micro-batches that a run may have.
 MOST_SHAPES = 64
@@ -34,15 +39,21 @@ class Compiler:
 
     Args:
         backend: of torch.compile.
-        options: for inductor.
+        options: for the backend.
 
     Attributes:
         made: graphs compiled so far.
+        stepped: whether the run's first step is done.
+        news: what is to be told of them.
     """
 
     def __init__(self, backend: str, options: dict[str, Any] | None = None) -> None:
         self.name, self.options = os.environ.get(BACKEND) or backend, dict(options or {})
         self.made = 0
+        self.stepped = False
+        self.news: list[str] = []
+        self._shapes: dict[str, str] = {}  # of what each graph was given when it was last compiled
+        self._again = 0  # graphs since the first step
 
     @property
     def draws_alike(self) -> bool:
@@ -62,7 +73,27 @@ class Compiler:
             backend=self._backend,
             options={"guard_filter_fn": _not_ours},
         )
-        return _Graph(compiled)
+        return _Graph(compiled, self, method.__name__.strip("_"))
+
+    def note(self, graph: str, args: tuple[Any, ...], seconds: float) -> None:
+        """``graph`` has just been compiled for ``args``, in so many seconds."""
+        shapes = (
+            ", ".join(f"{name or 'batch'} {'x'.join(map(str, t.shape))}" for name, t in tensors(args[0]))
+            if args
+            else ""
+        )
+        before = self._shapes.get(graph)
+        self._shapes[graph] = shapes
+        text = f"The graph '{graph}' was compiled in {seconds:.1f} s"
+        if self.stepped:
+            self._again += 1
+            text += f", number {self._again} after the first step"
+        if before is not None:
+            text += f", for {shapes} after {before}" if before != shapes else ", for the same shapes"
+        if self._again > FEW:
+            text += f". More than {FEW} are time lost: give all micro-batches one shape "
+            text += "(train.last='drop', sequences of one length)"
+        self.news.append(f"{text}.")
 
     def compile_model(self, model: nn.Module) -> None:
         """Let ``model``, when it is called, run what is made of its forward function."""
@@ -78,7 +109,8 @@ class Compiler:
             else:
                 from torch._dynamo.backends.registry import lookup_backend
 
-                made = lookup_backend(self.name)(graph, inputs)
+                options: Any = {"options": self.options} if self.options else {}
+                made = lookup_backend(self.name)(graph, inputs, **options)
         self.made += 1
         return made
 
@@ -86,11 +118,11 @@ class Compiler:
 class _Graph:
     """A compiled function whose tracing needs switches of torch's that its calls do not: setting them takes longer than a call."""
 
-    def __init__(self, compiled: Callable[..., Any]) -> None:
+    def __init__(self, compiled: Callable[..., Any], compiler: Compiler, name: str) -> None:
         import torch._dynamo.config as config
         from torch._dynamo.exc import FailOnRecompileLimitHit, TorchDynamoException, Unsupported
 
-        self.compiled, self.traced = compiled, False
+        self.compiled, self.compiler, self.name, self.traced = compiled, compiler, name, False
         self.switches: dict[str, Any] = {
             "trace_autograd_ops": True,
             "specialize_float": True,
@@ -99,6 +131,13 @@ class _Graph:
         self.config, self.not_traced, self.failed = config, (Unsupported, FailOnRecompileLimitHit), TorchDynamoException
 
     def __call__(self, *args: Any) -> Any:
+        made, begun = self.compiler.made, time.perf_counter()
+        found = self._called(args)
+        if self.compiler.made != made:
+            self.compiler.note(self.name, args, time.perf_counter() - begun)
+        return found
+
+    def _called(self, args: tuple[Any, ...]) -> Any:
         if self.traced:
             try:
                 return self.compiled(*args)

@@ -36,7 +36,7 @@ def compiled_step(
         release: of gradients, where they are.
     """
     check_model(state.model, how)
-    compiler = Compiler(state.device.compile_backend or "")
+    compiler = Compiler(state.device.compile_backend or "", state.device.compile_options)
     if how in WHOLE:
         step = CompiledStep(state, loss, policy, options, streams, again, ranks, compiler=compiler)
         if how == "captured":

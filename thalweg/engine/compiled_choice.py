@@ -17,18 +17,23 @@ Take = Callable[[str, Any, str], Any]
 
 _OLDER = "this torch cannot trace a backward pass into the graph of its forward pass; torch 2.13 can"
 
+#: Against any graph of a model whose parameters are spread over ranks.
+IN_PARTS = "parameters are spread over ranks, and gathered block by block while a pass runs"
 WHOLE = ("step", "captured")  # values of ``compile`` that make one graph of a step
 
 
-def why_not(recipe: Recipe, rows: Sequence[ParameterRow], device: Device, how: str) -> str:
+def why_not(recipe: Recipe, rows: Sequence[ParameterRow], device: Device, how: str, against: str = "") -> str:
     """Why a complete recipe cannot be compiled so on a device; "" where it can.
 
     Args:
         rows: the parameter table.
         how: "model", "step" or "captured".
+        against: what is against graphs of this model there, if anything is.
     """
     if how == "off":
         return ""
+    if against:
+        return against
     if not device.compile_backend:
         return f"torch.compile has no backend for {device.kind}"
     if how == "model":
@@ -58,22 +63,24 @@ def settle_compile(
     device: Device,
     take: Take,
     measure: Callable[[Recipe, Sequence[str], Take], str] | None = None,
+    against: str = "",
 ) -> Recipe:
     """The recipe with ``compile`` decided.
 
     Args:
         recipe: complete but for it.
         measure: tries ways of a recipe, and tells the fastest; None: nothing can be tried.
+        against: as for ``why_not``.
 
     Raises:
         RecipeError: for what was asked for and cannot be.
     """
     asked = recipe.compile
     if asked == "auto":
-        return replace(recipe, compile=_auto(recipe, rows, device, take, measure))
+        return replace(recipe, compile=_auto(recipe, rows, device, take, measure, against))
     if asked in WHOLE and not traces_autograd():
         return replace(recipe, compile=take("compile", "model", f"'{asked}' was asked for, but {_OLDER}"))
-    if reason := why_not(recipe, rows, device, asked):
+    if reason := why_not(recipe, rows, device, asked, against):
         raise RecipeError(
             f"compile='{asked}' is not possible in this run.",
             f"The reason: {reason}.",
@@ -88,10 +95,11 @@ def _auto(
     device: Device,
     take: Take,
     measure: Callable[[Recipe, Sequence[str], Take], str] | None,
+    against: str,
 ) -> str:
     if device.graph_kind == "cpu":
         return "off"
-    reasons = {how: why_not(recipe, rows, device, how) for how in ("model", *WHOLE)}
+    reasons = {how: why_not(recipe, rows, device, how, against) for how in ("model", *WHOLE)}
     if not traces_autograd():
         reasons.update({how: reasons[how] or _OLDER for how in WHOLE})
     if device.graph_kind == "graph":
@@ -108,14 +116,14 @@ def _auto(
 
 
 def check_model(model: nn.Module, how: str) -> None:
-    """Refuse a model that a whole step cannot be made of.
+    """Refuse a model that cannot be compiled.
 
     Raises:
         RecipeError: for one that is spread over ranks.
     """
-    if how in WHOLE and any(hasattr(p, "device_mesh") for p in model.parameters()):
+    if any(hasattr(p, "device_mesh") for p in model.parameters()):
         raise RecipeError(
             f"compile='{how}' is not possible for parameters that are spread over ranks.",
             "They are gathered block by block while a pass runs.",
-            "Use compile='model' or 'off', or parallel='ddp'.",
+            "Use compile='off', or parallel='ddp'.",
         )

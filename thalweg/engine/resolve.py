@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
+import torch
 from torch import nn
 from torch.utils.data import DataLoader
 
@@ -16,6 +17,7 @@ from thalweg.core import (
     DataError,
     Feed,
     Layout,
+    Ledger,
     Plan,
     Recipe,
     Task,
@@ -34,8 +36,10 @@ from thalweg.data import (
     make_feed,
     sequence_length,
     shortened,
+    to_device,
 )
 from thalweg.data import split as split_batch
+from thalweg.data.padded import StaticFeed
 from thalweg.device import Device, choose, facts
 from thalweg.engine.begin import take_weights
 from thalweg.engine.checks import (
@@ -49,13 +53,14 @@ from thalweg.engine.checks import (
     try_shortest,
     whole_of,
 )
-from thalweg.engine.compiled_choice import settle_compile
+from thalweg.engine.compiled_choice import IN_PARTS, settle_compile
 from thalweg.engine.compiled_measure import fastest
 from thalweg.engine.given import made_model, split_of, task_loss
 from thalweg.engine.inorder import check_exact
-from thalweg.engine.layout import settle_layout
+from thalweg.engine.layout import Planned, fitting_layout, on_ranks, settle_layout
 from thalweg.engine.memory import Bench, fit, predicted, settle_memory
 from thalweg.engine.memory_format import lay_out
+from thalweg.engine.padding import settle_padding
 from thalweg.engine.precision import begin_precision, joined, settle_precision, tell_gradients
 from thalweg.engine.preflight import (
     ModelLoss,
@@ -82,7 +87,7 @@ from thalweg.engine.scheduled import (
     span_of,
 )
 from thalweg.engine.settle import Decisions, settle_evaluation, settle_length, settle_optimizer
-from thalweg.engine.together import check_buffers, check_layers, check_ranks, settle_micro_batch
+from thalweg.engine.together import check_buffers, check_layers, check_parts, check_ranks, tell_parts
 from thalweg.optim import parameter_table
 from thalweg.parallel import ALONE, Ranks
 from thalweg.precision import Policy, Prepared, policy_for
@@ -159,14 +164,16 @@ def _resolve(
     decide = Decisions()
     if saved is not None:
         recipe = saved.recipe
+    recompute = recipe.recompute
     recipe = settle_optimizer(recipe, decide)
     loss = task_loss(task.loss, recipe)
     moved = scheduled(recipe, loss.known)
     device, why = choose(recipe.device)
-    layout = layout or settle_layout(recipe, ranks, decide)
+    settled = layout or settle_layout(recipe, ranks, decide, saved)
+    stand = settled or Layout(data=ranks.world)
     if ranks.world > 1:
         device = ranks.own(device)
-        recipe = _on_ranks(recipe, ranks.world, layout, decide)
+        recipe = on_ranks(recipe, ranks.world, stand, decide)
     check_exact(recipe, device)
     if recipe.device == "auto":
         recipe = replace(recipe, device=decide.take("device", str(device.torch_device), why))
@@ -198,8 +205,12 @@ def _resolve(
         take_weights(model, recipe, decide.take, saved)
     model = device.move(model)
     lay_out(model, device, decide.take)
+    for told in device.mend(model):
+        decide.take(*told)
     if ranks.world > 1:
         check_layers(model, ranks.world)
+    if stand.shard > 1:
+        check_parts(model, recipe)
     recipe, early = begin_precision(recipe, model, device, decide.take)
     if early is not None:
         undo.callback(early.undo)
@@ -211,7 +222,7 @@ def _resolve(
         batch=recipe.train.batch,
         seed=recipe.seed,
         keep_last=recipe.train.last == "keep",
-        device=device.torch_device,
+        device=torch.device("cpu") if device.static_shapes else device.torch_device,
         workers=recipe.data.workers,
         timeout=recipe.data.timeout,
         augment=augmentation(recipe, task, split.augment),
@@ -219,7 +230,7 @@ def _resolve(
     )
     sized = recipe.train.micro_batch != "auto"
     feed = feeding(micro_batch=whole_of(recipe.train.micro_batch) if sized else recipe.train.batch)
-    window = _first_window(feed, steps)
+    window = _first_window(feed, steps, device)
     raw = _part(window[0], sized)
     whole = sequence_length(raw)
     lengths = sequence_lengths(recipe, steps, whole)
@@ -227,7 +238,7 @@ def _resolve(
         check_sequences(task, raw)
     if mix is not None or lengths is not None:
         feed = _changed(feed, mix, lengths)
-        window = _first_window(feed, steps)
+        window = _first_window(feed, steps, device)
     first = _part(window[0], sized)
     num_parts = len(window) if sized else -(-batch_size(window[0]) // batch_size(first))
     with joined(recipe, model, device):
@@ -264,20 +275,22 @@ def _resolve(
             why_not=why_not,
             sequence=whole,
             changes=tuple(map(str, changes)),
-            layout=layout.to_dict() if ranks.world > 1 else {},
+            layout=stand.to_dict() if ranks.world > 1 else {},
         )
 
     def check(recipe: Recipe) -> None:
         check_exact(recipe, device)
         if ranks.world > 1:
-            check_ranks(recipe, layout.feeds)
+            check_ranks(recipe, stand.feeds)
         check_smallest_batch(model, recipe, samples, sizes, values)
 
     ledger, bench = None if saved is None else saved.ledger, None
     data = _bytes_near(source, device)
     if planning or not sized or (recipe.memory_budget is not None and saved is None):
         if sized or sizes is not None or lengths is not None:  # the whole, and the longest, there will be
-            window = _first_window(_changed(feeding(micro_batch=recipe.train.batch, sizes=None), mix, None), steps)
+            window = _first_window(
+                _changed(feeding(micro_batch=recipe.train.batch, sizes=None), mix, None), steps, device
+            )
         bench = Bench(plan_of, model, loss, window[0], device, policy, check=check, data=data, held=prepared.held)
         recipe, ledger = fit(recipe, bench, decide.take, most, planning=planning)
         feed = _changed(feeding(micro_batch=whole_of(recipe.train.micro_batch)), mix, lengths)
@@ -286,20 +299,35 @@ def _resolve(
         if saved is None:
             if sizes is not None or lengths is not None:
                 largest = feeding(micro_batch=whole_of(recipe.train.micro_batch), sizes=None)
-                first = _first_window(_changed(largest, mix, None), steps)[0]
+                first = _first_window(_changed(largest, mix, None), steps, device)[0]
             ledger = predicted(
                 plan_of(recipe), model, loss, first, device, policy, decide.take, data=data, held=prepared.held
             )
+    if ranks.world > 1 and (saved is None or settled is None):
+        ledger_of = bench.ledger if bench else partial(_predicted, plan_of, model, loss, first, device, policy, data)
+        given = None if recipe.recompute == "none" else recipe.recompute
+        planned = Planned(
+            replace(recipe, recompute=recompute or given), ledger, ledger_of, plan_of(recipe), model, device
+        )
+        stand, recipe, ledger = fitting_layout(settled, planned, ranks, decide)
     check(recipe)
+    if stand.shard > 1:
+        if settled is None:
+            check_parts(model, recipe)
+        tell_parts(recipe, stand, decide.take)
     check_release(recipe, device.kind, plan_of(recipe).parameters, decide.take)
     if saved is None:
 
         def measure(recipe: Recipe, able: Sequence[str], take: Callable[[str, Any, str], Any]) -> str:
-            first = _first_window(_changed(feeding(micro_batch=recipe.train.batch, sizes=None), mix, None), steps)
+            first = _first_window(
+                _changed(feeding(micro_batch=recipe.train.batch, sizes=None), mix, None), steps, device
+            )
             here = bench or Bench(plan_of, model, loss, first[0], device, policy, data=data, held=prepared.held)
             return fastest(here, recipe, able, steps, take)
 
-        recipe = settle_compile(recipe, plan_of(recipe).parameters, device, decide.take, None if planning else measure)
+        against = IN_PARTS if stand.shard > 1 or stand.tensor > 1 else device.against_graphs(model)
+        tried_here = None if planning else measure
+        recipe = settle_compile(recipe, plan_of(recipe).parameters, device, decide.take, tried_here, against)
     elif recipe.compile == "auto":  # of before there was a choice
         recipe = replace(recipe, compile="off")
     tell_gradients(recipe, decide.take)
@@ -310,6 +338,17 @@ def _resolve(
     check_average(recipe, span)
     if test is not None:
         check_metric(task, recipe, model, test, device)
+    padding = settle_padding(
+        model,
+        loss,
+        first,
+        recipe,
+        samples,
+        device,
+        decide.take,
+        targets=task.targets,
+        changing=sizes is not None or lengths is not None,
+    )
     if recipe.train.steps != steps and saved is None:
         recipe = replace(recipe, train=replace(recipe.train, steps=steps))
     plan = replace(plan_of(recipe), decisions=saved.decisions if saved else tuple(decide.made), ledger=ledger)
@@ -318,14 +357,29 @@ def _resolve(
     prepared.keep()
     if ranks.world > 1:
         micro = whole_of(recipe.train.micro_batch)
-        feed = _shared(partial(feeding, micro_batch=micro), mix, lengths, (layout.feed_of(ranks.rank), layout.feeds))
+        feed = _shared(partial(feeding, micro_batch=micro), mix, lengths, (stand.feed_of(ranks.rank), stand.feeds))
+    if device.static_shapes:
+        feed = StaticFeed(feed, device.torch_device, padding)
     return Resolved(plan, model, loss, feed, test, device, policy, prepared, bench, common)
+
+
+def _predicted(
+    plan_of: Callable[[Recipe], Plan],
+    model: nn.Module,
+    loss: ModelLoss,
+    batch: Any,
+    device: Device,
+    policy: Policy,
+    data: int,
+    recipe: Recipe,
+) -> Ledger | None:
+    return predicted(plan_of(recipe), model, loss, batch, device, policy, lambda *told: None, data=data)
 
 
 def _near(source: Source, device: Device, decide: Decisions | None) -> Source:
     """In-memory data moves to the device where it takes little of its memory."""
     if device.kind == "cpu" or not isinstance(source, Tensors) or not _is_near(source, device):
-        return source
+        return source  # with static shapes as well: each window would be cut out by a program of its own
     if decide is not None:
         decide.take("data on device", True, f"{source.nbytes() >> 20} MiB, under an eighth of the device's memory")
     return source.to(device.torch_device)
@@ -347,12 +401,12 @@ def _bytes_near(source: Source, device: Device) -> int:
 
 
 def _is_near(source: Tensors, device: Device) -> bool:
-    return source.nbytes() <= device.memory_bytes() // 8
+    return not device.static_shapes and source.nbytes() <= device.memory_bytes() // 8
 
 
-def _first_window(feed: Feed, steps: int) -> list[Any]:
+def _first_window(feed: Feed, steps: int, device: Device) -> list[Any]:
     for window in feed.windows(0, min(steps, 1)):
-        return window
+        return [to_device(part, device.torch_device) for part in window] if device.static_shapes else window
     raise DataError("The data holds no sample.", "The first window is empty.", "Give at least one sample.")
 
 
@@ -360,19 +414,6 @@ def _changed(feed: Feed, mix: WindowChange | None, lengths: list[int] | None) ->
     """The feed with what is done to whole windows."""
     changes = [*([] if mix is None else [mix]), *([] if lengths is None else [shortened(lengths)])]
     return ChangedFeed(feed, changes) if changes else feed
-
-
-def _on_ranks(recipe: Recipe, world: int, layout: Layout, decide: Decisions) -> Recipe:
-    """What several ranks decide of a recipe, and refuse."""
-    recipe, why = settle_micro_batch(recipe, layout.feeds)
-    if why:
-        decide.take("train.micro_batch", recipe.train.micro_batch, why)
-    check_ranks(recipe, layout.feeds)
-    by = "processes" if layout.tensor == 1 else f"groups of {layout.tensor} processes"
-    decide.take(
-        "ranks", world, f"the micro-batches of a step go round {layout.feeds} {by}, and their sums make one update"
-    )
-    return recipe
 
 
 def _shared(feeding: Callable[..., Feed], mix: WindowChange | None, lengths: list[int] | None, share: Share) -> Feed:

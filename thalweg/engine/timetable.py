@@ -32,7 +32,7 @@ class Timetable:
         longest = max(len(row) for row in rows.values())
         full = [[*row, *[row[-1]] * (longest - len(row))] for row in rows.values()]
         self.length = longest
-        self.table = torch.tensor(full, dtype=torch.float64).T.contiguous().to(device.torch_device, device.exact)
+        self.table = torch.tensor(full, dtype=torch.float64).T.contiguous().to(device.exact).to(device.torch_device)
         self._row = torch.zeros(1, len(full), dtype=device.exact, device=device.torch_device)
         self.now: dict[str, Tensor] = {name: self._row[0, k] for k, name in enumerate(rows)}
         self.feedback = Feedback(listening, device.torch_device, device.exact)
@@ -45,6 +45,6 @@ class Timetable:
     def turn(self, applied: Tensor, attempted: int) -> None:
         """Go to the row of ``applied`` updates, (1,); beyond the end, the last one."""
         place = applied if attempted < self.length else applied.clamp(max=self.length - 1)
-        torch.index_select(self.table, 0, place, out=self._row)
+        self._row.copy_(self.table.index_select(0, place))  # not `out=`: not every device has that form
         if self.feedback.pieces:
             self.feedback.apply(self.now)

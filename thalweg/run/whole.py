@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import itertools
 import json
 import time
@@ -9,9 +10,11 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 
 from thalweg.checkpoint import FolderLock, Snapshot, write_file
@@ -28,11 +31,12 @@ from thalweg.core import (
     ThalwegError,
 )
 from thalweg.core.changes import accepted
+from thalweg.device import Device
 from thalweg.engine import Loop, Resolved, Step, build, evaluate, resolve
 from thalweg.engine.agree import check_forward
 from thalweg.engine.memory import PeakWatch, begun
 from thalweg.engine.signals import Asked, asked_to_end
-from thalweg.engine.together import check_same, checksum, has_shards, same_state
+from thalweg.engine.together import check_same, checksum, has_shards, take_state
 from thalweg.parallel import Agent, Ranks, check_equal, here, join, left_to, on_first
 from thalweg.regularize import PreciseStatistics
 from thalweg.report import write_report
@@ -44,7 +48,7 @@ from thalweg.run.ending import give_back, hand_over, wind_up
 from thalweg.run.folder import RunFolder, unwritable
 from thalweg.run.program import held
 from thalweg.run.result import Result, Resume
-from thalweg.run.saving import Saving, ranked_by
+from thalweg.run.saving import Saving, ranked_by, snapshot_of
 from thalweg.watch import JsonLines, Memory
 
 
@@ -122,6 +126,11 @@ def train_task(
         if place is not None:
             place.release()
         lock.release()
+
+
+def _take_part(loop: Loop, keeper: BestWeights | None, must: bool) -> None:
+    """A rank's part in a checkpoint that the first one writes."""
+    snapshot_of(loop, keeper, {})
 
 
 class _Run:
@@ -246,8 +255,7 @@ class _Run:
             if plan.ledger is not None:
                 plan = replace(plan, ledger=begun(plan.ledger, resolved.device))
             plan = replace(plan, decisions=(*plan.decisions, *step.state.ways()))
-        ranks.together(lambda: None if earlier.snapshot is None else step.state.load(earlier.snapshot))
-        kept, told = same_state(step.state, earlier.snapshot, ranks)
+        kept, told = take_state(step.state, earlier.snapshot, ranks)
         self.news += [("ranks", text) for text in told]
         return plan, kept
 
@@ -290,6 +298,8 @@ class _Run:
         if keeper is not None:
             loop.best = keeper.keep
         if self.folder is None or self.lines is None:
+            if self.path is not None and loop.step.state.fully is not None:
+                loop.save = partial(_take_part, loop, keeper)
             return None
         saving = Saving(self.folder.store, loop, self.lines, keeper, asked, self.still_ours, self.clock)
         loop.save, loop.watch = saving.save, saving.watch
@@ -399,4 +409,12 @@ class _Run:
         if self.task.sample is None or reason is not StopReason.FINISHED or not self.ranks.is_first:
             return ""
         model.eval()
-        return self.task.sample(model)
+        return self.task.sample(self._where_lengths_may_change(model))
+
+    @staticmethod
+    def _where_lengths_may_change(model: nn.Module) -> nn.Module:
+        """The model, or a copy on the host: what grows word by word would be compiled anew for each word elsewhere."""
+        first = next(model.parameters(), None)
+        if first is None or not Device(first.device).static_shapes:
+            return model
+        return Device(torch.device("cpu")).move(copy.deepcopy(model))

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from thalweg.device import causal_attention
+from thalweg.device import causal_attention, seeded
 
 
 class Block(nn.Module):
@@ -82,9 +82,10 @@ class GPT(nn.Module):
     def generate(self, start: list[int], num: int, *, temperature: float = 0.7, seed: int = 0) -> list[int]:
         """``num`` tokens after ``start``, drawn from a stream of its own."""
         device = self.head.weight.device
-        draw = torch.Generator(device=device).manual_seed(seed)
+        draw = seeded(device, seed)
         tokens = torch.tensor([start], device=device)
         for _ in range(num):
             logits = self(tokens[:, -self.context :])[:, -1].float() / temperature
-            tokens = torch.cat([tokens, torch.multinomial(logits.softmax(-1), 1, generator=draw)], dim=1)
+            drawn = torch.multinomial(logits.softmax(-1).to(draw.device), 1, generator=draw)
+            tokens = torch.cat([tokens, drawn.to(device)], dim=1)
         return [int(token) for token in tokens[0].tolist()]
