@@ -24,6 +24,8 @@ NAMES = (
     "bytes_a_parameter",
     "checkpoint",
     "scaling",
+    "ranks",
+    "compiled",
 )
 
 for name in sys.argv[1:] or NAMES:

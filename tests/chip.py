@@ -4,7 +4,7 @@ Its memory is tensors of the CPU, one for each storage, found by the storage alo
 are then what they are on a real chip. Operators run on views of that memory, so results are the CPU's to the bit. It is a poor
 chip on purpose: no fused optimizers, no loss scale, no pinned memory, no figures of its memory, no generators.
 
-Registering holds for the process: import it in a process of its own, before the device is used.
+Registering (``load``) holds for the process: do it in a process of its own. Importing this module does nothing.
 """
 
 from __future__ import annotations
@@ -167,8 +167,13 @@ def _half(op: Any) -> Any:
     return run
 
 
-def register() -> list[torch.library.Library]:
-    """Make ``chip`` a device of torch; what is returned must be kept."""
+_kept: list[torch.library.Library] = []  # what is registered lasts as long as these
+
+
+def load() -> None:
+    """Make ``chip`` a device of torch, once; what torch calls where ``chip`` is an entry point."""
+    if _kept:
+        return
     backend_registration._setup_privateuseone_for_python_backend(NAME, backend_module=_Module())
     operators = torch.library.Library("aten", "IMPL")
     operators.impl("empty.memory_format", _empty, "PrivateUse1")
@@ -182,11 +187,4 @@ def register() -> list[torch.library.Library]:
     others.fallback(torch.library.fallthrough_kernel, "AutocastPrivateUse1")
     for name in ("linear", "mm", "bmm", "addmm", "matmul", "conv2d"):
         operators.impl(name, _half(getattr(torch.ops.aten, name).default), "AutocastPrivateUse1")
-    return [operators, others]
-
-
-KEPT = register()
-
-
-def load() -> None:
-    """What torch calls where ``chip`` is an entry point: importing this module has done it all."""
+    _kept.extend((operators, others))

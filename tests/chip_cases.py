@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import thalweg
-from tests.chip import RAN
+from tests.chip import RAN, load
 from tests.models import IGNORED, mlp, ragged_text, small_gpt, text_loss
 from thalweg.core import Split
 from thalweg.device import choose, memory
@@ -143,7 +143,10 @@ def text() -> str:
     assert IGNORED < 0 and finals[0][0][2] < finals[0][0][0]
     far = max(float((a - b).abs().max()) for a, b in zip(finals[0][1], finals[1][1], strict=True))
     apart = max(abs(a - b) for a, b in zip(finals[0][0], finals[1][0], strict=True))
-    return f"{max(far, apart):.1e}"
+    drawn = [small_gpt().eval(), choose("chip")[0].move(small_gpt()).eval()]
+    drawn[1].load_state_dict(drawn[0].state_dict())
+    same_text = drawn[0].generate([1], 8, seed=3) == drawn[1].generate([1], 8, seed=3)
+    return f"{max(far, apart):.1e} {same_text}"
 
 
 def capabilities() -> str:
@@ -165,6 +168,7 @@ CASES: dict[str, Callable[[], str]] = {
         {"optimizer.rule": "soap", "train.clip": 0, "train.clip_history": 2.0}
     ),
     "int8 slots": lambda: same({"optimizer.slots": "int8"}, way=""),
+    "gradient noise": lambda: same({"optimizer.stages.gradient_noise.eta": 0.1}),
     "bf16": lambda: same({"precision": "bf16"}),
     "bf16-pure": lambda: same({"precision": "bf16-pure"}),
     "offload": lambda: " ".join(differing(trained("chip", **{"optimizer.offload": True}), trained("chip"))) or "same",
@@ -183,6 +187,7 @@ CASES: dict[str, Callable[[], str]] = {
 
 
 def main() -> None:
+    load()
     for name, case in CASES.items():
         try:
             told = case()

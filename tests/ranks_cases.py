@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 import thalweg
 import thalweg.run.whole
+from tests import elastic_cases
 from tests.conftest import join_ranks
 from tests.models import batchnorm_net, mean_loss, mlp, points, ragged_text, small_gpt, text_loss
 from thalweg.core import Event, Loss, Recipe, Split, Task, ThalwegError
@@ -160,7 +161,9 @@ class Events(Memory):
         self.told.append(event.text)
 
 
-def train(task: Task, changes: dict[str, Any], folder: Path | None = None, resume: bool = False) -> dict[str, Any]:
+def train(
+    task: Task, changes: dict[str, Any], folder: Path | None = None, resume: bool | int = False
+) -> dict[str, Any]:
     """A run, and what is compared of it."""
     sink = Events()
     recipe = Recipe().override({**BASE, **changes})
@@ -184,7 +187,7 @@ def train(task: Task, changes: dict[str, Any], folder: Path | None = None, resum
 def digest_of(weights: dict[str, Tensor]) -> str:
     whole = hashlib.sha256()
     for tensor in weights.values():
-        whole.update(tensor.numpy().tobytes())
+        whole.update(tensor.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
     return whole.hexdigest()
 
 
@@ -273,6 +276,10 @@ def resumed(folder: Path) -> dict[str, Any]:
 def collectives() -> Iterator[list[str]]:
     """The names of all collectives that are begun inside."""
     names = ["all_reduce", "broadcast", "all_gather", "all_gather_object", "broadcast_object_list", "barrier", "reduce"]
+    names += ["gather", "scatter", "all_to_all_single"]
+    names += [name for name in ("all_gather_single", "reduce_scatter_single") if hasattr(dist, name)]  # of torch 2.13
+    if "reduce_scatter_single" not in names:
+        names += ["all_gather_into_tensor", "reduce_scatter_tensor"]
     kept = {name: getattr(dist, name) for name in names}
     made: list[str] = []
 
@@ -414,10 +421,16 @@ def hung(ranks: Joined, folder: Path, seconds: float) -> dict[str, Any]:
 
 def go_through(rank: int, world: int, port: int, out: str) -> None:
     """All cases, in a process that is one of four."""
+    from tests import parts_cases
+
     join_ranks(rank, world, port)
     folder = Path(out)
     groups = {num: dist.new_group(list(range(num))) for num in (2, 3, 4)}
     short = dist.new_group([0, 1], timeout=timedelta(seconds=4))
+    limited = dist.new_group([0, 1], timeout=timedelta(seconds=4))
+    for num in (2, 3, 2, 2):  # torch names a group by how many its members have
+        if rank >= num:
+            dist.new_group([rank], use_local_synchronization=True)
     found: dict[str, Any] = {}
 
     def on(num: int, act: Callable[[Joined], Any], group: Any = None) -> Any:
@@ -453,6 +466,12 @@ def go_through(rank: int, world: int, port: int, out: str) -> None:
     found["rewound"] = on(2, lambda ranks: bad_samples(ranks.rank, forget=True))
     found["refused"] = on(3, refusals)
     found["chosen"] = on(3, lambda _: train(bn_task(), {"train.batch": 24, "train.steps": 3}))
+    found |= elastic_cases.cases(rank, on, folder)
+    parts_cases.go_through(on, found, folder, rank)
+    from tests import tensor_cases
+
+    found["tensor"] = tensor_cases.go_through(rank, folder, on)
+    found["waits inside"] = on(2, elastic_cases.waits_inside, limited)
     found["hung"] = on(2, lambda ranks: hung(ranks, folder / "hung", 9.0), short)
     torch.save(found, folder / f"rank {rank}")
     os._exit(0)  # the group of the hung run is broken: nobody waits for it

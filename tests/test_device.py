@@ -13,7 +13,8 @@ from torch import nn
 from tests.conftest import ROOT, three_parts
 from thalweg.core import DeviceError
 from thalweg.data import to_device
-from thalweg.device import KNOWN, Device, capabilities_of, choose, known, memory
+from thalweg.device import KNOWN, Device, accelerator, capabilities_of, choose, known, memory
+from thalweg.device.kept import same_generators
 from thalweg.device.probes import _PROBES
 
 CPU = Device(torch.device("cpu"))
@@ -158,3 +159,84 @@ def test_float64_is_refused_where_there_is_none() -> None:
 def test_memory_of_the_host_is_known() -> None:
     left = memory.available(CPU)
     assert left is not None and memory.there(CPU) >= left > 0
+
+
+# ---------------------------------------------------------------------------------------------- torch's calls, behind the shim
+
+
+class Backend:
+    """A module of torch that has what a backend without generators of its own has."""
+
+    def __init__(self) -> None:
+        self.draw = torch.Generator()
+
+    def is_available(self) -> bool:
+        return True
+
+    def device_count(self) -> int:
+        return 2
+
+    def manual_seed(self, seed: int) -> None:
+        self.draw.manual_seed(seed)
+
+    def get_rng_state(self, at: int) -> torch.Tensor:
+        return self.draw.get_state()
+
+    def set_rng_state(self, state: torch.Tensor, at: int) -> None:
+        self.draw.set_state(state)
+
+    def get_device_name(self, device: torch.device) -> str:
+        return "Backend 9"
+
+    def mem_get_info(self, device: torch.device) -> tuple[int, int]:
+        return 3 << 30, 4 << 30
+
+
+@pytest.fixture
+def backend(monkeypatch: pytest.MonkeyPatch) -> Backend:
+    """One that registered itself, without the hooks that ``torch.accelerator`` asks."""
+    made = Backend()
+    monkeypatch.setattr(accelerator, "module", lambda kind: made if kind == "privateuseone" else None)
+    return made
+
+
+def test_a_backend_without_torchs_hooks_is_found(backend: Backend) -> None:
+    device = torch.device("privateuseone", 1)
+    assert accelerator.registered() == accelerator.current() == "privateuseone"
+    assert accelerator.count("privateuseone") == 2 and accelerator.count("cpu") == 1 and accelerator.count("cuda") == 0
+    assert accelerator.index() == 0 and accelerator.name(device) == "Backend 9"
+    assert accelerator.memory_of(device) == (3 << 30, 4 << 30)
+
+
+def test_a_backend_without_generators_is_seeded_by_its_module(backend: Backend) -> None:
+    device = Device(torch.device("privateuseone"))
+    host, own = device.generators()
+    assert host is torch.default_generator
+    own.manual_seed(7)
+    wanted = torch.Generator().manual_seed(7)
+    with same_generators(device):
+        first = torch.rand(3, generator=backend.draw)
+        assert torch.equal(first, torch.rand(3, generator=wanted))
+    assert torch.equal(torch.rand(3, generator=backend.draw), first), "it stands where it stood"
+    backend.default_generators = (torch.Generator(), torch.Generator())  # type: ignore[attr-defined]
+    assert Device(torch.device("privateuseone", 1)).generators()[1] is backend.default_generators[1]  # type: ignore[attr-defined]
+
+
+def test_waiting_for_a_backend(backend: Backend, monkeypatch: pytest.MonkeyPatch) -> None:
+    waited = []
+    monkeypatch.setattr(backend, "synchronize", lambda: waited.append(True), raising=False)
+    accelerator.synchronize(torch.device("privateuseone"))
+    assert waited == [True]
+    with pytest.raises((RuntimeError, ValueError)):  # torch.accelerator's own has nothing to say to such a device
+        torch.accelerator.synchronize(torch.device("privateuseone"))
+
+
+def test_a_machine_without_an_accelerator_gives_answers(monkeypatch: pytest.MonkeyPatch) -> None:
+    if accelerator.current() is not None:
+        pytest.skip("this machine has an accelerator")
+    assert accelerator.registered() is None and accelerator.count("cuda") == 0 and accelerator.index() == 0
+    accelerator.synchronize(torch.device("cpu"))
+    accelerator.use(torch.device("cuda", 0))  # the only one there could be
+    with pytest.raises(RuntimeError):
+        accelerator.use(torch.device("cuda", 1))
+    assert accelerator.memory_of(torch.device("cuda", 0)) == (0, 0)

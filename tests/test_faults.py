@@ -20,6 +20,11 @@ LONG_ONLY = (
     "SIGKILL, one of two ranks or the process that started them",
     "SIGTERM, SIGINT, SIGUSR1, SIGHUP, fresh processes",
     "every sample once an epoch, over SIGTERM, 0 and 2 workers",
+    # tests/test_elastic.py has a short form of its own
+    "SIGKILL, one of four ranks, started again by torchrun's agent",
+    "SIGSTOP, one of four ranks",
+    "two groups of ranks in one folder",
+    "two nodes of two ranks are parted, and one joins again",
 )
 SHORT = [fault for fault in FAULTS if fault.name not in LONG_ONLY]
 

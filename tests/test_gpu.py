@@ -101,3 +101,29 @@ def test_the_gpu_follows_the_cpu(tmp_path: Path) -> None:
         result = thalweg.train(batchnorm_net, mean_loss, Split(train=points(), test=points(seed=1)), recipe)
         finals[device] = result.metrics["loss"]
     assert finals["cuda"] == pytest.approx(finals["cpu"], rel=1e-3)
+
+
+def test_the_table_of_capabilities_is_what_a_gpu_shows() -> None:
+    from thalweg.device import capabilities_of
+    from thalweg.device.probes import _PROBES
+
+    gpu = torch.device("cuda", 0)
+    row = capabilities_of(gpu)
+    names = _PROBES.keys() - {"compile_backend"}  # torch has inductor for it, which no entry point says
+    shown = {name: _PROBES[name](gpu) for name in names}
+    assert shown == {name: getattr(row, name) for name in names}
+
+
+def test_a_move_to_a_gpu_keeps_ties_and_says_flops_use() -> None:
+    from thalweg.device import choose
+    from thalweg.device.chips import chip_here
+
+    device, _ = choose("cuda")
+    model = torch.nn.Sequential(torch.nn.Embedding(8, 4), torch.nn.Linear(4, 8, bias=False))
+    model[1].weight = weight = model[0].weight
+    device.move(model)
+    assert model[0].weight is weight and model[1].weight is weight and weight.is_cuda
+    recipe = {**CHANGES, "precision": "fp32", "train.steps": 10}
+    result = thalweg.train(batchnorm_net, mean_loss, Split(train=points()), recipe)
+    known = chip_here(device.name(), device.memory_bytes()) is not None
+    assert (result.flops_use is not None and 0 < result.flops_use < 1) if known else result.flops_use is None

@@ -131,6 +131,7 @@ recipes = st.builds(
     compile=st.sampled_from(COMPILED),
     exact_reduce=st.booleans(),
     parallel=st.sampled_from(["auto", "fsdp", {"data": 4, "tensor": 2}]),
+    tensor_plan=options,
     model=options,
     loss=options,
     train=trains(),

@@ -12,10 +12,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from thalweg.core import Change, Forecast, Ledger, ModuleBytes, Recipe, RecipeError, Task, to_bytes
+from thalweg.core import Change, Forecast, Form, Ledger, ModuleBytes, Recipe, Task, to_bytes
 from thalweg.device.chips import CHIPS, Chip
 
-__all__ = ["CHIPS", "Change", "Chip", "Forecast", "Ledger", "ModuleBytes", "estimate", "forecast"]
+__all__ = ["CHIPS", "Change", "Chip", "Forecast", "Form", "Ledger", "ModuleBytes", "estimate", "forecast"]
 
 
 def forecast(
@@ -34,8 +34,8 @@ def forecast(
         recipe: a ``Recipe``, or what differs from the task's own, by dotted path.
         on: a chip that need not be here, of ``CHIPS``: the model is not allocated. None: this machine, where steps are
             timed on copies.
-        devices: how many such chips.
-        sharded: whether parameters, gradients and slots are spread over them.
+        devices: how many such chips, or how many ranks here.
+        sharded: whether parameters, gradients and slots are spread over them, whatever the recipe's ``parallel``.
         device_memory: bytes to plan with, such as "16GiB"; None: what is there.
 
     Raises:
@@ -54,19 +54,16 @@ def _planned(
     *,
     timed: bool,
 ) -> Forecast:
-    from thalweg.engine.memory.planner import plan_here, plan_there
+    from thalweg.engine.memory.here import plan_here
+    from thalweg.engine.memory.planner import plan_there
 
     own = Recipe().override(task.recipe)
     given = recipe if isinstance(recipe, Recipe) else own.override(recipe or {})
     most = None if device_memory is None else to_bytes(device_memory, "device_memory")
     if on is None:
-        if devices != 1 or sharded:
-            raise RecipeError(
-                "Several devices are planned for by the name of their chip.",
-                f"devices={devices}, sharded={sharded}, and on is not given.",
-                "Give on='h100-80gb', or another of thalweg.memory.CHIPS.",
-            )
-        return plan_here(task, given, most=most, timed=timed)
+        if sharded:
+            given = given.override({"parallel": "fsdp"})
+        return plan_here(task, given, most=most, timed=timed, ranks=devices)
     return plan_there(task, given, on, devices=devices, sharded=sharded, most=most, timed=timed)
 
 

@@ -13,11 +13,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from thalweg.core import Loss, Split, Task
+from thalweg.data import Order
 from thalweg.engine import Step
 
 NUM, BATCH, MICRO = 60, 16, 4  # the last window of an epoch has 12 samples: three micro-batches
 LEDGER = "THALWEG_RANKED_LEDGER"  # a folder for the lines
 PAUSE = 0.04  # seconds that a micro-batch takes
+_APART = 2.0  # seconds between two makings of a step, at least: its ranks have started again in between
 _now: list[int] = []
 
 
@@ -35,9 +37,7 @@ def loss(model: nn.Module, batch: Any) -> Loss:
 def _note(step: int, samples: list[int]) -> None:
     """A line that is in the file at once."""
     if folder := os.environ.get(LEDGER):
-        line = json.dumps(
-            {"step": step, "samples": samples, "group": os.environ.get("MASTER_PORT", ""), "at": time.time()}
-        )
+        line = json.dumps({"step": step, "samples": samples, "at": time.time()})
         handle = os.open(
             Path(folder, f"rank-{os.environ.get('RANK', '0')}-{os.getpid()}"), os.O_WRONLY | os.O_CREAT | os.O_APPEND
         )
@@ -45,8 +45,12 @@ def _note(step: int, samples: list[int]) -> None:
         os.close(handle)
 
 
-def _counted() -> None:
-    """What the loss sees in steps is noted, and not what it sees in trials."""
+def counted(patch: Any = None) -> None:
+    """What the loss sees in steps is noted, and not what it sees in trials.
+
+    Args:
+        patch: a pytest.MonkeyPatch that takes it back; None: it stays.
+    """
     plain = Step.run
 
     def run(self: Step, window: Any) -> Tensor:
@@ -56,15 +60,40 @@ def _counted() -> None:
         finally:
             _now.clear()
 
-    Step.run = run  # type: ignore[method-assign]
+    if patch is not None:
+        patch.setattr(Step, "run", run)
+    else:
+        Step.run = run  # type: ignore[method-assign]
 
 
 def data() -> Split:
-    _counted()
+    if LEDGER in os.environ:
+        counted()
     draw = torch.Generator().manual_seed(0)
     x = torch.randn(NUM + 20, 6, generator=draw, dtype=torch.float64)
     whole = {"id": torch.arange(NUM + 20), "x": x, "y": (x[:, 0] > 0).long() + (x[:, 1] > 0).long()}
     return Split(train={k: v[:NUM] for k, v in whole.items()}, test={k: v[NUM:] for k, v in whole.items()})
+
+
+def each_once(folder: Path, steps: int) -> None:
+    """In the ledger, the last time that a step was made its samples were those of its window, each once.
+
+    Raises:
+        AssertionError: if not.
+    """
+    told = [json.loads(line) for file in folder.glob("rank-*") for line in file.read_text().splitlines()]
+    order = Order(NUM, BATCH, seed=0, keep_last=True)
+    for step in range(steps):
+        lines = [line for line in told if line["step"] == step]
+        assert lines, f"step {step} was never made"
+        last: list[dict[str, Any]] = []
+        for line in sorted(lines, key=lambda line: line["at"], reverse=True):
+            if last and last[-1]["at"] - line["at"] > _APART:
+                break
+            last.append(line)
+        saw = sorted(sample for line in last for sample in line["samples"])
+        wanted = sorted(map(int, order.window(step)[1]))
+        assert saw == wanted, f"step {step} saw {saw}, and its window is {wanted}"
 
 
 task = Task(

@@ -19,6 +19,7 @@ FAMILIES = (
     "hostile",
     "fuzz",
     "order",
+    "ranks",
 )
 
 for _name in FAMILIES:

@@ -12,7 +12,7 @@ from pathlib import Path
 from thalweg import __version__
 from thalweg.cli import checkpoint, train
 from thalweg.cli.backends import leave_out
-from thalweg.cli.words import pair, recipe_of
+from thalweg.cli.words import pair, recipe_of, whole
 from thalweg.core import RanksError, RecipeError, RunFolderError, StopReason, ThalwegError
 
 
@@ -89,6 +89,9 @@ def _parser() -> argparse.ArgumentParser:
         "--shard", action="store_true", help="with --on: spread parameters, gradients and slots over them"
     )
     plan.add_argument(
+        "--ranks", metavar="N", help="plan for N processes: bytes on each, in each form (docs/parallel.md)"
+    )
+    plan.add_argument(
         "--compile",
         action="store_true",
         help="with --on: have the chip's own compiler say what the step takes, where it needs no chip for that",
@@ -148,6 +151,8 @@ def _plan(asked: argparse.Namespace) -> int:
     chip, devices = _chips(asked.on) if asked.on else (None, 1)
     if asked.compile:
         _check_compiles(chip)
+    if asked.ranks is not None:
+        devices = _ranks(asked.ranks, devices)
     from thalweg.memory import forecast
     from thalweg.recipes import find_task
 
@@ -188,6 +193,18 @@ def _chips(words: list[str]) -> tuple[str, int]:
             "For example --on h100-80gb x 8.",
         )
     return name, int(number)
+
+
+def _ranks(text: str, devices: int) -> int:
+    """How many ranks a plan is for: one on each device."""
+    ranks = whole(text, "--ranks", "number of processes")
+    if ranks < 1 or devices not in (1, ranks):
+        raise RecipeError(
+            f"--ranks {text} is no number of processes for this plan.",
+            f"--on names {devices} chips, and each has one." if ranks >= 1 else "It must be 1 or more.",
+            f"Leave --ranks out, or give --ranks {devices}." if devices > 1 else "Give --ranks 8.",
+        )
+    return ranks
 
 
 def _init(asked: argparse.Namespace) -> int:

@@ -12,6 +12,10 @@ from thalweg.cli import checkpoint
 from thalweg.cli.words import pair, recipe_of, whole
 from thalweg.core import RanksError, RecipeError, ThalwegError
 
+_START = (
+    120.0  # seconds that ranks may be apart when they start: one reads torch from a slow disk, and nothing is wrong
+)
+
 
 def add(commands: Any) -> None:
     """The command and its options."""
@@ -83,7 +87,7 @@ def _train(asked: argparse.Namespace) -> int:
     if left.code:
         print(f"This run ended with exit code {left.code}, and is not started again.", file=sys.stderr)
         return left.code
-    ranks = join(timeout)
+    ranks = join(timeout, patience=max(timeout, _START))
     if num is not None and num != ranks.world:
         raise RecipeError(
             f"--ranks {num} is not what was started.",

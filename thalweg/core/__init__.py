@@ -17,7 +17,7 @@ from thalweg.core.errors import (
 )
 from thalweg.core.groups import ParameterGroup, parameter_groups
 from thalweg.core.guard import Guard
-from thalweg.core.ledger import Change, Forecast, Ledger, ModuleBytes
+from thalweg.core.ledger import Change, Forecast, Form, Ledger, ModuleBytes
 from thalweg.core.parallel import Layout
 from thalweg.core.plan import Decision, ParameterRow, Plan
 from thalweg.core.protocols import Feed, FeedState, Gather, Loss, Sink, Split, Task, Tell
@@ -40,6 +40,7 @@ __all__ = [
     "Feed",
     "FeedState",
     "Forecast",
+    "Form",
     "Gather",
     "Guard",
     "Layout",

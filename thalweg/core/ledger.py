@@ -36,6 +36,7 @@ class Ledger:
         micro_batch: samples of one pass.
         recompute: as in the recipe.
         flops: floating-point operations of one sample's products, forward and backward; 0 where nothing counted them.
+        gathered: parts of other ranks that are whole here for a while, at most; 0 where nothing lies in parts.
     """
 
     parameters: int
@@ -53,6 +54,7 @@ class Ledger:
     micro_batch: int
     recompute: str
     flops: float = 0.0
+    gathered: int = 0
 
     @property
     def state(self) -> int:
@@ -65,6 +67,7 @@ class Ledger:
             *((name, getattr(self, name)) for name in STATE),
             ("activations", self.activations),
             ("temporary", self.temporary),
+            ("gathered", self.gathered),
             ("process", self.process),
         ]
 
@@ -103,6 +106,25 @@ class Change:
 
 
 @dataclass(frozen=True)
+class Form:
+    """One way in which ranks could share the model.
+
+    Attributes:
+        name: "ddp", "fsdp", "hsdp (data=8, shard=8)", "fsdp, recompute=blocks".
+        ledger: bytes on the rank that has most.
+        seconds: of a step; None where it is not known.
+        fits: whether each rank has so much.
+        chosen: whether it is the plan's.
+    """
+
+    name: str
+    ledger: Ledger
+    seconds: float | None
+    fits: bool
+    chosen: bool
+
+
+@dataclass(frozen=True)
 class Forecast:
     """What ``thalweg plan`` has to say.
 
@@ -117,6 +139,7 @@ class Forecast:
         seconds: of a step; None where it is not known. ``timed``: how it is known.
         decisions: (path, value, reason) of what was filled in.
         changes: what would make it smaller, the cheapest first.
+        forms: how several devices could share the model, the simplest first.
     """
 
     task: str
@@ -132,6 +155,7 @@ class Forecast:
     timed: str
     decisions: tuple[tuple[str, Any, str], ...] = ()
     changes: tuple[Change, ...] = ()
+    forms: tuple[Form, ...] = ()
 
     @property
     def fits(self) -> bool:

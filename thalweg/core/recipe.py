@@ -552,6 +552,8 @@ class Recipe:
             gives the same bits (docs/ranks.md); it costs a second buffer for gradients, and more to send.
         parallel: how ranks share the model: "ddp", "fsdp", "hsdp", or sizes: {data=4, tensor=2}, {data=2, shard=4};
             "auto": the simplest that fits the device's memory. It changes no result (docs/parallel.md).
+        tensor_plan: how layers are cut by ``parallel.tensor``, by pattern of their names: {"blocks.*.up": "colwise",
+            "blocks.*.down": "rowwise"}; empty: the model's own ``tp_plan``.
         model, loss: arguments for the task's model and loss functions, by name.
 
     >>> Recipe().override({"optimizer.lr": "3e-4"}).optimizer.lr
@@ -569,6 +571,7 @@ class Recipe:
     weights_rename: tuple[str, ...] = ()
     exact_reduce: bool = False
     parallel: str | dict[str, Any] = "auto"
+    tensor_plan: dict[str, Any] = field(default_factory=dict)
     model: dict[str, Any] = field(default_factory=dict)
     loss: dict[str, Any] = field(default_factory=dict)
     train: Train = field(default_factory=Train)
@@ -585,6 +588,7 @@ class Recipe:
             ("model", self.model),
             ("loss", self.loss),
             ("data.options", self.data.options),
+            ("tensor_plan", self.tensor_plan),
             ("optimizer.options", self.optimizer.options),
             ("optimizer.groups", self.optimizer.groups),
             ("optimizer.stages", self.optimizer.stages),

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from thalweg.core import Feed, FeedState, Tell
-from thalweg.data.share import Share
+from thalweg.data.share import Share, Window
 from thalweg.data.trees import tensors, tree_map
 
 
@@ -62,9 +62,10 @@ class ChangedFeed(_Over):
 
     def windows(self, start: int, stop: int) -> Iterator[list[Any]]:
         for step, window in enumerate(self.feed.windows(start, stop), start=start):
+            whole = window.whole if isinstance(window, Window) else len(window)
             for change in self.changes:
                 window = change(step, window)
-            yield window
+            yield Window(window, whole)
 
 
 class SharedFeed(_Over):
@@ -77,7 +78,7 @@ class SharedFeed(_Over):
     def windows(self, start: int, stop: int) -> Iterator[list[Any]]:
         which, of = self.share
         for window in self.feed.windows(start, stop):
-            yield window[which::of]
+            yield Window(window[which::of], len(window))
 
 
 def shortened(lengths: Sequence[int]) -> Callable[[int, list[Any]], list[Any]]:

@@ -14,7 +14,7 @@ from thalweg.core import DataError, Feed, FeedState, Gather, Tell, seed_for
 from thalweg.data.items import ItemFeed, Reader
 from thalweg.data.order import Indices, Order, uniforms
 from thalweg.data.quiet import never, quiet
-from thalweg.data.share import WHOLE, Share, micro_batches
+from thalweg.data.share import WHOLE, Share, Window, micro_batches
 from thalweg.data.sources import Items, Source, Stream
 from thalweg.data.streams import StreamFeed, read_stream
 from thalweg.data.trees import split, tensors, to_device, tree_map
@@ -117,12 +117,15 @@ class MemoryFeed:
         step = start
         while step < stop:
             epoch, first = self.order.window(step)
-            parts = [self._mine(first)]
+            parts, sizes = [self._mine(first)], [len(first)]
             for later in range(step + 1, min(step + self.ahead, stop)):
                 if self.order.epoch_of(later) != epoch:
                     break
-                parts.append(self._mine(self.order.window(later)[1]))
-            yield from self._cut(epoch, parts)
+                taken = self.order.window(later)[1]
+                parts.append(self._mine(taken))
+                sizes.append(len(taken))
+            for window, size in zip(self._cut(epoch, parts), sizes):
+                yield Window(window, len(micro_batches(size, self.micro_batch, WHOLE)))
             step += len(parts)
 
     def _mine(self, indices: Indices) -> Indices:

@@ -14,7 +14,7 @@ from thalweg.data.draws import OwnRandom
 from thalweg.data.faults import listed, put_together, told_as
 from thalweg.data.order import Order
 from thalweg.data.quiet import never, quiet
-from thalweg.data.share import WHOLE, Share, micro_batches
+from thalweg.data.share import WHOLE, Share, Window, micro_batches
 from thalweg.data.sources import Items
 from thalweg.data.trees import to_device, tree_map
 from thalweg.data.workers import Place, Stopped, Workers, unnoticed
@@ -59,6 +59,11 @@ class Parts:
         """Micro-batches of this share in the window of a step."""
         _, first, stop = self.order.place(step)
         return len(micro_batches(stop - first, self.micro_batch, self.share))
+
+    def whole(self, step: int) -> int:
+        """Micro-batches of all shares in the window of a step."""
+        _, first, stop = self.order.place(step)
+        return len(micro_batches(stop - first, self.micro_batch, WHOLE))
 
     def samples(self, place: Place) -> tuple[int, list[int]]:
         """(epoch, sample indices) of one micro-batch."""
@@ -121,7 +126,7 @@ class ItemFeed:
                 window = [self._near(batch) for batch in islice(batches, parts.count(step))]
                 if len(window) < parts.count(step):  # someone wants the run to end
                     return
-                yield window
+                yield Window(window, parts.whole(step))
 
     def _here(self, parts: Parts, places: Iterator[Place]) -> Generator[Any, None, None]:
         for place in places:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+from typing import Any
+
 #: (which, of how many): of the micro-batches of each window, every ``of how many``-th from number ``which`` on.
 Share = tuple[int, int]
 WHOLE: Share = (0, 1)
@@ -15,3 +18,15 @@ def micro_batches(num: int, micro_batch: int, share: Share) -> range:
     """
     which, of = share
     return range(which * micro_batch, num, of * micro_batch)
+
+
+class Window(list[Any]):
+    """A share of a window's micro-batches, which may be none.
+
+    Attributes:
+        whole: how many the window has in all.
+    """
+
+    def __init__(self, parts: Iterable[Any], whole: int) -> None:
+        super().__init__(parts)
+        self.whole = whole

@@ -3,6 +3,7 @@
 from thalweg.device import memory
 from thalweg.device.backend import HOST_RANKS, Device, choose, exact_dtype, facts
 from thalweg.device.capabilities import KNOWN, Capabilities, known
+from thalweg.device.draws import seeded
 from thalweg.device.failures import ran_out
 from thalweg.device.measure import half_precision_gain, matmul_rates
 from thalweg.device.move import check_float64, move
@@ -28,5 +29,6 @@ __all__ = [
     "matmul_rates",
     "move",
     "ran_out",
+    "seeded",
     "memory",
 ]

@@ -11,13 +11,15 @@ import torch
 
 #: The name of the slot for backends that register themselves, before one has.
 _NOBODY = "privateuseone"
+#: What torch raises where there is no accelerator, or where a backend lacks a call (NotImplementedError is a RuntimeError).
+_LACKS = (RuntimeError, AttributeError, AssertionError, ValueError)
 
 
 def module(kind: str) -> Any:
     """Torch's module of a kind of device, such as ``torch.cuda``; None where it has none."""
     try:
         return torch.get_device_module(kind)
-    except (RuntimeError, AttributeError):
+    except _LACKS:
         return None
 
 
@@ -31,7 +33,7 @@ def current() -> str | None:
     """The kind of the accelerator of this machine, or None."""
     try:
         found = torch.accelerator.current_accelerator(check_available=True)
-    except RuntimeError:
+    except _LACKS:
         found = None
     if found is not None:
         return found.type
@@ -47,7 +49,7 @@ def count(kind: str) -> int:
         found = torch.accelerator.current_accelerator(check_available=True)
         if found is not None and found.type == kind:
             return int(torch.accelerator.device_count())
-    except RuntimeError:
+    except _LACKS:
         pass
     one = module(kind)
     if kind != registered() or one is None:
@@ -60,7 +62,7 @@ def index() -> int:
     """The number of the device in use."""
     try:
         return max(0, int(torch.accelerator.current_device_index()))
-    except (RuntimeError, AttributeError):
+    except _LACKS:
         return 0
 
 
@@ -68,7 +70,7 @@ def use(device: torch.device) -> None:
     """Make it the one in use."""
     try:
         torch.accelerator.set_device_index(device.index or 0)
-    except (RuntimeError, AttributeError):
+    except _LACKS:
         if device.index:  # there is no other way to the second one
             raise
 
@@ -79,7 +81,7 @@ def synchronize(device: torch.device) -> None:
         return
     try:
         torch.accelerator.synchronize(device)
-    except (RuntimeError, NotImplementedError):
+    except _LACKS:
         wait = getattr(module(device.type), "synchronize", None)
         if wait is not None:
             wait()
@@ -94,7 +96,7 @@ def name(device: torch.device) -> str:
         return device.type
     try:
         return str(told(device))
-    except (RuntimeError, NotImplementedError):
+    except _LACKS:
         return device.type
 
 
@@ -102,11 +104,11 @@ def memory_of(device: torch.device) -> tuple[int, int]:
     """(free, all) bytes of its memory; zeros where it does not say."""
     try:
         free, whole = torch.accelerator.get_memory_info(device)
-    except (RuntimeError, NotImplementedError, AttributeError):
+    except _LACKS:
         told = getattr(module(device.type), "mem_get_info", None)
         try:
             free, whole = told(device) if told is not None else (0, 0)
-        except (RuntimeError, NotImplementedError):
+        except _LACKS:
             free, whole = 0, 0
     return int(free), int(whole)
 

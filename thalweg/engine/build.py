@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from thalweg.core import Plan, seed_for
 from thalweg.device import Device
+from thalweg.engine.fully import FullySharded, cut
 from thalweg.engine.precision import gradient_dtype
 from thalweg.engine.preflight import ModelLoss
 from thalweg.engine.recompute import recompute
@@ -21,8 +23,12 @@ from thalweg.engine.scheduled import (
     scheduled,
     span_of,
 )
+from thalweg.engine.sharded_step import ShardedStep
+from thalweg.engine.spread import Spread
 from thalweg.engine.state import State
 from thalweg.engine.step import Step, StepOptions
+from thalweg.engine.tensor import TensorParallel, cut_layers
+from thalweg.engine.tensor_step import TensorStep
 from thalweg.engine.timetable import Timetable
 from thalweg.optim import make_arenas, named_trainable
 from thalweg.optim.arena import How
@@ -34,8 +40,20 @@ from thalweg.rules import RULES
 from thalweg.schedules import Span
 
 
-def build(plan: Plan, model: nn.Module, loss: ModelLoss, device: Device, policy: Policy, ranks: Ranks = ALONE) -> Step:
-    """The step of a plan; the model's parameters become views of flat buffers."""
+def build(
+    plan: Plan,
+    model: nn.Module,
+    loss: ModelLoss,
+    device: Device,
+    policy: Policy,
+    ranks: Ranks = ALONE,
+    tried: Any = None,
+) -> Step:
+    """The step of a plan; the model's parameters become views of flat buffers.
+
+    Args:
+        tried: a micro-batch that is the same on all ranks, to look at a model whose layers are cut.
+    """
     recipe = plan.recipe
     optimizer, regularize = recipe.optimizer, recipe.regularize
     in_update = regularize.averages and regularize.average_form != "window"
@@ -52,7 +70,16 @@ def build(plan: Plan, model: nn.Module, loss: ModelLoss, device: Device, policy:
         offload=bool(optimizer.offload),
         gradients=gradient_dtype(recipe),
     )
-    arenas = make_arenas(named_trainable(model), plan.parameters, optimizer, how)
+    fully: FullySharded | TensorParallel | None = None
+    if plan.layout.get("tensor", 1) > 1 and ranks.world > 1:
+        fully, feeds = cut_layers(model, plan, device, ranks, loss, policy, tried)
+        arenas = fully.arenas(plan.parameters, optimizer, how)
+    elif ranks.world == 1 or plan.layout.get("shard", 1) == 1:
+        arenas = make_arenas(named_trainable(model), plan.parameters, optimizer, how)
+    else:
+        fully = cut(model, plan, device, ranks)
+        arenas = make_arenas(fully.parts(), plan.parameters, optimizer, how, fully.arena)
+        fully.take(arenas)
     span = run_span(plan)
     timetable = make_timetable(plan, span, device, loss)
     state = State(
@@ -65,6 +92,7 @@ def build(plan: Plan, model: nn.Module, loss: ModelLoss, device: Device, policy:
         clip_history=recipe.train.clip_history,
         window=average_times(plan, span) if regularize.average_form == "window" else None,
         guard=recipe.guard,
+        fully=fully,
     )
     if isinstance(loss, TaskLoss):
         loss.move(timetable.now)
@@ -83,6 +111,14 @@ def build(plan: Plan, model: nn.Module, loss: ModelLoss, device: Device, policy:
     if recipe.compile in ("off", "auto"):  # a variant that is tried has no compiler
         if release is not None:
             return ReleasedStep(state, loss, policy, options, streams, again, release=release)
+        if isinstance(fully, TensorParallel):
+            state.spread = Spread(state, ranks)
+            step = TensorStep(state, loss, policy, options, streams, again, feeds)
+            step.tensor = fully
+            return step
+        if fully is not None:
+            state.spread = Spread(state, ranks)
+            return ShardedStep(state, loss, policy, options, streams, again, ranks, fully=fully)
         return Step(state, loss, policy, options, streams, again, ranks)
     from thalweg.engine.compiled_build import compiled_step  # it imports torch's compiler
 

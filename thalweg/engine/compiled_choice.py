@@ -17,6 +17,8 @@ Take = Callable[[str, Any, str], Any]
 
 _OLDER = "this torch cannot trace a backward pass into the graph of its forward pass; torch 2.13 can"
 
+#: Against any graph of a model whose parameters are spread over ranks.
+IN_PARTS = "parameters are spread over ranks, and gathered block by block while a pass runs"
 WHOLE = ("step", "captured")  # values of ``compile`` that make one graph of a step
 
 
@@ -114,14 +116,14 @@ def _auto(
 
 
 def check_model(model: nn.Module, how: str) -> None:
-    """Refuse a model that a whole step cannot be made of.
+    """Refuse a model that cannot be compiled.
 
     Raises:
         RecipeError: for one that is spread over ranks.
     """
-    if how in WHOLE and any(hasattr(p, "device_mesh") for p in model.parameters()):
+    if any(hasattr(p, "device_mesh") for p in model.parameters()):
         raise RecipeError(
             f"compile='{how}' is not possible for parameters that are spread over ranks.",
             "They are gathered block by block while a pass runs.",
-            "Use compile='model' or 'off', or parallel='ddp'.",
+            "Use compile='off', or parallel='ddp'.",
         )

@@ -28,7 +28,8 @@ class Interrupted(Exception):
 @contextmanager
 def evaluated_weights(state: State, precise: PreciseStatistics | None) -> Iterator[None]:
     """The model holds what is evaluated and shipped: averaged weights, with statistics of their own where they are measured."""
-    with state.averaged(), nullcontext() if precise is None else precise.put_in(version=state.step):
+    measured = nullcontext() if precise is None else precise.put_in(version=state.step)
+    with state.averaged(), state.whole(), measured:
         yield
 
 

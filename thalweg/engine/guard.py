@@ -138,7 +138,8 @@ class Warden:
             return snapshot
         groups, steps = dict(snapshot.groups), {}
         for stem, copy in zip(_GROUPS[-len(self.copies) :] if self.copies else (), self.copies):
-            groups[stem] = {f"{group}/{name}": t for group, ts in copy.groups.items() for name, t in ts.items()}
+            whole = self.step.state.put_together(copy.groups)
+            groups[stem] = {f"{group}/{name}": t for group, ts in whole.items() for name, t in ts.items()}
             steps[stem] = copy.facts["step"]
         return replace(
             snapshot, groups=groups, facts={**snapshot.facts, "guard": {"rewinds": self.rewinds, "steps": steps}}
@@ -195,8 +196,11 @@ class Warden:
         else:
             what = "gradient" if math.isfinite(record.loss) else "loss"
             text, more = f"Step {at}: the {what} is not finite.", {}
-            with alone():
-                found = diagnose(self.step, self.feed, at)
+            if self.step.state.fully is not None:
+                found = Finding(_samples(self.feed, at), "", _IN_PARTS)
+            else:
+                with alone():
+                    found = diagnose(self.step, self.feed, at)
         if found.samples is not None:
             more |= {"samples": found.samples[:_MOST_SAMPLES], "num_samples": len(found.samples)}
         if found.module:
@@ -215,6 +219,9 @@ class Warden:
         ]
         detail = {name: told[name] for name in JUDGED[1:]}
         return f"Step {record.step}: a spike: {'; '.join(words)}.", detail
+
+
+_IN_PARTS = "Parameters lie on ranks in parts, so it was not gone through again to see what was not finite."
 
 
 def _samples(feed: Feed, at: int) -> list[int] | None:

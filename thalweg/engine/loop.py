@@ -155,7 +155,7 @@ class Loop:
                 self._save(must=True)  # it stands in the checkpoint that this evaluation is still owed
                 return StopReason.INTERRUPTED
         if self._is_due(self.plan.recipe.checkpoint.every) or self._is_best_now():
-            self.agree()
+            self._check_agreement()
             self._save(must=not going_on or self._is_best_now())
         if self.early.is_over() and going_on:
             self._save(must=True)
@@ -167,6 +167,13 @@ class Loop:
             self._save(must=True)
             return StopReason.INTERRUPTED
         return StopReason.UNSAVED if unsaved and going_on else None
+
+    def _check_agreement(self) -> None:
+        try:
+            self.agree()
+        except Exception:
+            self._saved = self.step.state.step  # what ranks hold differently is not kept
+            raise
 
     def _wishes(self) -> tuple[bool, bool, bool]:
         """Whether to give up, to stop, to end because nothing is saved any more: what any rank wished a step ago, so that all
@@ -300,7 +307,7 @@ class Loop:
                 if self.guard.act(trip.bad) is not None:
                     return  # the newest checkpoint is from before the step that holds up the run
                 self.owed = self._evaluation_is_due()
-        if self.step.state.step:
+        if self.step.state.step and self.step.state.fully is None:  # parts are put together by all ranks or by none
             with suppress(Exception):
                 try:
                     self._save(must=True)

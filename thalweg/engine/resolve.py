@@ -17,6 +17,7 @@ from thalweg.core import (
     DataError,
     Feed,
     Layout,
+    Ledger,
     Plan,
     Recipe,
     Task,
@@ -52,11 +53,11 @@ from thalweg.engine.checks import (
     try_shortest,
     whole_of,
 )
-from thalweg.engine.compiled_choice import settle_compile
+from thalweg.engine.compiled_choice import IN_PARTS, settle_compile
 from thalweg.engine.compiled_measure import fastest
 from thalweg.engine.given import made_model, split_of, task_loss
 from thalweg.engine.inorder import check_exact
-from thalweg.engine.layout import settle_layout
+from thalweg.engine.layout import Planned, fitting_layout, on_ranks, settle_layout
 from thalweg.engine.memory import Bench, fit, predicted, settle_memory
 from thalweg.engine.memory_format import lay_out
 from thalweg.engine.padding import settle_padding
@@ -86,7 +87,8 @@ from thalweg.engine.scheduled import (
     span_of,
 )
 from thalweg.engine.settle import Decisions, settle_evaluation, settle_length, settle_optimizer
-from thalweg.engine.together import check_buffers, check_layers, check_ranks, settle_micro_batch
+from thalweg.engine.tensor_plan import tensor_cuts
+from thalweg.engine.together import check_buffers, check_layers, check_parts, check_ranks, tell_parts
 from thalweg.optim import parameter_table
 from thalweg.parallel import ALONE, Ranks
 from thalweg.precision import Policy, Prepared, policy_for
@@ -163,14 +165,16 @@ def _resolve(
     decide = Decisions()
     if saved is not None:
         recipe = saved.recipe
+    recompute = recipe.recompute
     recipe = settle_optimizer(recipe, decide)
     loss = task_loss(task.loss, recipe)
     moved = scheduled(recipe, loss.known)
     device, why = choose(recipe.device)
-    layout = layout or settle_layout(recipe, ranks, decide)
+    settled = layout or settle_layout(recipe, ranks, decide, saved)
+    stand = settled or Layout(data=ranks.world)
     if ranks.world > 1:
         device = ranks.own(device)
-        recipe = _on_ranks(recipe, ranks.world, layout, decide)
+        recipe = on_ranks(recipe, ranks.world, stand, decide)
     check_exact(recipe, device)
     if recipe.device == "auto":
         recipe = replace(recipe, device=decide.take("device", str(device.torch_device), why))
@@ -206,6 +210,10 @@ def _resolve(
     lay_out(model, device, decide.take)
     if ranks.world > 1:
         check_layers(model, ranks.world)
+    if stand.shard > 1:
+        check_parts(model, recipe)
+    if stand.tensor > 1:
+        tensor_cuts(model, recipe, stand.tensor, decide.take)
     recipe, early = begin_precision(recipe, model, device, decide.take)
     if early is not None:
         undo.callback(early.undo)
@@ -270,13 +278,13 @@ def _resolve(
             why_not=why_not,
             sequence=whole,
             changes=tuple(map(str, changes)),
-            layout=layout.to_dict() if ranks.world > 1 else {},
+            layout=stand.to_dict() if ranks.world > 1 else {},
         )
 
     def check(recipe: Recipe) -> None:
         check_exact(recipe, device)
         if ranks.world > 1:
-            check_ranks(recipe, layout.feeds)
+            check_ranks(recipe, stand.feeds)
         check_smallest_batch(model, recipe, samples, sizes, values)
 
     ledger, bench = None if saved is None else saved.ledger, None
@@ -298,7 +306,18 @@ def _resolve(
             ledger = predicted(
                 plan_of(recipe), model, loss, first, device, policy, decide.take, data=data, held=prepared.held
             )
+    if ranks.world > 1 and (saved is None or settled is None):
+        ledger_of = bench.ledger if bench else partial(_predicted, plan_of, model, loss, first, device, policy, data)
+        given = None if recipe.recompute == "none" else recipe.recompute
+        planned = Planned(
+            replace(recipe, recompute=recompute or given), ledger, ledger_of, plan_of(recipe), model, device
+        )
+        stand, recipe, ledger = fitting_layout(settled, planned, ranks, decide)
     check(recipe)
+    if stand.shard > 1:
+        if settled is None:
+            check_parts(model, recipe)
+        tell_parts(recipe, stand, decide.take)
     check_release(recipe, device.kind, plan_of(recipe).parameters, decide.take)
     if saved is None:
 
@@ -309,14 +328,9 @@ def _resolve(
             here = bench or Bench(plan_of, model, loss, first[0], device, policy, data=data, held=prepared.held)
             return fastest(here, recipe, able, steps, take)
 
-        recipe = settle_compile(
-            recipe,
-            plan_of(recipe).parameters,
-            device,
-            decide.take,
-            None if planning else measure,
-            device.against_graphs(model),
-        )
+        against = IN_PARTS if stand.shard > 1 or stand.tensor > 1 else device.against_graphs(model)
+        tried_here = None if planning else measure
+        recipe = settle_compile(recipe, plan_of(recipe).parameters, device, decide.take, tried_here, against)
     elif recipe.compile == "auto":  # of before there was a choice
         recipe = replace(recipe, compile="off")
     tell_gradients(recipe, decide.take)
@@ -346,10 +360,23 @@ def _resolve(
     prepared.keep()
     if ranks.world > 1:
         micro = whole_of(recipe.train.micro_batch)
-        feed = _shared(partial(feeding, micro_batch=micro), mix, lengths, (layout.feed_of(ranks.rank), layout.feeds))
+        feed = _shared(partial(feeding, micro_batch=micro), mix, lengths, (stand.feed_of(ranks.rank), stand.feeds))
     if device.static_shapes:
         feed = StaticFeed(feed, device.torch_device, padding)
     return Resolved(plan, model, loss, feed, test, device, policy, prepared, bench, common)
+
+
+def _predicted(
+    plan_of: Callable[[Recipe], Plan],
+    model: nn.Module,
+    loss: ModelLoss,
+    batch: Any,
+    device: Device,
+    policy: Policy,
+    data: int,
+    recipe: Recipe,
+) -> Ledger | None:
+    return predicted(plan_of(recipe), model, loss, batch, device, policy, lambda *told: None, data=data)
 
 
 def _near(source: Source, device: Device, decide: Decisions | None) -> Source:
@@ -390,19 +417,6 @@ def _changed(feed: Feed, mix: WindowChange | None, lengths: list[int] | None) ->
     """The feed with what is done to whole windows."""
     changes = [*([] if mix is None else [mix]), *([] if lengths is None else [shortened(lengths)])]
     return ChangedFeed(feed, changes) if changes else feed
-
-
-def _on_ranks(recipe: Recipe, world: int, layout: Layout, decide: Decisions) -> Recipe:
-    """What several ranks decide of a recipe, and refuse."""
-    recipe, why = settle_micro_batch(recipe, layout.feeds)
-    if why:
-        decide.take("train.micro_batch", recipe.train.micro_batch, why)
-    check_ranks(recipe, layout.feeds)
-    by = "processes" if layout.tensor == 1 else f"groups of {layout.tensor} processes"
-    decide.take(
-        "ranks", world, f"the micro-batches of a step go round {layout.feeds} {by}, and their sums make one update"
-    )
-    return recipe
 
 
 def _shared(feeding: Callable[..., Feed], mix: WindowChange | None, lengths: list[int] | None, share: Share) -> Feed:

@@ -6,13 +6,14 @@ micro-batches it has; the loss scale cancels.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
 from torch import Tensor
 
 from thalweg.optim import Arena
+from thalweg.optim.norm import global_norm
 from thalweg.optim.weights import climb
 
 
@@ -28,6 +29,7 @@ class Sharpness:
 
     def __init__(self, arenas: Sequence[Arena], rho: float, scaled: bool) -> None:
         self.arenas, self.rho, self.scaled = arenas, rho, scaled
+        self.norm_of: Callable[[Sequence[Tensor]], Tensor] = global_norm  # of a part of the gradients, over all of them
         self.kept = [torch.empty_like(arena.params) for arena in arenas]
 
     @contextmanager
@@ -41,7 +43,7 @@ class Sharpness:
         for kept, p in zip(self.kept, ps):
             kept.copy_(p)
         try:
-            climb(ps, gs, self.rho, scaled=self.scaled, norm=norm)
+            climb(ps, gs, self.rho, scaled=self.scaled, norm=norm, norm_of=self.norm_of)
             yield
         finally:
             with torch.no_grad():

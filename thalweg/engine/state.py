@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
-from typing import Any
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -22,6 +22,11 @@ from thalweg.optim.history import NormHistory
 from thalweg.precision import LossScale
 from thalweg.regularize import GhostBatchNorm, PooledStatistics, WindowAverage
 
+if TYPE_CHECKING:
+    from thalweg.engine.fully import FullySharded
+    from thalweg.engine.spread import Spread
+    from thalweg.engine.tensor import TensorParallel
+
 
 class State:
     """Parameters, slots, averages, running statistics, loss scale and counters.
@@ -35,6 +40,7 @@ class State:
         watch: judges steps, where the recipe's guard asks for more than to skip what is not finite.
         limit, evaluation_limit: how many samples a pass may take, as memory has taught.
         updating: whether an update is under way: after an error, some of it may have moved.
+        fully, spread: where parameters lie on ranks in parts: the model in parts, and the state put together and apart.
     """
 
     def __init__(
@@ -49,8 +55,11 @@ class State:
         clip_history: float = 0.0,
         window: tuple[int, int, int] | None = None,
         guard: Guard | None = None,
+        fully: FullySharded | TensorParallel | None = None,
     ) -> None:
         self.model, self.arenas, self.device, self.timetable = model, arenas, device, timetable
+        self.fully = fully
+        self.spread: Spread | None = None
         self.watch: Watch | None = None
         if guard is not None and guard.active:
             self.watch = Watch(guard, device.torch_device, device.exact, scaled=scaled)
@@ -112,8 +121,17 @@ class State:
         if averages := self._averages():
             groups["average"] = {**weights, **averages}
         most = {limit.what: limit.most for limit in self.limits() if limit.most}
+        whole = self.put_together(groups)
         plain = {**facts, "step": self.step, **({"most_samples": most} if most else {})}
-        return Snapshot(groups, {**plain, "tied": tied} if (tied := self.tied()) else plain)
+        return Snapshot(whole, {**plain, "tied": tied} if (tied := self.tied()) else plain)
+
+    def put_together(self, groups: Mapping[str, Mapping[str, Tensor]]) -> Mapping[str, Mapping[str, Tensor]]:
+        """Tensors by name, whole where they lie on ranks in parts: on the first rank, and all take part."""
+        return groups if self.spread is None else self.spread.whole(groups)
+
+    def whole(self) -> AbstractContextManager[None]:
+        """Inside, ranks may run the model as often as they like, each by itself."""
+        return nullcontext() if self.fully is None else self.fully.whole()
 
     def copied(self) -> Snapshot:
         """A copy in the CPU's memory of all that ``load`` takes over; of this moment, whatever moves later."""
@@ -186,7 +204,7 @@ class State:
             if isinstance(tensor, Tensor) and id(tensor) not in seen:
                 seen.add(id(tensor))
                 named[plain_name(name)] = tensor.detach()
-        return named
+        return named if self.fully is None else self.fully.local(named)
 
     def tied(self) -> dict[str, str]:
         """Further names of tensors that ``weights`` has once: name to the one that is there."""

@@ -32,7 +32,7 @@ class Timetable:
         longest = max(len(row) for row in rows.values())
         full = [[*row, *[row[-1]] * (longest - len(row))] for row in rows.values()]
         self.length = longest
-        self.table = torch.tensor(full, dtype=torch.float64).T.contiguous().to(device.torch_device, device.exact)
+        self.table = torch.tensor(full, dtype=torch.float64).T.contiguous().to(device.exact).to(device.torch_device)
         self._row = torch.zeros(1, len(full), dtype=device.exact, device=device.torch_device)
         self.now: dict[str, Tensor] = {name: self._row[0, k] for k, name in enumerate(rows)}
         self.feedback = Feedback(listening, device.torch_device, device.exact)

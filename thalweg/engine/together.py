@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from thalweg.checkpoint import Snapshot
-from thalweg.core import ModelError, RanksError, Recipe, RecipeError, divisors
+from thalweg.core import Layout, ModelError, RanksError, Recipe, RecipeError, divisors
 from thalweg.device import Device
 from thalweg.engine.preflight import ModelLoss, as_written, untouched
 from thalweg.engine.state import State
@@ -149,6 +149,53 @@ def check_layers(model: nn.Module, world: int) -> None:
         )
 
 
+def check_parts(model: nn.Module, recipe: Recipe) -> None:
+    """Refuse what needs weights whole where they lie on ranks in parts.
+
+    Raises:
+        RecipeError: for penalties on weights. ModelError: for parameters that cannot be cut, naming them.
+    """
+    if recipe.regularize.penalties:
+        raise RecipeError(
+            f"regularize.penalties ({', '.join(recipe.regularize.penalties)}) are not possible where parameters lie in parts.",
+            "They read weights outside of the layers that gather them.",
+            "Use parallel='ddp'; decay of weights (optimizer.weight_decay) is possible with parts.",
+        )
+    numbers = [name for name, p in model.named_parameters() if not p.ndim]
+    if numbers:
+        raise ModelError(
+            "Parameters that are single numbers cannot be cut into parts.",
+            f"{len(numbers)} of {sum(1 for _ in model.parameters())}, such as '{numbers[0]}', have no dimension.",
+            "Give them the shape (1,), or use parallel='ddp'.",
+        )
+    mixed = [
+        name
+        for name, module in model.named_modules()
+        if len({p.dtype for p in module.parameters(recurse=False) if p.requires_grad}) > 1
+    ]
+    if mixed:
+        raise ModelError(
+            "Parameters of one layer that are of different dtypes cannot be gathered together.",
+            f"{len(mixed)} layers, such as '{mixed[0]}'.",
+            "Give each layer one dtype, or use parallel='ddp'.",
+        )
+
+
+def tell_parts(recipe: Recipe, layout: Layout, take: Callable[[str, Any, str], Any]) -> None:
+    """Say what parameters that lie in parts are gathered as, and what is held besides."""
+    micro = recipe.train.micro_batch
+    mine = -(-recipe.train.batch // (micro * layout.feeds)) if isinstance(micro, int) else 1
+    more = ""
+    if mine > 1 and not recipe.exact_reduce:
+        more = f"; gradients are summed once a step, so a rank holds its own whole ones through {mine} micro-batches"
+    take(
+        "parts",
+        f"1/{layout.shard} a rank",
+        f"of parameters, gradients, slots and averages; parameters are gathered block by block in the dtype that they are stored "
+        f"in, whatever passes compute in: the bits of one rank{more}",
+    )
+
+
 def check_buffers(model: nn.Module, loss: ModelLoss, batch: Any, device: Device, recipe: Recipe, world: int) -> None:
     """Refuse buffers that ranks would each move their own way.
 
@@ -181,6 +228,31 @@ def settle_micro_batch(recipe: Recipe, world: int) -> tuple[Recipe, str]:
     return replace(recipe, train=replace(train, micro_batch=size)), f"the largest with one for each of {world} ranks"
 
 
+def take_state(state: State, snapshot: Snapshot | None, ranks: Ranks) -> tuple[Snapshot | None, list[str]]:
+    """The state that a run goes on from, on all ranks; what the first has read of a checkpoint, or None.
+
+    Returns:
+        As ``same_state``.
+    """
+    if state.spread is None or state.fully is None:
+        ranks.together(lambda: None if snapshot is None else state.load(snapshot))
+        return same_state(state, snapshot, ranks)
+    parts = state.spread.parts(snapshot)
+    if parts is None:
+        return None, _others_began_with_other_weights(state.fully.others)
+    mine = parts
+    ranks.together(lambda: state.load(mine))
+    for limit in state.limits():
+        limit.most = 0  # all ranks go through as many passes
+    groups = {stem: dict(t) for stem, t in parts.groups.items() if stem not in ("weights", "state", "average")}
+    return Snapshot(groups, parts.facts), []
+
+
+def _others_began_with_other_weights(others: list[int]) -> list[str]:
+    names = ", ".join(map(str, others))
+    return [f"Ranks {names} began with other weights; those of rank 0 are taken."] if others else []
+
+
 def same_state(state: State, snapshot: Snapshot | None, ranks: Ranks) -> tuple[Snapshot | None, list[str]]:
     """Every rank holds the first rank's state, to the bit.
 
@@ -200,8 +272,7 @@ def same_state(state: State, snapshot: Snapshot | None, ranks: Ranks) -> tuple[S
     if ranks.from_first(snapshot is None):
         begun = ranks.told(digest(state))
         others = [rank for rank, one in enumerate(begun) if one != begun[0]]
-        if others:
-            told = [f"Ranks {', '.join(map(str, others))} began with other weights; those of rank 0 are taken."]
+        told = _others_began_with_other_weights(others)
     most = [limit.most for limit in state.limits()]
     state.step, most = ranks.from_first((state.step, most))
     for limit, value in zip(state.limits(), most):
@@ -234,7 +305,7 @@ def checksum(state: State) -> str:
 def _sum(tensor: Tensor) -> int:
     flat = tensor.contiguous().reshape(-1).view(torch.uint8)
     for dtype in (torch.int64, torch.int32):
-        if flat.numel() % dtype.itemsize == 0 and flat.data_ptr() % dtype.itemsize == 0:
+        if flat.numel() % dtype.itemsize == 0 and flat.storage_offset() % dtype.itemsize == 0:
             return int(flat.view(dtype).sum(dtype=torch.int64))
     return int(flat.sum(dtype=torch.int64))
 

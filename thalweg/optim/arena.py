@@ -7,7 +7,7 @@ such segment as one tensor.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -69,6 +69,11 @@ class How:
     gradients: torch.dtype | None = None
 
 
+def aligned(elements: int) -> int:
+    """Elements up to where the next parameter begins."""
+    return -(-elements // _ALIGN) * _ALIGN
+
+
 @dataclass
 class Segment:
     """A run of the arena that shares its treatment, its program, its slots and how it is updated."""
@@ -108,7 +113,7 @@ class Arena:
             begin = size
             for name in names:
                 self.places[name] = (size, params[name])
-                size += -(-params[name].numel() // _ALIGN) * _ALIGN
+                size += aligned(self._room(name, params[name]))
             borders.append((begin, size))
         self.params = torch.zeros(size, dtype=self.dtype, device=self.device)
         wanted = torch.promote_types(how.gradients or self.dtype, self.dtype)
@@ -132,14 +137,31 @@ class Arena:
             self._segment(treatment, names, border) for (treatment, names), border in zip(groups.items(), borders)
         ]
 
+    def _room(self, name: str, p: Tensor) -> int:
+        """Elements that a parameter takes."""
+        return p.numel()
+
     def _segment(self, treatment: Treatment, names: list[str], border: tuple[int, int]) -> Segment:
+        program = self._program(treatment, border[1] - border[0])
+        if program.reads == "element":
+            start, stop = border
+            ps, gs, folds = [self.params[start:stop]], [self.grads[start:stop]], ["batch"]
+        else:
+            ps = [self.view(self.params, name) for name in names]
+            gs = [] if self.how.release else [self.view(self.grads, name) for name in names]
+            folds = [treatment.fold] * len(names)
+        slots, lowered = self._slots_and_way(program, ps, folds, border[1] - border[0])
+        return Segment(treatment, names, program, Batch(ps, gs, slots, folds), lowered)
+
+    def _program(self, treatment: Treatment, elements: int) -> Program:
+        """The update of a segment of so many elements."""
         rule, how = RULES[treatment.rule], self.how
         options = dict(treatment.options)
         for what, _ in treatment.moves:
             if what in options:  # a number of the step, no constant
                 at = "cpu" if self.device.type == "meta" else self.device  # slots may follow its value
                 options[what] = torch.tensor(options[what], dtype=self.scalar_dtype, device=at)
-        program = Program(
+        return Program(
             rule,
             options,
             stages=[(STAGES[name], STAGES[name].options(dict(given))) for name, given in treatment.stages],
@@ -149,23 +171,22 @@ class Arena:
             codec=CODECS[how.slots],
             average=how.average,
             unscale=True,
-            clear=not how.release and self.device.type == "cpu" and border[1] - border[0] >= WORTH_COMPILING,
+            clear=not how.release and self.device.type == "cpu" and elements >= WORTH_COMPILING,
             seed=how.seed,
             exact=self.scalar_dtype,
         )
-        if program.reads == "element":
-            start, stop = border
-            ps, gs, folds = [self.params[start:stop]], [self.grads[start:stop]], ["batch"]
-        else:
-            ps = [self.view(self.params, name) for name in names]
-            gs = [] if how.release else [self.view(self.grads, name) for name in names]
-            folds = [treatment.fold] * len(names)
+
+    def _slots_and_way(
+        self, program: Program, ps: Sequence[Tensor], folds: Sequence[str], elements: int
+    ) -> tuple[list[list[Tensor]], Update]:
+        """What is remembered of ``ps``, and how an update of so many elements runs."""
+        how = self.how
         home = torch.device("cpu") if how.offload else self.device
         slots = [
             new_slots(program, part, ps, folds, self.device if part.shape == "uniform" else home)
             for part in program.parts
         ]
-        lowered = lower(program, device=self.device.type, elements=border[1] - border[0], way=how.way)
+        lowered = lower(program, device=self.device.type, elements=elements, way=how.way)
         if how.offload:
             slots = [
                 mine if part.shape == "uniform" else [in_host_memory(x, self.device) for x in mine]
@@ -174,7 +195,7 @@ class Arena:
             assert self.staging is not None
             away = Offload(program, lowered.run, self.staging)
             lowered = Update(away, lowered.how, f"{lowered.why}; slots come from the CPU's memory in portions")
-        return Segment(treatment, names, program, Batch(ps, gs, slots, folds), lowered)
+        return slots, lowered
 
     def view(self, flat: Tensor, name: str, *, offset: int = 0) -> Tensor:
         """The part of a flat buffer that belongs to the parameter ``name``, in its shape and strides.
@@ -219,6 +240,13 @@ class Arena:
             **moved,
             **self.shared.get(treatment.rule, {}),
         }
+
+    def prepare(self) -> None:
+        """An update begins: what it reads is where it reads it."""
+
+    def total(self, value: Tensor) -> Tensor:
+        """A sum over all that there is of the parameters, from the sum over what this process has."""
+        return value
 
     def run(self, given: Mapping[str, Any], *, due: int) -> None:
         """One update of every segment.
@@ -352,6 +380,7 @@ def update(
     given = numbers_of(arenas[0].scalar_dtype, lr, t, divisor, skipped, share, moved)
     for arena in arenas:
         arena.torn = True
+        arena.prepare()
     for rule in arenas[0].shared:
         _settle(arenas, rule, given)
     for arena in arenas:
@@ -383,23 +412,28 @@ def _settle(arenas: Sequence[Arena], rule: str, given: Mapping[str, Any]) -> Non
     mine = [(arena, s) for arena in arenas for s in arena.segments if s.treatment.rule == rule]
     measured = [(segment.program, segment.batch, arena.scalars(segment, given)) for arena, segment in mine]
     rates = [scalars["lr"] for _, _, scalars in measured]
-    settle_over(measured, arenas[0].shared[rule], rates=rates, skipped=given["skipped"])
+    settle_over(measured, arenas[0].shared[rule], rates=rates, skipped=given["skipped"], total=arenas[0].total)
 
 
 def make_arenas(
-    named: Sequence[tuple[str, nn.Parameter]], rows: Sequence[ParameterRow], optimizer: Any, how: How
+    named: Sequence[tuple[str, nn.Parameter]],
+    rows: Sequence[ParameterRow],
+    optimizer: Any,
+    how: How,
+    make: Callable[[Sequence[tuple[str, nn.Parameter]], Mapping[str, Treatment], How], Arena] = Arena,
 ) -> list[Arena]:
     """An arena for each dtype and device among the parameters.
 
     Args:
         rows: the parameter table, with the rule, options and rate of each parameter.
         optimizer: the recipe's optimizer section.
+        make: makes one; of parameters that are sharded, another kind of them.
     """
     treatments = {row.name: treatment_of(row, optimizer) for row in rows}
     groups: dict[tuple[torch.dtype, torch.device], list[tuple[str, nn.Parameter]]] = {}
     for name, p in named:
         groups.setdefault((p.dtype, p.device), []).append((name, p))
-    arenas = [Arena(group, treatments, how) for group in groups.values()]
+    arenas = [make(group, treatments, how) for group in groups.values()]
     for arena in arenas:
         for segment in arena.segments:
             program = segment.program

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from thalweg.device import seeded
 from thalweg.optim.codecs import BLOCK, Part
 from thalweg.optim.program import Program
 
@@ -116,8 +117,8 @@ def is_sharded(xs: Sequence[Tensor]) -> bool:
 
 def normal_like(p: Tensor, dtype: torch.dtype, seed: int) -> Tensor:
     """Standard normal numbers in the shape of ``p``, the same for the same seed."""
-    generator = torch.Generator(p.device).manual_seed(seed)
-    return torch.randn(p.shape, generator=generator, device=p.device, dtype=dtype)
+    generator = seeded(p.device, seed)
+    return torch.randn(p.shape, generator=generator, device=generator.device, dtype=dtype).to(p.device)
 
 
 def views(program: Program, batch: Batch, i: int) -> tuple[Tensor, Tensor, list[Tensor]]:

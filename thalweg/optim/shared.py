@@ -119,6 +119,7 @@ def settle_over(
     *,
     rates: Sequence[Tensor],
     skipped: Tensor | None,
+    total: Callable[[Tensor], Tensor] = lambda value: value,
 ) -> None:
     """Settle ``shared`` in place: measured over all parameters of a rule, settled once, with the largest rate.
 
@@ -126,9 +127,10 @@ def settle_over(
         measured: (program of the rule, batch, its scalars), of which the first has the "t" that counts.
         rates: 0-dim, in the dtype of the scalars.
         skipped: where it is 1, nothing changes.
+        total: a sum over all parameters, from the sums over those that are here.
     """
     found = [measure(program, batch, {**scalars, **shared}) for program, batch, scalars in measured]
-    sums = [torch.stack(values).sum() for values in zip(*found)]
+    sums = list(total(torch.stack([torch.stack(values).sum() for values in zip(*found)])).unbind())
     program, _, first = measured[0]
     new = settle(program, sums, shared, {**first, "lr": torch.stack(list(rates)).max()})
     for name, value in new.items():

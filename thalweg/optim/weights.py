@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -14,7 +14,13 @@ _ETA = 0.01
 
 @torch.no_grad()
 def climb(
-    ps: Sequence[Tensor], gs: Sequence[Tensor], rho: float, *, scaled: bool = False, norm: Tensor | None = None
+    ps: Sequence[Tensor],
+    gs: Sequence[Tensor],
+    rho: float,
+    *,
+    scaled: bool = False,
+    norm: Tensor | None = None,
+    norm_of: Callable[[Sequence[Tensor]], Tensor] = global_norm,
 ) -> None:
     """Move weights, in place, to where the loss nearby is about highest by their gradients.
 
@@ -26,6 +32,7 @@ def climb(
         rho: distance of the neighbour, above 0.
         scaled: ASAM instead of SAM.
         norm: of all of ``gs``, 0-dim, if it is known; used where not ``scaled``.
+        norm_of: the norm over all there is, where ``gs`` are this process's part.
 
     >>> w = torch.zeros(2)
     >>> climb([w], [torch.tensor([3.0, 4.0])], 0.5)
@@ -36,10 +43,10 @@ def climb(
     if scaled:
         scales = [p.abs() + _ETA for p in ps]
         pushes = [g * scale for g, scale in zip(gs, scales)]
-        norm = global_norm(pushes)
+        norm = norm_of(pushes)
         pushes = [push * scale for push, scale in zip(pushes, scales)]
     elif norm is None:
-        norm = global_norm(gs)
+        norm = norm_of(gs)
     factor = rho / norm.clamp(min=torch.finfo(norm.dtype).tiny)
     for p, push in zip(ps, pushes):
         p.add_(push * factor.to(push.dtype))

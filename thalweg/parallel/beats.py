@@ -69,6 +69,7 @@ class Beats:
     def end(self, last: str = "") -> None:
         """This rank says no more but ``last``, the error that it ends with."""
         self._ended.set()
+        self._thread.join(1.0)  # Python ends, and it must not be in the middle of something then
         if last:
             self._last = last
             within(_LONGEST, self._say)

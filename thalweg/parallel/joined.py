@@ -7,7 +7,7 @@ import gc
 import os
 import re
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from datetime import timedelta
 from typing import Any, TypeVar
 
@@ -69,10 +69,10 @@ class Joined:
                 self.group = self._dist.new_group(backend=backend, timeout=timedelta(seconds=self.timeout))
             self._backend = backend
 
-    def add(self, tensors: Iterable[Tensor]) -> None:
+    def add(self, tensors: Iterable[Tensor], group: Any = None) -> None:
         with self._in_touch("the sum of gradients"):
             for tensor in tensors:
-                self._dist.all_reduce(tensor, group=self.group)
+                self._dist.all_reduce(tensor, group=group or self.group)
 
     def copy(self, tensors: Iterable[Tensor]) -> None:
         with self._in_touch("a copy of the state"), torch.no_grad():
@@ -94,7 +94,10 @@ class Joined:
     def gather(self, tensor: Tensor) -> Tensor:
         found = tensor.new_empty(self.world, *tensor.shape)
         with self._in_touch("a sum in order"):
-            self._dist.all_gather_into_tensor(found.reshape(-1), tensor.contiguous().reshape(-1), group=self.group)
+            put = (
+                getattr(self._dist, "all_gather_single", None) or self._dist.all_gather_into_tensor
+            )  # before torch 2.13
+            put(found.reshape(-1), tensor.contiguous().reshape(-1), group=self.group)
         return found
 
     def exchange(self, tensor: Tensor) -> Tensor:
@@ -124,7 +127,12 @@ class Joined:
             raise  # this rank has lost the others: there is nobody to tell
         except Exception as err:
             error = err
-        told = self.told("" if error is None else _words(error))
+        try:
+            told = self.told("" if error is None else _words(error))
+        except RanksError:
+            if error is None:
+                raise
+            raise error from None  # the others have given this rank up: why they had to, it alone can say
         failed = next((rank for rank, words in enumerate(told) if words), None)
         if failed is None:
             return value  # type: ignore[no-any-return]
@@ -156,6 +164,9 @@ class Joined:
         if self._dist.is_initialized():
             self._dist.destroy_process_group()
         gc.collect()  # who else holds the group, in a cycle
+
+    def in_touch(self, what: str) -> AbstractContextManager[None]:
+        return self._in_touch(what)
 
     @contextmanager
     def _in_touch(self, what: str) -> Iterator[None]:
@@ -235,11 +246,12 @@ def _in_short(err: Exception) -> str:
 _joined: list[Joined] = []
 
 
-def join(timeout: float = TIMEOUT) -> Ranks:
+def join(timeout: float = TIMEOUT, *, patience: float | None = None) -> Ranks:
     """The ranks that this process is one of: those that torchrun or ``--ranks`` started, or of a group that is there already.
 
     Args:
         timeout: seconds after which a rank that does not answer is given up; counts where the group is made here.
+        patience: seconds that they may take to start, if others than ``timeout``.
 
     Raises:
         RanksError: if the others do not come.
@@ -260,20 +272,22 @@ def join(timeout: float = TIMEOUT) -> Ranks:
     elif wanted == 1:
         return ALONE
     else:
-        made = _met(dist, wanted, timeout)
+        made = _met(dist, wanted, timeout, timeout if patience is None else patience)
     _joined.append(made)
     return made
 
 
-def _met(dist: Any, wanted: int, timeout: float) -> Joined:
+def _met(dist: Any, wanted: int, timeout: float, patience: float) -> Joined:
     """A group with those whom the environment names."""
     from thalweg.parallel.launch import end_with_the_launcher
 
     end_with_the_launcher()
     try:
-        store, rank, world = meet(dist, timeout)
+        store, rank, world = meet(dist, patience)
         limit = timedelta(seconds=timeout)
-        dist.init_process_group(HOST_RANKS, store=store, rank=rank, world_size=world, timeout=limit)
+        patient = timedelta(seconds=max(timeout, patience))  # until all are there
+        dist.init_process_group(HOST_RANKS, store=store, rank=rank, world_size=world, timeout=patient)
+        words = dist.new_group(backend=HOST_RANKS, timeout=limit)  # a model's own collectives do not meet ours
     except (RuntimeError, ValueError) as err:
         words = _in_short(err)
         lost = RanksError(
@@ -283,7 +297,7 @@ def _met(dist: Any, wanted: int, timeout: float) -> Joined:
         )
         lost.lost = True
     else:
-        made = Joined(dist.group.WORLD, timeout, store)
+        made = Joined(words, timeout, store)
         atexit.register(made.part)
         return made
     raise lost

@@ -34,7 +34,7 @@ class Grid:
         mesh: torch's mesh, with those of the dimensions "data", "shard" and "tensor" that are longer than 1.
         feed: which of ``layout.feeds`` shares of the micro-batches is this rank's.
         tensor: this rank's number among those that compute its layers.
-        feeds_group: with whom gradients and packed sums are added up: the ranks of all feeds, with this ``tensor``.
+        feeds_group: with whom gradients and packed sums are added up: the ranks of all feeds, with this ``tensor``; None: one feed.
         tensor_group: with whom this rank computes its layers; None: alone.
     """
 
@@ -44,28 +44,32 @@ class Grid:
 
         assert layout.ranks == ranks.world
         self.layout, self.rank = layout, ranks.rank
-        self.feed, (d, s, t) = layout.feed_of(ranks.rank), layout.place_of(ranks.rank)
-        self.tensor = t
+        self.feed, (_, _, self.tensor) = layout.feed_of(ranks.rank), layout.place_of(ranks.rank)
         known = tuple(dist.get_process_group_ranks(ranks.words))
         box = torch.tensor(known, dtype=torch.int).reshape(layout.data, layout.shard, layout.tensor)
         made: dict[tuple[int, ...], Any] = {known: ranks.group}
-        limit = timedelta(seconds=ranks.timeout)
+        limit, everyone = timedelta(seconds=ranks.timeout), len(known) == dist.get_world_size()
 
-        def group_of(members: Tensor) -> Any:
-            """The group of some ranks; the same one for the same ranks."""
-            key = tuple(members.flatten().tolist())
-            if key not in made:
-                made[key] = dist.new_group(
-                    list(key), timeout=limit, backend=device.ranks_backend, use_local_synchronization=True
-                )
-            return made[key]
+        def group_of(parts: Tensor) -> Any:
+            """The group of this rank's row of ``parts``; all rows' groups are made by all ranks, in one order."""
+            mine = None
+            for row in parts.tolist():
+                key = tuple(row)
+                if key not in made and (everyone or self_id in key):
+                    made[key] = dist.new_group(
+                        list(key), timeout=limit, backend=device.ranks_backend, use_local_synchronization=not everyone
+                    )
+                mine = made[key] if self_id in key else mine
+            return mine
 
-        sides = {"data": box[:, s, t], "shard": box[d, :, t], "tensor": box[d, s, :]}
-        long = [name for name in SIZES if len(sides[name]) > 1]
+        self_id = known[ranks.rank]
+        rows = {name: box.movedim(i, 2).reshape(-1, box.shape[i]) for i, name in enumerate(SIZES)}
+        long = [name for name in SIZES if rows[name].shape[1] > 1]
         with ranks._in_touch("groups of a mesh"):
-            groups = {name: group_of(sides[name]) for name in long}
-            self.feeds_group = group_of(box[:, :, t]) if layout.feeds > 1 else None
-            around = box.reshape([len(sides[name]) for name in long])
+            groups = {name: group_of(rows[name]) for name in long}
+            feeds = box.movedim(2, 0).reshape(layout.tensor, -1)
+            self.feeds_group = group_of(feeds) if layout.feeds > 1 else None
+            around = box.reshape([box.shape[i] for i, name in enumerate(SIZES) if name in long])
             self.mesh = DeviceMesh.from_group(
                 [groups[name] for name in long], device.kind, mesh=around, mesh_dim_names=tuple(long)
             )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Protocol, TypeVar
 
 from torch import Tensor
@@ -84,6 +85,16 @@ class Ranks(Protocol):
     def talk(self) -> Talk:
         """For what ranks say between steps."""
 
+    def in_touch(self, what: str) -> AbstractContextManager[None]:
+        """Around what asks other ranks past this face.
+
+        Args:
+            what: is waited for, for people.
+
+        Raises:
+            RanksError: where it fails.
+        """
+
     def wait(self) -> None:
         """Until all ranks are here."""
 
@@ -145,6 +156,9 @@ class Alone:
 
     def talk(self) -> Talk:
         return Silent()
+
+    def in_touch(self, what: str) -> AbstractContextManager[None]:
+        return nullcontext()
 
     def wait(self) -> None:
         pass

@@ -35,15 +35,21 @@ def hand_over(step: Step, precise: PreciseStatistics | None, keeper: BestWeights
     """The model has the weights that were evaluated."""
     step.state.adopt_average()
     if precise is not None:
-        precise.estimate(version=step.state.step).put(step.state.model)
+        with step.state.whole():
+            found = precise.estimate(version=step.state.step)
+        found.put(step.state.model)
     if keeper is not None:
         keeper.adopt()
+    if step.state.fully is not None:
+        step.state.fully.release()
 
 
 def give_back(step: Step) -> None:
     """The model is the user's again, however the run has ended; its layers draw from torch's generator."""
     if step.recomputation is not None:
         step.recomputation.release()
+    if step.state.fully is not None:
+        step.state.fully.release(together=False)  # where the run came to its end, it is done already
     if step.streams is not None:
         step.streams.release()
         set_factors(step.state.model, {"dropout": None, "stochastic_depth": None})

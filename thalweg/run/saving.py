@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import replace
+from typing import Any
 
-from thalweg.checkpoint import Job, Saver, Store, Unfit, write_file
-from thalweg.core import Plan, StopReason
+from thalweg.checkpoint import Job, Saver, Snapshot, Store, Unfit, write_file
+from thalweg.core import Plan, RunFolderError, StopReason
 from thalweg.core.changes import accepted
 from thalweg.engine import Loop
 from thalweg.engine.guard import unfit
@@ -23,6 +24,16 @@ def ranked_by(plan: Plan) -> str:
     """What evaluations are compared by, for people."""
     wanted = plan.recipe.evaluate
     return f"{wanted.best} ({wanted.goal})"
+
+
+def snapshot_of(loop: Loop, keeper: BestWeights | None, facts: Mapping[str, Any]) -> Snapshot:
+    """What a checkpoint holds of a run. Where parameters lie on ranks in parts, all ranks call this at once."""
+    state = loop.step.state
+    snapshot = loop.guard.add_to(state.snapshot(facts))
+    if keeper is not None and keeper.values:
+        best = state.put_together({"best": dict(keeper.values)})
+        snapshot = replace(snapshot, groups={**snapshot.groups, **best})
+    return snapshot
 
 
 class Saving:
@@ -75,11 +86,9 @@ class Saving:
         fed = loop.feed.state(loop.step.state.step)
         if fed is not None:
             facts["feed"] = fed.facts
-        snapshot = loop.guard.add_to(loop.step.state.snapshot(facts))
+        snapshot = snapshot_of(loop, self.keeper, facts)
         if fed is not None and fed.tensors:
             snapshot = replace(snapshot, groups={**snapshot.groups, "feed": fed.tensors})
-        if self.keeper is not None and self.keeper.values:
-            snapshot = replace(snapshot, groups={**snapshot.groups, "best": self.keeper.values})
         every = self.wanted.keep_every
         must = must or bool(every and loop.step.state.step % every == 0)
         return Job(loop.step.state.step, snapshot.on_host(), must=must, best=loop.best_steps())
@@ -101,6 +110,7 @@ class Saving:
             self.loop.tell("slow store", "A checkpoint has been under way for 30 seconds; the run goes on beside it.")
         if not self.saver.news:
             return None
+        self.still_ours()  # or a save that was refused for that would count as one that failed
         self._tell()
         if self._unfit:  # what is not finite never becomes so again
             return StopReason.DIVERGED
@@ -137,7 +147,10 @@ class Saving:
                 self.loop.tell("saved again", f"Checkpoints are saved again: step {news.step}.")
 
     def _before(self, job: Job) -> None:
-        self.still_ours()
+        try:
+            self.still_ours()
+        except RunFolderError as err:
+            raise Unfit(err.asked, err.numbers, err.remedy) from None  # trying again would not help
         if fault := unfit(job.snapshot, self._trained):
             raise Unfit(
                 f"The state of step {job.step} is not saved.",

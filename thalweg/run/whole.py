@@ -10,6 +10,7 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +36,7 @@ from thalweg.engine import Loop, Resolved, Step, build, evaluate, resolve
 from thalweg.engine.agree import check_forward
 from thalweg.engine.memory import PeakWatch, begun
 from thalweg.engine.signals import Asked, asked_to_end
-from thalweg.engine.together import check_same, checksum, has_shards, same_state
+from thalweg.engine.together import check_same, checksum, has_shards, take_state
 from thalweg.parallel import Agent, Ranks, check_equal, here, join, left_to, on_first
 from thalweg.regularize import PreciseStatistics
 from thalweg.report import write_report
@@ -47,7 +48,7 @@ from thalweg.run.ending import give_back, hand_over, wind_up
 from thalweg.run.folder import RunFolder, unwritable
 from thalweg.run.program import held
 from thalweg.run.result import Result, Resume
-from thalweg.run.saving import Saving, ranked_by
+from thalweg.run.saving import Saving, ranked_by, snapshot_of
 from thalweg.watch import JsonLines, Memory
 
 
@@ -127,6 +128,11 @@ def train_task(
         lock.release()
 
 
+def _take_part(loop: Loop, keeper: BestWeights | None, must: bool) -> None:
+    """A rank's part in a checkpoint that the first one writes."""
+    snapshot_of(loop, keeper, {})
+
+
 class _Run:
     """One process's part of a run.
 
@@ -191,7 +197,15 @@ class _Run:
         return resolved
 
     def _train(self, resolved: Resolved, earlier: Earlier, asked: Asked) -> Result:
-        step = build(resolved.plan, resolved.model, resolved.loss, resolved.device, resolved.policy, self.ranks)
+        step = build(
+            resolved.plan,
+            resolved.model,
+            resolved.loss,
+            resolved.device,
+            resolved.policy,
+            self.ranks,
+            resolved.tried,
+        )
         try:
             return self._through(resolved, earlier, asked, step)
         finally:
@@ -204,7 +218,7 @@ class _Run:
         check_end(plan, step.state.step)  # a plan with fewer epochs knows its end only now
         news = self._begun(plan, earlier, step.state.step)
         sinks = self._sinks(earlier.snapshot, new=earlier.plan is None)
-        precise = self._precise(resolved)
+        precise = self._precise(resolved, step)
         evaluation = self._evaluation(resolved, step, precise, asked)
         loop = Loop(plan, step, resolved.feed, sinks, evaluate=evaluation, stop=asked, ranks=self.ranks)
         keeper = BestWeights(step.state, precise) if plan.recipe.evaluate.patience else None
@@ -249,8 +263,7 @@ class _Run:
             if plan.ledger is not None:
                 plan = replace(plan, ledger=begun(plan.ledger, resolved.device))
             plan = replace(plan, decisions=(*plan.decisions, *step.state.ways()))
-        ranks.together(lambda: None if earlier.snapshot is None else step.state.load(earlier.snapshot))
-        kept, told = same_state(step.state, earlier.snapshot, ranks)
+        kept, told = take_state(step.state, earlier.snapshot, ranks)
         self.news += [("ranks", text) for text in told]
         return plan, kept
 
@@ -293,6 +306,8 @@ class _Run:
         if keeper is not None:
             loop.best = keeper.keep
         if self.folder is None or self.lines is None:
+            if self.path is not None and loop.step.state.fully is not None:
+                loop.save = partial(_take_part, loop, keeper)
             return None
         saving = Saving(self.folder.store, loop, self.lines, keeper, asked, self.still_ours, self.clock)
         loop.save, loop.watch = saving.save, saving.watch
@@ -361,7 +376,8 @@ class _Run:
             sinks.append(self.lines)
         return [*sinks, *self.given_sinks]
 
-    def _precise(self, resolved: Resolved) -> PreciseStatistics | None:
+    @staticmethod
+    def _precise(resolved: Resolved, step: Step) -> PreciseStatistics | None:
         """What measures batch statistics for averaged weights, from the first batches of the run."""
         recipe, feed = resolved.plan.recipe, resolved.feed
         num = recipe.regularize.precise
@@ -376,7 +392,7 @@ class _Run:
             with resolved.policy.context(resolved.device):
                 resolved.loss(model, batch)
 
-        ranks = {"group": self.ranks.group, "in_order": recipe.exact_reduce}
+        ranks = {"group": step.ranks.group, "in_order": recipe.exact_reduce}
         return PreciseStatistics(resolved.model, batches, forward, seed=recipe.seed, **ranks)
 
     def _evaluation(
@@ -385,7 +401,7 @@ class _Run:
         test, wanted = resolved.test, resolved.plan.recipe.evaluate
         if test is None:
             return None
-        batch, ranks = wanted.batch or 1, self.ranks
+        batch, alone = wanted.batch or 1, self.ranks.world == 1
         return lambda: evaluate(
             step.state,
             test,
@@ -394,8 +410,8 @@ class _Run:
             resolved.policy,
             batch=batch,
             precise=precise,
-            stop=asked if ranks.world == 1 else lambda: False,
-            ranks=ranks,
+            stop=asked if alone else lambda: False,
+            ranks=step.ranks,
         )
 
     def _sample(self, model: nn.Module, reason: StopReason) -> str:

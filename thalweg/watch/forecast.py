@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 from rich.console import Console
 
-from thalweg.core import Forecast, ModuleBytes, human_bytes, human_seconds
+from thalweg.core import Forecast, Form, ModuleBytes, human_bytes, human_seconds
 from thalweg.watch.console import Steady, print_table
 
 _MODULES = 8
@@ -29,6 +29,8 @@ def print_forecast(forecast: Forecast, console: Console | None = None) -> None:
         print_table(("value", "is", "because"), decided, title="decided before step 1", console=out)
     rows = [(name, human_bytes(size)) for name, size in ledger.rows() if size]
     print_table(("memory", "bytes"), [*rows, ("peak", human_bytes(ledger.peak))], console=out)
+    if forecast.forms:
+        print_table(_HEADINGS, [_form_row(form) for form in forecast.forms], title="on each rank", console=out)
     spare = forecast.memory - ledger.peak
     room = human_bytes(forecast.memory)
     if spare >= 0:
@@ -66,6 +68,16 @@ def print_forecast(forecast: Forecast, console: Console | None = None) -> None:
             title=title,
             console=out,
         )
+
+
+_HEADINGS = ("", "parallel", "parameters", "gradients", "slots", "gathered", "peak", "fits", "step")
+
+
+def _form_row(form: Form) -> tuple[str, ...]:
+    ledger = form.ledger
+    sizes = (ledger.parameters, ledger.gradients, ledger.slots + ledger.averages, ledger.gathered, ledger.peak)
+    seconds = "" if form.seconds is None else _short(form.seconds)
+    return (">" if form.chosen else "", form.name, *map(human_bytes, sizes), "yes" if form.fits else "no", seconds)
 
 
 def _by_kind(modules: Sequence[ModuleBytes]) -> list[tuple[str, str, str]]:

@@ -89,14 +89,18 @@ class Bench:
             return err
         return None
 
-    def ledger(self, recipe: Recipe) -> Ledger:
-        """What a complete recipe takes, its micro-batch a number."""
+    def ledger(self, recipe: Recipe, feeds: int = 1) -> Ledger:
+        """What a complete recipe takes, its micro-batch a number.
+
+        Args:
+            feeds: how many ways the micro-batches of a window go.
+        """
         micro = whole_of(recipe.train.micro_batch)
         return predict(
             self._line(recipe).at(min(micro, batch_size(self.window))),
-            self._size(recipe),
+            self.sizes(recipe),
             self.device,
-            micro_batches=-(-batch_size(self.window) // micro),
+            micro_batches=-(-batch_size(self.window) // (micro * feeds)),
             buffers=sum(buffer.nbytes for buffer in self.model.buffers()),
             data=self.data,
             recompute=recipe.recompute or "none",
@@ -114,7 +118,8 @@ class Bench:
             self.process = _besides(self.model, self.device, self.held)  # what traces need of torch is there now
         return self._lines[how]
 
-    def _size(self, recipe: Recipe) -> StateSizes:
+    def sizes(self, recipe: Recipe) -> StateSizes:
+        """Of the training state."""
         optimizer, several = recipe.optimizer, whole_of(recipe.train.micro_batch) < recipe.train.batch
         key = (optimizer.slots, optimizer.release_gradients, optimizer.offload, several)
         if key not in self._sizes:

@@ -1,10 +1,8 @@
-"""``thalweg plan``: what a run will take in memory and time, on this machine or on one that is not here."""
+"""``thalweg plan`` for chips that are not here: the model is made on the meta device, and its passes run on shapes alone."""
 
 from __future__ import annotations
 
 import copy
-import math
-from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -14,6 +12,8 @@ from torch import nn
 from thalweg.core import (
     Change,
     Forecast,
+    Form,
+    Layout,
     Ledger,
     ParameterRow,
     Recipe,
@@ -23,130 +23,29 @@ from thalweg.core import (
     divisors,
     to_bytes,
 )
+from thalweg.core.parallel import layout_of
 from thalweg.data import as_source, make_feed, tree_map
-from thalweg.device import Device, choose, memory, ran_out
+from thalweg.device import Device, choose
 from thalweg.device.chips import Chip, chip_called
-from thalweg.engine.blocks import repeated_blocks
 from thalweg.engine.checks import whole_of
 from thalweg.engine.given import made_model, split_of, task_loss
-from thalweg.engine.memory.bench import Bench, sizes_of
+from thalweg.engine.memory.bench import sizes_of
 from thalweg.engine.memory.budget import MARGIN, Choice, cheapest_first, ways
+from thalweg.engine.memory.forms import Way, forms_of, pick, tell_form
+from thalweg.engine.memory.here import cheapest_changes_first, largest_that_fits, smaller_variants
+from thalweg.engine.memory.layouts import MACHINE, NETWORK, candidates, gathered, on_rank, rank_sizes, talk_seconds
 from thalweg.engine.memory.predict import predict
-from thalweg.engine.memory.prices import Prices
 from thalweg.engine.memory.roofline import ARITHMETIC, Roofline
 from thalweg.engine.memory.trace import CannotFake, Line, of_size, trace, trace_line
 from thalweg.engine.precision import ISLANDS
 from thalweg.engine.recompute import recomputed
 from thalweg.engine.release import check_release
-from thalweg.engine.resolve import resolve
 from thalweg.engine.settle import Decisions, settle_length, settle_optimizer
 from thalweg.optim import parameter_table
 from thalweg.optim.sizes import StateSizes
 from thalweg.precision import Policy, Prepared, policy_for
 
 _HOST_LINK = 20e9  # bytes a second between a chip and its host (PCIe 4.0 x16, about two thirds of what it states)
-
-
-# ---------------------------------------------------------------------------------------------- on this machine
-
-
-def plan_here(task: Task, recipe: Recipe, *, most: int | None = None, timed: bool = True) -> Forecast:
-    """The plan of a run on this machine; steps are timed on copies of the model, and nothing is trained.
-
-    Args:
-        most: bytes to plan with, in place of what is there.
-        timed: whether time is of interest, and what would make it smaller.
-
-    Raises:
-        ThalwegError: for what training itself would refuse.
-    """
-    resolved = resolve(task, recipe, most=most, planning=True)
-    plan, bench = resolved.plan, resolved.bench
-    assert plan.ledger is not None and bench is not None
-    left = memory.available(resolved.device)
-    there = most if left is None and most is not None else memory.there(resolved.device)
-    limit = there if most is None else most
-    prices = Prices(bench)
-    seconds, how = None, "not timed: it does not fit" if timed else "not timed"
-    if timed and plan.ledger.peak <= min(limit, there):
-        seconds, how = prices.step(plan.recipe), "measured here, on a copy"
-    micro = whole_of(plan.recipe.train.micro_batch)
-    return Forecast(
-        task=plan.task,
-        machine=str(plan.machine["name"]),
-        devices=1,
-        sharded=False,
-        ledger=plan.ledger,
-        memory=limit,
-        batch=plan.recipe.train.batch,
-        steps=plan.steps,
-        largest=_largest(plan.recipe.train.batch, lambda m: _at(bench, plan.recipe, m), limit),
-        seconds=seconds,
-        timed=how,
-        decisions=tuple((d.path, d.value, d.reason) for d in plan.decisions),
-        changes=tuple(_changes_here(plan.recipe, bench, prices, seconds, micro, limit)) if timed else (),
-    )
-
-
-def _at(bench: Bench, recipe: Recipe, micro: int) -> int:
-    return bench.ledger(replace(recipe, train=replace(recipe.train, micro_batch=micro))).peak
-
-
-def _largest(batch: int, peak: Callable[[int], int], limit: int) -> int:
-    return next((m for m in divisors(batch)[::-1] if peak(m) <= limit), 0)
-
-
-def _variants(recipe: Recipe, micro: int, kind: str) -> Iterator[tuple[str, Recipe, str]]:
-    """(what, recipe, what else it changes) of single changes that make a run smaller."""
-
-    def changed(path: str, value: Any, note: str = "") -> tuple[str, Recipe, str]:
-        return f"{path}={value}", recipe.override({path: value}), note
-
-    smaller = [d for d in divisors(micro) if d < micro]
-    if smaller:
-        yield changed("train.micro_batch", min(smaller, key=lambda d: abs(d - micro / 2)))
-    if recipe.recompute == "none":
-        yield changed("recompute", "ops")
-        yield changed("recompute", "blocks")
-    if recipe.optimizer.slots == "full":
-        yield changed("optimizer.slots", "int8", "slots are rounded, at random and right on average")
-    if recipe.optimizer.release_gradients == "off" and micro == recipe.train.batch:
-        yield changed("optimizer.release_gradients", "two-pass" if recipe.train.clip else "one-pass")
-    if recipe.precision == "fp32":
-        yield changed("precision", "bf16", "products in bfloat16")
-        yield changed("precision", "bf16-pure", "weights in bfloat16, rounded at random")
-    if not recipe.optimizer.offload and kind != "cpu":
-        yield changed("optimizer.offload", "true")
-
-
-def _changes_here(
-    recipe: Recipe, bench: Bench, prices: Prices, seconds: float | None, micro: int, limit: int
-) -> list[Change]:
-    found = []
-    for what, one, note in _variants(recipe, micro, bench.device.kind):
-        there = bench
-        if one.precision != recipe.precision:
-            try:
-                there = bench.at(one.precision)
-                there.ledger(one)
-            except Exception as err:  # a model that does not run in it: no change to offer
-                if ran_out(err):
-                    raise
-                continue
-        if there.refused(one) is not None:
-            continue
-        peak = there.ledger(one).peak
-        if peak < bench.ledger(recipe).peak:
-            price = (prices if there is bench else Prices(there)).step(one) / seconds if seconds else None
-            found.append(Change(what, peak, price, peak <= limit, note))
-    return _cheapest_first(found)
-
-
-def _cheapest_first(changes: list[Change]) -> list[Change]:
-    return sorted(changes, key=lambda c: (round(c.price, 2) if c.price is not None else math.inf, c.peak))
-
-
-# ---------------------------------------------------------------------------------------------- on a machine elsewhere
 
 
 @dataclass(frozen=True)
@@ -157,12 +56,12 @@ class _There:
     loss: Any
     window: Any  # a few samples
     chip: Chip
-    devices: int
-    sharded: bool
+    layout: Layout
     here: Device
     models: dict[Any, nn.Module] = field(default_factory=dict)
     lines: dict[Any, Line] = field(default_factory=dict)
     times: dict[Any, float] = field(default_factory=dict)  # seconds of one micro-batch's passes
+    states: dict[Any, StateSizes] = field(default_factory=dict)
 
     def of(self, recipe: Recipe) -> nn.Module:
         """The model as a precision prepares it: a copy, which takes nothing."""
@@ -191,8 +90,17 @@ class _There:
     def rows(self, recipe: Recipe) -> tuple[ParameterRow, ...]:
         return tuple(parameter_table(self.of(recipe), optimizer=recipe.optimizer, schedule=recipe.schedule))
 
-    def sizes(self, recipe: Recipe) -> StateSizes:
-        return sizes_of(recipe, self.rows(recipe), self.of(recipe), self.chip.kind)
+    def sizes(self, recipe: Recipe, layout: Layout | None = None) -> StateSizes:
+        """Of the training state on one device; by default, on one that holds all of it."""
+        optimizer = recipe.optimizer
+        key = recipe.precision, recipe.islands, optimizer.slots, optimizer.release_gradients, optimizer.offload, layout
+        if key not in self.states:
+            model, rows, kind = self.of(recipe), self.rows(recipe), self.chip.kind
+            if layout is None:
+                self.states[key] = sizes_of(recipe, rows, model, kind)
+            else:
+                self.states[key] = rank_sizes(recipe, rows, model, kind, layout, self.sizes(recipe))
+        return self.states[key]
 
     def refused(self, recipe: Recipe) -> ThalwegError | None:
         """Why a complete recipe is not possible at all; None where it is."""
@@ -218,15 +126,8 @@ class _There:
             process=0,
             accelerator=self.chip.kind != "cpu",
         )
-        return self._spread(ledger) if self.sharded else ledger
-
-    def _spread(self, whole: Ledger) -> Ledger:
-        """Every device holds its part of the state; a block's parameters are gathered while it runs, the next one's ahead."""
-        n = self.devices
-        parts = {k: -(-getattr(whole, k) // n) for k in ("parameters", "gradients", "slots", "averages")}
-        saved = sum(getattr(whole, k) for k in parts) - sum(parts.values())
-        gathered = 3 * _largest_block(self.model)  # two blocks' parameters and one block's gradients, whole
-        return replace(whole, **parts, temporary=whole.temporary + gathered, peak=whole.peak - saved + gathered)
+        whole = gathered(model, self.layout, sizes.gradients, -(-recipe.train.batch // micro))
+        return on_rank(ledger, self.sizes(recipe, self.layout), whole)
 
     def seconds(self, recipe: Recipe, micro: int) -> float:
         """Seconds of a step."""
@@ -238,36 +139,23 @@ class _There:
             with recomputed(model, recipe.recompute or "none"):
                 trace(model, self.loss, batch, self.here, self.policy(recipe), fake=True, also=mode)
             self.times[key] = mode.seconds
-        weights = sum(p.nbytes for p in model.parameters())
-        sizes, parts = self.sizes(recipe), self.devices if self.sharded else 1
+        sizes = self.sizes(recipe, self.layout)
         moved = 2 * (sizes.parameters + sizes.slots + sizes.averages + sizes.offloaded) + sizes.gradients
-        update = moved / parts / self.chip.bandwidth + 2 * sizes.offloaded / parts / _HOST_LINK
+        update = moved / self.chip.bandwidth + 2 * sizes.offloaded / _HOST_LINK
         passes = -(-recipe.train.batch // micro)
         passes *= 2 if recipe.optimizer.release_gradients == "two-pass" else 1
         passes *= 2 if recipe.regularize.sharpness else 1
-        return passes * self.times[key] + update + self._talk(weights)
+        weights, gradients = sum(p.nbytes for p in model.parameters()), self.sizes(recipe).gradients
+        return passes * self.times[key] + update + talk_seconds(self.chip, self.layout, weights, gradients, passes)
 
     def step(self, recipe: Recipe) -> float:
         """Seconds of a step of a complete recipe."""
         return self.seconds(recipe, whole_of(recipe.train.micro_batch))
 
-    def _talk(self, weights: int) -> float:
-        """Seconds of talk between the devices in a step: gradients summed, or blocks gathered twice and scattered once."""
-        n = self.devices
-        return 0.0 if n == 1 else (3 if self.sharded else 2) * (n - 1) / n * weights / self.chip.link
-
 
 def _as_here(precision: str) -> str:
     """A precision of this machine with the same dtypes of activations."""
     return {"tf32": "fp32", "fp8": "bf16"}.get(precision, precision)
-
-
-def _largest_block(model: nn.Module) -> int:
-    """Bytes of the parameters of the largest block that would be gathered at once."""
-    blocks = list(repeated_blocks(model).values())
-    inside = {id(p) for block in blocks for p in block.parameters()}
-    outside = sum(p.nbytes for p in model.parameters() if id(p) not in inside)
-    return max([outside, *(sum(p.nbytes for p in block.parameters()) for block in blocks)])
 
 
 def plan_there(
@@ -285,7 +173,7 @@ def plan_there(
     Args:
         chip_name: as in ``thalweg.device.chips``.
         devices: how many; each takes an equal share of every step's samples.
-        sharded: spread parameters, gradients and slots over them.
+        sharded: spread parameters, gradients and slots over them, as ``parallel = "fsdp"`` does.
         most: bytes to plan with on each, in place of the chip's memory.
         timed: as for ``plan_here``.
 
@@ -293,10 +181,12 @@ def plan_there(
         ThalwegError: for a chip that is not known, a recipe that is not possible, a model that cannot be made without values.
     """
     chip = chip_called(chip_name)
-    if devices < 1 or recipe.train.batch % devices:
+    asked = layout_of("fsdp" if sharded else recipe.parallel, devices, MACHINE) if devices > 1 else Layout()
+    feeds = devices if asked is None else asked.feeds
+    if devices < 1 or recipe.train.batch % feeds:
         raise RecipeError(
-            f"{devices} devices do not share train.batch={recipe.train.batch}.",
-            f"{recipe.train.batch}/{max(devices, 1)} = {recipe.train.batch / max(devices, 1):.2f}.",
+            f"{feeds} devices do not share train.batch={recipe.train.batch}.",
+            f"{recipe.train.batch}/{max(feeds, 1)} = {recipe.train.batch / max(feeds, 1):.2f}.",
             f"Use one of {', '.join(map(str, divisors(recipe.train.batch)))}.",
         )
     decide = Decisions()
@@ -308,7 +198,7 @@ def plan_there(
     split = split_of(task, recipe)
     source = as_source(split.train)
     recipe, steps, _ = settle_length(recipe, source, decide)
-    recipe = _on_each(recipe, devices, decide)
+    recipe = _on_each(recipe, feeds, decide)
     here, _ = choose("cpu")
     few = min(8, recipe.train.batch)
     feed = make_feed(source, batch=few, micro_batch=few, seed=recipe.seed, keep_last=True, device=here.torch_device)
@@ -316,14 +206,14 @@ def plan_there(
     with torch.device("meta"):
         model = _without_memory(made_model(task, recipe))
     limit = int(chip.memory * MARGIN) if most is None else most
-    there = _There(model, task_loss(task.loss, recipe), window, chip, devices, sharded, here)
-    recipe = _chosen(there, recipe, limit, decide)
+    there = _There(model, task_loss(task.loss, recipe), window, chip, asked or Layout(data=devices), here)
+    there, recipe, forms = _shared(there, recipe, asked, devices, limit, decide, timed=timed)
     check_release(recipe, chip.kind, there.rows(recipe), decide.take)
     micro = whole_of(recipe.train.micro_batch)
-    seconds = there.step(recipe) if timed else None
+    seconds = there.step(recipe) if timed and there.layout.tensor == 1 else None
     ledger = there.ledger(recipe, micro)
     changes = []
-    for what, one, note in _variants(recipe, micro, chip.kind) if seconds else ():
+    for what, one, note in smaller_variants(recipe, micro, chip.kind) if seconds else ():
         if there.refused(one) is None:
             peak = there.ledger(one, whole_of(one.train.micro_batch)).peak
             if peak < ledger.peak:
@@ -332,17 +222,59 @@ def plan_there(
         task=task.name,
         machine=chip.name,
         devices=devices,
-        sharded=sharded,
+        sharded=there.layout.shard > 1,
         ledger=ledger,
         memory=limit,
-        batch=recipe.train.batch * devices,
+        batch=recipe.train.batch * feeds,
         steps=steps,
-        largest=_largest(recipe.train.batch, lambda m: there.ledger(recipe, m).peak, limit),
+        largest=largest_that_fits(recipe.train.batch, lambda m: there.ledger(recipe, m).peak, limit),
         seconds=seconds,
-        timed=f"computed: {ARITHMETIC:.0%} of what the {chip.source} states",
+        timed=_how_timed(chip, devices, there.layout),
         decisions=tuple((d.path, d.value, d.reason) for d in decide.made),
-        changes=tuple(_cheapest_first(changes)),
+        changes=tuple(cheapest_changes_first(changes)),
+        forms=forms,
     )
+
+
+def _how_timed(chip: Chip, devices: int, layout: Layout) -> str:
+    if layout.tensor > 1:
+        return "not computed: layers are cut, and their sums run in the middle of passes"
+    text = f"computed: {ARITHMETIC:.0%} of what the {chip.source} states"
+    between = f"; {MACHINE} chips a machine, {NETWORK / 1e9:.0f} GB/s a chip between machines"
+    return text + between if devices > MACHINE else text
+
+
+def _shared(
+    there: _There,
+    recipe: Recipe,
+    asked: Layout | None,
+    devices: int,
+    limit: int,
+    decide: Decisions,
+    *,
+    timed: bool,
+) -> tuple[_There, Recipe, tuple[Form, ...]]:
+    """How the devices share the model: as asked, or the simplest way that fits; and every way, to choose from."""
+    if devices == 1:
+        return there, _chosen(there, recipe, limit, decide), ()
+    open_ = list(candidates(recipe, there.model, devices)) if timed or asked is None else []
+    if asked is not None and all(layout != asked for layout, _ in open_):
+        open_.insert(0, (asked, recipe))
+    tried: list[tuple[Way, _There, Decisions]] = []
+    for layout, one in open_:
+        elsewhere, made = replace(there, layout=layout), Decisions()
+        filled = _chosen(elsewhere, one, limit, made)
+        ledger = elsewhere.ledger(filled, whole_of(filled.train.micro_batch))
+        tried.append((Way(layout, filled, ledger), elsewhere, made))
+    ways_to = [way for way, _, _ in tried]
+    chosen = pick(ways_to, asked, limit)
+    mine = next(one for one in tried if one[0] is chosen)
+    decide.made += mine[2].made
+    if asked is None:
+        tell_form(ways_to, chosen, limit, decide.take)
+    places = {id(way): elsewhere for way, elsewhere, _ in tried}
+    seconds = lambda way: places[id(way)].step(way.recipe) if timed and way.layout.tensor == 1 else None
+    return mine[1], chosen.recipe, forms_of(ways_to, chosen, limit, seconds)
 
 
 def _without_memory(model: nn.Module) -> nn.Module:

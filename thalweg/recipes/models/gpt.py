@@ -5,11 +5,13 @@ Shapes: B batch, T time, D width, H heads, V vocabulary.
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from thalweg.device import causal_attention
+from thalweg.device import causal_attention, seeded
 
 
 class Block(nn.Module):
@@ -29,10 +31,10 @@ class Block(nn.Module):
 
     def forward(self, x_BTD: Tensor) -> Tensor:
         B, T, D = x_BTD.shape
-        qkv = self.qkv(self.norm_attention(x_BTD)).view(B, T, 3, self.heads, D // self.heads)
+        qkv = self.qkv(self.norm_attention(x_BTD)).view(B, T, 3, -1, D // self.heads)  # a part of the heads, where cut
         q, k, v = qkv.permute(2, 0, 3, 1, 4)
         mixed = causal_attention(q, k, v)
-        x_BTD = x_BTD + self.drop(self.out(mixed.transpose(1, 2).reshape(B, T, D)))
+        x_BTD = x_BTD + self.drop(self.out(mixed.transpose(1, 2).reshape(B, T, -1)))
         x_BTD = x_BTD + self.drop(self.down(F.gelu(self.up(self.norm_mlp(x_BTD)))))
         return x_BTD
 
@@ -46,7 +48,18 @@ class GPT(nn.Module):
         width: D. heads: H; divides ``width``.
         layers: number of blocks.
         dropout: rate after the embedding and on residual branches.
+
+    Attributes:
+        tp_plan: how its layers are cut where ranks compute them together.
     """
+
+    tp_plan: ClassVar[dict[str, str]] = {
+        "blocks.*.qkv": "colwise:3",
+        "blocks.*.out": "rowwise",
+        "blocks.*.up": "colwise",
+        "blocks.*.down": "rowwise",
+        "head": "colwise_gather_output",
+    }
 
     def __init__(
         self,
@@ -82,9 +95,10 @@ class GPT(nn.Module):
     def generate(self, start: list[int], num: int, *, temperature: float = 0.7, seed: int = 0) -> list[int]:
         """``num`` tokens after ``start``, drawn from a stream of its own."""
         device = self.head.weight.device
-        draw = torch.Generator(device=device).manual_seed(seed)
+        draw = seeded(device, seed)
         tokens = torch.tensor([start], device=device)
         for _ in range(num):
             logits = self(tokens[:, -self.context :])[:, -1].float() / temperature
-            tokens = torch.cat([tokens, torch.multinomial(logits.softmax(-1), 1, generator=draw)], dim=1)
+            drawn = torch.multinomial(logits.softmax(-1).to(draw.device), 1, generator=draw)
+            tokens = torch.cat([tokens, drawn.to(device)], dim=1)
         return [int(token) for token in tokens[0].tolist()]
