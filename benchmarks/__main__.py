@@ -25,6 +25,7 @@ NAMES = (
     "checkpoint",
     "scaling",
     "ranks",
+    "forms",
     "compiled",
 )
 
