@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+import subprocess
+import sys
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -132,6 +135,31 @@ def test_bf16_trains_and_fp16_is_refused() -> None:
     assert [r.loss for r in there.records] == pytest.approx([r.loss for r in here.records], rel=5e-3)
     with pytest.raises(DeviceError, match="precision='fp16' is not possible on tpu"):
         run(pycode(), "tpu", {**PYCODE, "precision": "fp16"})
+
+
+PRODUCT = """
+module @product {
+  func.func @main(%a: tensor<128x256xf32>, %b: tensor<256x128xf32>) -> tensor<128x128xf32> {
+    %0 = stablehlo.dot_general %a, %b, contracting_dims = [1] x [0], precision = [HIGHEST, HIGHEST]
+      : (tensor<128x256xf32>, tensor<256x128xf32>) -> tensor<128x128xf32>
+    return %0 : tensor<128x128xf32>
+  }
+}
+"""
+
+
+def test_the_compiler_of_a_tpu_is_asked_ahead_of_time(tmp_path: Path) -> None:
+    good, bad = tmp_path / "product.mlir", tmp_path / "bad.mlir"
+    good.write_text(PRODUCT)
+    bad.write_text("module {")
+    found = []
+    for file in (good, bad):
+        done = subprocess.run([sys.executable, "-m", "thalweg.device.aot", "tpu-v5e", str(file)], capture_output=True)
+        found.append(json.loads(done.stdout.decode().strip().splitlines()[-1]))
+    ((one,), refused) = found
+    assert one["arguments"] == 2 * 128 * 256 * 4 and one["outputs"] == 128 * 128 * 4 and one["peak"] >= one["outputs"]
+    assert one["flops"] == 2 * 128 * 256 * 128 and one["accessed"] >= one["arguments"]
+    assert "refused (compile)" in refused["refused"]
 
 
 class Pooled(nn.Module):

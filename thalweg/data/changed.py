@@ -62,10 +62,10 @@ class ChangedFeed(_Over):
 
     def windows(self, start: int, stop: int) -> Iterator[list[Any]]:
         for step, window in enumerate(self.feed.windows(start, stop), start=start):
-            whole = window.whole if isinstance(window, Window) else len(window)
+            whole = window.whole if isinstance(window, Window) else None
             for change in self.changes:
                 window = change(step, window)
-            yield Window(window, whole)
+            yield window if whole is None else Window(window, whole)
 
 
 class SharedFeed(_Over):

@@ -14,7 +14,7 @@ from thalweg.core import DataError, Feed, FeedState, Gather, Tell, seed_for
 from thalweg.data.items import ItemFeed, Reader
 from thalweg.data.order import Indices, Order, uniforms
 from thalweg.data.quiet import never, quiet
-from thalweg.data.share import WHOLE, Share, Window, micro_batches
+from thalweg.data.share import WHOLE, Share, micro_batches, shared
 from thalweg.data.sources import Items, Source, Stream
 from thalweg.data.streams import StreamFeed, read_stream
 from thalweg.data.trees import split, tensors, to_device, tree_map
@@ -125,7 +125,7 @@ class MemoryFeed:
                 parts.append(self._mine(taken))
                 sizes.append(len(taken))
             for window, size in zip(self._cut(epoch, parts), sizes):
-                yield Window(window, len(micro_batches(size, self.micro_batch, WHOLE)))
+                yield shared(window, len(micro_batches(size, self.micro_batch, WHOLE)), self.share)
             step += len(parts)
 
     def _mine(self, indices: Indices) -> Indices:

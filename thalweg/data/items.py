@@ -14,7 +14,7 @@ from thalweg.data.draws import OwnRandom
 from thalweg.data.faults import listed, put_together, told_as
 from thalweg.data.order import Order
 from thalweg.data.quiet import never, quiet
-from thalweg.data.share import WHOLE, Share, Window, micro_batches
+from thalweg.data.share import WHOLE, Share, micro_batches, shared
 from thalweg.data.sources import Items
 from thalweg.data.trees import to_device, tree_map
 from thalweg.data.workers import Place, Stopped, Workers, unnoticed
@@ -126,7 +126,7 @@ class ItemFeed:
                 window = [self._near(batch) for batch in islice(batches, parts.count(step))]
                 if len(window) < parts.count(step):  # someone wants the run to end
                     return
-                yield Window(window, parts.whole(step))
+                yield shared(window, parts.whole(step), self.share)
 
     def _here(self, parts: Parts, places: Iterator[Place]) -> Generator[Any, None, None]:
         for place in places:

@@ -30,3 +30,8 @@ class Window(list[Any]):
     def __init__(self, parts: Iterable[Any], whole: int) -> None:
         super().__init__(parts)
         self.whole = whole
+
+
+def shared(parts: list[Any], whole: int, share: Share) -> list[Any]:
+    """The micro-batches of a share, which know how many the window has in all; the window itself where it is not shared."""
+    return parts if share == WHOLE else Window(parts, whole)

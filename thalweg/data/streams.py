@@ -16,7 +16,7 @@ from thalweg.data.coded import Uncodable, decode, encode
 from thalweg.data.draws import OwnRandom, States
 from thalweg.data.faults import put_together, spoken, told_as
 from thalweg.data.quiet import never, quiet
-from thalweg.data.share import WHOLE, Share, Window, micro_batches
+from thalweg.data.share import WHOLE, Share, micro_batches, shared
 from thalweg.data.sources import Stream
 from thalweg.data.trees import to_device
 
@@ -71,7 +71,7 @@ class StreamFeed:
             self._position = position
             parts = micro_batches(len(samples), self.micro_batch, self.share)
             window = [self.collated(step, at, samples[at : at + self.micro_batch]) for at in parts]
-            yield Window(window, len(micro_batches(len(samples), self.micro_batch, WHOLE)))
+            yield shared(window, len(micro_batches(len(samples), self.micro_batch, WHOLE)), self.share)
 
     def collated(self, step: int, at: int, samples: list[Any]) -> Any:
         name = seed_for(self.seed, "collate", step, at)

@@ -21,6 +21,8 @@ from typing import Any
 
 from thalweg.core import DeviceError
 
+#: What brings everything that is needed for it.
+EXTRA = "thalweg[tpu-test]"
 #: The interface whose places stand below.
 MAJOR, MINOR = 0, 81
 #: Functions by their places in PJRT's table, which begins after its version.

@@ -103,7 +103,8 @@ def _has_gradient(device: torch.device) -> bool:
 
 def _recurrent(kind: Any, backend: str, device: torch.device) -> bool:
     layer = kind(2, 2).to(device)
-    found = torch.compile(layer, backend=backend, dynamic=False)(torch.ones(2, 1, 2, device=device))[0]
+    compiled: Any = torch.compile(layer, backend=backend, dynamic=False)
+    found = compiled(torch.ones(2, 1, 2, device=device))[0]
     return bool(found.requires_grad)
 
 

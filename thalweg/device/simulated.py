@@ -20,6 +20,8 @@ from pathlib import Path
 
 from thalweg.core import DeviceError
 
+#: What torch calls it.
+KIND = "tpu"
 #: The major version of PJRT's interface whose places stand below; minor ones only append.
 MAJOR = 0
 
@@ -127,7 +129,7 @@ def begin() -> None:
     with redirect_stderr(io.StringIO()):  # it says four lines about itself
         from torch_tpu import _loader
 
-        device = _loader._init_device("tpu")
+        device = _loader._init_device(KIND)
     import torch
 
     torch.ones(1, device=device)  # only from here on does torch.accelerator see it

@@ -108,7 +108,7 @@ class Compiler:
             else:
                 from torch._dynamo.backends.registry import lookup_backend
 
-                options = {"options": self.options} if self.options else {}
+                options: Any = {"options": self.options} if self.options else {}
                 made = lookup_backend(self.name)(graph, inputs, **options)
         self.made += 1
         return made

@@ -32,9 +32,11 @@ def compiled_ahead(task: str, recipe: Recipe, chip: str, limit: float = LIMIT) -
         limit: seconds for each of the two processes.
     """
     if reason := aot.why_not(chip) or simulated.why_not():
-        return [f"not compiled for {chip}: {reason}. 'thalweg[tpu-test]' has all of them."]
+        return [f"not compiled for {chip}: {reason}. '{aot.EXTRA}' has all of them."]
     with tempfile.TemporaryDirectory() as folder:
-        (Path(folder) / "recipe.toml").write_text(recipe.override({"device": "tpu", "compile": "step"}).to_toml())
+        (Path(folder) / "recipe.toml").write_text(
+            recipe.override({"device": simulated.KIND, "compile": "step"}).to_toml()
+        )
         begun = time.perf_counter()
         told = _process("thalweg.run.ahead", task, folder, limit=limit)
         files = sorted(Path(folder).glob("*.mlir"))
@@ -65,7 +67,7 @@ def _told(chip: str, names: list[str], programs: list[dict[str, Any]], lowered: 
 
 def _process(module: str, *arguments: str, limit: float) -> str:
     """The last line that a process prints, or of what it complains."""
-    environment = {**os.environ, "TORCH_DEVICE_BACKEND_AUTOLOAD": "0", "TPU_SKIP_MDS_QUERY": "1"}
+    environment = {**os.environ, "TORCH_DEVICE_BACKEND_AUTOLOAD": "0"}
     try:
         done = subprocess.run(
             [sys.executable, "-m", module, *arguments], capture_output=True, text=True, timeout=limit, env=environment
