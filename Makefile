@@ -38,11 +38,14 @@ faults: .venv/test.stamp
 
 # Where the wheels cannot be had, it says so and passes: nothing was tested.
 test-tpu:
-	@if $(MAKE) --no-print-directory .venv-tpu/test.stamp > /tmp/thalweg-test-tpu.log 2>&1; then \
+	@if [ -e .venv-tpu/test.stamp ] || $(PYTHON) -m pip download --quiet --disable-pip-version-check --no-deps \
+			--dest .venv-tpu.wheels torch-tpu libtpu xla-cpu-pjrt > .venv-tpu.log 2>&1; then \
+		rm -rf .venv-tpu.wheels .venv-tpu.log; \
+		$(MAKE) --no-print-directory .venv-tpu/test.stamp && \
 		TORCH_DEVICE_BACKEND_AUTOLOAD=0 .venv-tpu/bin/python -m pytest tests/tpu -p no:randomly -rs; \
 	else \
-		tail -n 3 /tmp/thalweg-test-tpu.log; \
-		echo "test-tpu was SKIPPED: torch-tpu, libtpu or xla-cpu-pjrt could not be installed here (the lines above say why)."; \
+		tail -n 3 .venv-tpu.log; rm -rf .venv-tpu.wheels .venv-tpu.log; \
+		echo "test-tpu was SKIPPED: torch-tpu, libtpu or xla-cpu-pjrt cannot be had here (the lines above say why)."; \
 	fi
 
 .venv-tpu/test.stamp: pyproject.toml

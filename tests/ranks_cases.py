@@ -377,9 +377,33 @@ class Moving(nn.Module):
         return self.net(x)
 
 
+class Renormed(nn.Module):
+    """A forward pass that writes into a weight."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.words, self.net = nn.Embedding(7, 6, max_norm=0.5, dtype=torch.float64), mlp().double()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.net(self.words((x[:, 0].abs() * 7).long() % 7))
+
+
+class Asking(nn.Module):
+    """A forward pass that asks which rank it is on."""
+
+    def __init__(self, rank: int) -> None:
+        super().__init__()
+        self.net, self.rank = mlp().double(), rank
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.net(x) * (1 + self.rank / 2)
+
+
 def refusals(ranks: Joined) -> dict[str, str]:
     """The words of what is refused, by name."""
     plain, second = exact_points(), ranks.rank == 1
+    asking = Task(model=lambda: Asking(ranks.rank), loss=mean_loss, data=plain)
+    loop = {"precision": "fp32", "train.micro_batch": 4, "parallel": "fsdp"}
     sync = lambda: nn.Sequential(nn.Linear(6, 8), nn.SyncBatchNorm(8), nn.Linear(8, 3)).double()
     small = lambda: mlp().double()[:1] if second else mlp().double()
     tries: dict[str, Callable[[], Any]] = {
@@ -388,6 +412,9 @@ def refusals(ranks: Joined) -> dict[str, str]:
         "release": lambda: train(bn_task(), {**FOUR, "optimizer.release_gradients": "two-pass"}),
         "synced": lambda: train(Task(model=sync, loss=mean_loss, data=plain), FOUR),
         "moving": lambda: train(Task(model=Moving, loss=mean_loss, data=plain), FOUR),
+        "renormed": lambda: train(Task(model=Renormed, loss=mean_loss, data=plain), {**FOUR, "parallel": "fsdp"}),
+        "asking": lambda: train(asking, {**FOUR, "parallel": "fsdp"}),
+        "loop": lambda: thalweg.TrainStep(mlp(), mean_loss, loop, steps=4, ranks=ranks),
         "data of one": lambda: train(Task(model=bn, loss=mean_loss, data={} if second else plain), FOUR),
         "model of one": lambda: train(Task(model=small, loss=mean_loss, data=plain), FOUR),
     }

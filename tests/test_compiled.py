@@ -91,6 +91,23 @@ def test_the_graph_is_the_step_and_is_made_once(changes: dict[str, Any], graphs:
     assert isinstance(step, CompiledStep) and step.compiler.made == graphs  # over a schedule, and another epoch
 
 
+def test_gradients_may_be_wider_than_their_parameters() -> None:
+    rows = []
+    for compiled in ("off", "step"):
+        torch.manual_seed(0)
+        changes = {
+            "device": "cpu",
+            "train.batch": 32,
+            "train.micro_batch": 8,
+            "precision": "bf16-pure",
+            "compile": compiled,
+        }
+        step, feed = make_step(batchnorm_net(), mean_loss, points(), **changes)
+        rows.append(torch.tensor(run_steps(step, feed, 3)))
+    assert step.state.arenas[0].grads.dtype == torch.float32
+    torch.testing.assert_close(rows[1], rows[0], rtol=1e-2, atol=1e-2)
+
+
 def test_a_skipped_step_moves_nothing_and_is_no_other_graph() -> None:
     def poisoned(model: nn.Module, batch: Any) -> Tensor:
         return mean_loss(model, batch) * batch["factor"].mean()
@@ -356,6 +373,10 @@ def test_a_resumed_run_keeps_what_was_chosen() -> None:
     old = replace(plan, recipe=replace(plan.recipe, compile="auto"))  # of before there was a choice
     assert resolve(task, Recipe(), saved=Plan.from_json(old.to_json())).plan.recipe.compile == "off"
     assert resolve(task, Recipe(), saved=plan).plan.recipe.compile == "step"
+    sharp = plan.recipe.override({"regularize.sharpness": 0.05})  # accepted on resuming
+    with pytest.raises(RecipeError) as err:
+        resolve(task, Recipe(), saved=replace(plan, recipe=sharp))
+    assert "compile='step' is not possible" in three_parts(err.value)[0]
 
 
 class Images(nn.Module):

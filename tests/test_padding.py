@@ -98,6 +98,7 @@ def test_a_padded_run_is_the_same_run(static: None, sizes: list[int], monkeypatc
         ("batch statistics", "1 layers normalise by the batch, such as 'layers.1', and would see the added samples"),
         ("a mean", "weigh"),
         ("no mark", "the loss of 1 samples is"),
+        ("looked up", "the model or its loss cannot take a target that does not count (RuntimeError)"),
         ("no targets", "the batch has no targets that can be marked as not counting"),
     ],
 )
@@ -111,7 +112,16 @@ def test_where_it_would_be_another_run_nothing_is_padded(what: str, words: str, 
     def alone(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
         return model(batch["x"]).square().mean()
 
-    losses = {"batch statistics": summed, "a mean": mean, "no mark": unmarked, "no targets": alone}
+    def looked_up(model: nn.Module, batch: dict[str, Tensor]) -> Any:
+        return (model(batch["x"]) * F.one_hot(batch["labels"], 3)).square().sum(), len(batch["x"])
+
+    losses = {
+        "batch statistics": summed,
+        "looked up": looked_up,
+        "a mean": mean,
+        "no mark": unmarked,
+        "no targets": alone,
+    }
     source = {"x": data()["x"]} if what == "no targets" else None
     micro = {"train.batch": 6, "train.micro_batch": 3} if what == "batch statistics" else {}
     found = run(losses[what], norm=what == "batch statistics", source=source, **micro)

@@ -181,6 +181,9 @@ def test_what_cannot_be_is_refused_on_all_ranks(four: Any) -> None:
         assert "release_gradients='two-pass' is not possible on 3 ranks" in one["release"]
         assert "Synchronised batch normalization" in one["synced"] and "'1'" in one["synced"]
         assert "moves a buffer" in one["moving"] and "'calls'" in one["moving"]
+        assert "moves a buffer or a weight" in one["renormed"] and "'words.weight'" in one["renormed"]
+        assert "gives another loss than that of rank 0" in one["asking"], one["asking"]
+        assert "parallel='fsdp' is out of TrainStep's reach" in one["loop"], one["loop"]
         assert ("DataError" if rank == 1 else "Rank 1 failed") in one["data of one"]
         assert "Rank 1 has another model than rank 0" in one["model of one"], one["model of one"]
 
@@ -354,5 +357,7 @@ def test_numbers_of_ranks_that_are_none(tmp_path: Path) -> None:
     assert "--ranks 0" in three_parts(err.value)[0]
     refused = run_cli("train", "digits", "--ranks", "two", cwd=tmp_path)
     assert refused.returncode == 2 and "--ranks two names no number of processes" in refused.stderr
+    no_time = run_cli("train", "digits", "--ranks", "2", "--ranks-timeout", "0", cwd=tmp_path)
+    assert no_time.returncode == 2 and "--ranks-timeout 0 leaves no time" in no_time.stderr
     other = run_cli("train", "digits", "--ranks", "2", cwd=tmp_path, RANK="0", WORLD_SIZE="1")
     assert other.returncode == 2 and "one of 1 ranks" in other.stderr

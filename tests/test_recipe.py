@@ -75,7 +75,7 @@ def nested(path: str, value: Any) -> dict[str, Any]:
 
 
 def value_at(recipe: Recipe, path: str) -> Any:
-    for name in path.split("."):
+    for name in [part.strip('"') for part in re.findall(r'"[^"]*"|[^.]+', path)]:
         recipe = recipe[name] if isinstance(recipe, dict) else getattr(recipe, name)
     return recipe
 
@@ -319,6 +319,7 @@ def test_an_option_of_None_is_kept_or_refused_but_never_dropped() -> None:
         ("exact_reduce", "true", True),
         ("parallel", "fsdp", "fsdp"),
         ("parallel", "{data=4, tensor=2}", {"data": 4, "tensor": 2}),
+        ('tensor_plan."blocks.*.up"', "colwise", "colwise"),
         ("train.clip", "0", 0.0),
         ("train.last", "drop", "drop"),
         ("optimizer.lr", "3e-4", 3e-4),

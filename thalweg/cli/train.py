@@ -77,6 +77,12 @@ def _train(asked: argparse.Namespace) -> int:
             "Add --ranks 2, or use torchrun --max-restarts.",
         )
     timeout = 300 if asked.ranks_timeout is None else whole(asked.ranks_timeout, "--ranks-timeout", "time")
+    if timeout < 1:
+        raise RecipeError(
+            f"--ranks-timeout {timeout} leaves no time.",
+            "Ranks wait for one another in every step.",
+            "Give seconds, such as --ranks-timeout 60.",
+        )
     if num is not None and "RANK" not in os.environ:
         from thalweg.parallel import launch
 

@@ -9,7 +9,7 @@ from typing import Any
 from thalweg.core.units import human_seconds
 
 #: What the time between two steps may go into, beside the steps.
-BESIDE = ("evaluating", "saving", "waiting for data")
+BESIDE = ("evaluating", "saving", "waiting for data", "compiling")
 
 
 @dataclass(frozen=True)

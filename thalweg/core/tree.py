@@ -37,7 +37,9 @@ def walk(tree: Mapping[str, Any], prefix: str) -> Iterable[tuple[str, Any]]:
 
 def set_path(root: type, tree: dict[str, Any], path: str, value: Any) -> None:
     """Put ``value`` at a dotted path whose type is read off the dataclasses; a text in an open table is read as TOML."""
-    *parents, leaf = path.split(".")
+    *parents, leaf = (
+        [name.strip('"') for name in re.findall(r'"[^"]*"|[^.]+', path)] if '"' in path else path.split(".")
+    )
     kind: Any = root
     for i, name in enumerate(parents):
         here = ".".join(parents[: i + 1])

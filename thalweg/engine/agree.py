@@ -35,8 +35,13 @@ def check_forward(step: Step, batch: Any, ranks: Ranks) -> str:
     Raises:
         ModelError: on all ranks, naming what is other where.
     """
-    if has_shards(step.state.model):
+    if has_shards(step.state.model) and step.state.fully is None:  # another's parts
         return ""
+    with step.state.whole():  # where weights lie in parts, all ranks gather them once
+        return _compared(step, batch, ranks)
+
+
+def _compared(step: Step, batch: Any, ranks: Ranks) -> str:
     num = min(ranks.told(batch_size(batch)))
     batch = split(batch, num)[0]
     value, made = ranks.together(lambda: _forward(step, batch))

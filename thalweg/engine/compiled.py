@@ -65,10 +65,12 @@ class CompiledStep(Step):
         state.timetable.turn(state.applied, state.step)
         with self.policy.around(state.device), self.graph_statistics.taking():
             check = self.check.begin(parts) if self.check is not None else None
+            for arena in state.arenas:
+                arena.let_go_of_gradients()
             row, ok = self._single_pass(parts) if self._is_alone(parts) else self._passes_of(parts, check)
             if check is not None and self.place is None:
                 check.compare(row[0], row[1], row[2] * (row[1] * row[5] * self.unit))
-        self.check, self.compiler.stepped = None, True
+        self.check, self.compiler.stepped, self.compiled_s = None, True, self.compiler.seconds
         with torch.no_grad():
             self.at.fill_(state.step % RING)
             self.ring.index_copy_(0, self.at, row[None])  # to copy into a row would be another program for each

@@ -22,6 +22,8 @@ BACKEND = "THALWEG_COMPILE_BACKEND"
 #: Compilations after the first step that nobody is warned of: a window with fewer micro-batches, one that is short, evaluation.
 FEW = 3
 
+TIME_LOST = "are time lost"
+
 #: Shapes of micro-batches that a run may have.
 MOST_SHAPES = 64
 
@@ -42,7 +44,7 @@ class Compiler:
         options: for the backend.
 
     Attributes:
-        made: graphs compiled so far.
+        made: graphs compiled so far; ``seconds`` were spent on them.
         stepped: whether the run's first step is done.
         news: what is to be told of them.
     """
@@ -50,6 +52,7 @@ class Compiler:
     def __init__(self, backend: str, options: dict[str, Any] | None = None) -> None:
         self.name, self.options = os.environ.get(BACKEND) or backend, dict(options or {})
         self.made = 0
+        self.seconds = 0.0
         self.stepped = False
         self.news: list[str] = []
         self._shapes: dict[str, str] = {}  # of what each graph was given when it was last compiled
@@ -82,6 +85,7 @@ class Compiler:
             if args
             else ""
         )
+        self.seconds += seconds
         before = self._shapes.get(graph)
         self._shapes[graph] = shapes
         text = f"The graph '{graph}' was compiled in {seconds:.1f} s"
@@ -91,7 +95,7 @@ class Compiler:
         if before is not None:
             text += f", for {shapes} after {before}" if before != shapes else ", for the same shapes"
         if self._again > FEW:
-            text += f". More than {FEW} are time lost: give micro-batches one shape (train.last='drop', equal lengths)"
+            text += f". More than {FEW} {TIME_LOST}: give micro-batches one shape (train.last='drop', equal lengths)"
         self.news.append(f"{text}.")
 
     def compile_model(self, model: nn.Module) -> None:
@@ -127,6 +131,7 @@ class _Graph:
             "specialize_float": True,
             "recompile_limit": MOST_SHAPES,
         }
+        self.too_many = FailOnRecompileLimitHit
         self.config, self.not_traced, self.failed = config, (Unsupported, FailOnRecompileLimitHit), TorchDynamoException
 
     def __call__(self, *args: Any) -> Any:
@@ -145,6 +150,8 @@ class _Graph:
         try:
             with self.config.patch(**self.switches):
                 found = self.compiled(*args)
+        except self.too_many as err:
+            raise _too_many_shapes(self.name) from err
         except self.failed as err:
             raise _not_one_graph(err) from err
         self.traced = True
@@ -160,6 +167,14 @@ def _not_ours(guards: Sequence[Any]) -> list[bool]:
 
 
 _MOVES = ("self.module", "self.graph_statistics")  # layers may change their mode
+
+
+def _too_many_shapes(graph: str) -> ModelError:
+    return ModelError(
+        f"The graph '{graph}' was to be compiled for more than {MOST_SHAPES} shapes of micro-batches.",
+        "Each takes as long as the first, and memory.",
+        "Pad samples to a few lengths, or use compile='model' or 'off'; --resume --accept compile goes on with it.",
+    )
 
 
 def _not_one_graph(err: Exception) -> ModelError:

@@ -84,7 +84,8 @@ def settle_compile(
         raise RecipeError(
             f"compile='{asked}' is not possible in this run.",
             f"The reason: {reason}.",
-            "Leave compile out: what is possible is chosen, with its reason; or use compile='model' or 'off'.",
+            "Leave compile out: what is possible is chosen, with its reason; or use "
+            + ("compile='off'." if against or asked == "model" else "compile='model' or 'off'."),
         )
     return recipe
 
@@ -111,7 +112,7 @@ def _auto(
             take("compile", f"not '{how}'", reasons[how])
     able = ["off", *(how for how, reason in reasons.items() if not reason)]
     if measure is None or len(able) == 1:
-        return "off"
+        return str(take("compile", "off", "nothing is measured here" if len(able) > 1 else "nothing else is possible"))
     return measure(recipe, able, take)
 
 

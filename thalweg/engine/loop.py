@@ -100,6 +100,7 @@ class Loop:
                         self._tell_of_memory()
                     while self.step.news:
                         self.tell("compiled", self.step.news.pop(0))
+                    self.spent["compiling"] = self.step.compiled_s
                     if state.step == settled and (text := self.measured()):
                         self.tell("memory", text)
                     if self.guard.is_due():

@@ -84,7 +84,11 @@ def why_not(model: nn.Module, loss: ModelLoss, batch: Any, device: Device, seed:
         return ""
     short = tree_map(lambda t: t[: num - 1] if t.ndim and t.shape[0] == num else t, batch)
     with untouched(model, device, seed), as_written(), in_evaluation_mode(model), torch.no_grad():
-        found = [sum_and_weight(loss(model, b), b) for b in (short, padded(short, Padding(num, name)))]
+        here, longer = sum_and_weight(loss(model, short), short), padded(short, Padding(num, name))
+        try:
+            found = [here, sum_and_weight(loss(model, longer), longer)]
+        except Exception as err:  # a target of -100 is looked up, or counted
+            return f"the model or its loss cannot take a target that does not count ({type(err).__name__})"
     (total, weight), (more, heavier) = [(float(value), float(heavy)) for value, heavy in found]
     if weight != heavier:
         return f"{num - 1} samples weigh {weight:g}, and {heavier:g} with one that is not to count"

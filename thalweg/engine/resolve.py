@@ -214,6 +214,8 @@ def _resolve(
         check_parts(model, recipe)
     if stand.tensor > 1:
         tensor_cuts(model, recipe, stand.tensor, decide.take)
+    elif recipe.tensor_plan:
+        decide.take("tensor_plan", f"{len(recipe.tensor_plan)} patterns", "not used: no layer is cut (parallel.tensor)")
     recipe, early = begin_precision(recipe, model, device, decide.take)
     if early is not None:
         undo.callback(early.undo)
@@ -319,6 +321,7 @@ def _resolve(
             check_parts(model, recipe)
         tell_parts(recipe, stand, decide.take)
     check_release(recipe, device.kind, plan_of(recipe).parameters, decide.take)
+    against = IN_PARTS if stand.shard > 1 or stand.tensor > 1 else device.against_graphs(model)
     if saved is None:
 
         def measure(recipe: Recipe, able: Sequence[str], take: Callable[[str, Any, str], Any]) -> str:
@@ -328,11 +331,12 @@ def _resolve(
             here = bench or Bench(plan_of, model, loss, first[0], device, policy, data=data, held=prepared.held)
             return fastest(here, recipe, able, steps, take)
 
-        against = IN_PARTS if stand.shard > 1 or stand.tensor > 1 else device.against_graphs(model)
         tried_here = None if planning else measure
         recipe = settle_compile(recipe, plan_of(recipe).parameters, device, decide.take, tried_here, against)
     elif recipe.compile == "auto":  # of before there was a choice
         recipe = replace(recipe, compile="off")
+    elif recipe.compile != "off":  # something may have been accepted since that has no place in a graph
+        recipe = settle_compile(recipe, plan_of(recipe).parameters, device, decide.take, None, against)
     tell_gradients(recipe, decide.take)
     tell_split(model, recipe, decide)
     recipe = settle_evaluation(recipe, task, test is not None, steps, decide)

@@ -77,6 +77,7 @@ class Step:
         self.state, self.loss, self.policy, self.options, self.streams = state, loss, policy, options, streams
         self.recomputation, self.ranks = recomputation, ranks
         self.news: list[str] = []  # to be told of how it runs
+        self.compiled_s = 0.0  # seconds that went into compiling
         self.place = None if ranks.world == 1 else Place(ranks.rank, ranks.world, options.micro_batch)
         self.generators = state.device.generators()
         self.sharpness: Sharpness | None = None

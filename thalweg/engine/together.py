@@ -13,6 +13,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from thalweg.checkpoint import Snapshot
 from thalweg.core import Layout, ModelError, RanksError, Recipe, RecipeError, divisors
+from thalweg.core.parallel import told as in_words
 from thalweg.device import Device
 from thalweg.engine.preflight import ModelLoss, as_written, untouched
 from thalweg.engine.state import State
@@ -124,6 +125,12 @@ def check_ranks_of_step(recipe: Recipe, ranks: Ranks) -> None:
             "It is chosen by what one process has room for.",
             "Give train.micro_batch, or use thalweg.train.",
         )
+    if recipe.parallel not in ("auto", "ddp") and recipe.parallel != {"data": ranks.world}:
+        raise RecipeError(
+            f"parallel={in_words(recipe.parallel)} is out of TrainStep's reach.",
+            f"Each of the {ranks.world} ranks holds the whole model there.",
+            "Leave parallel out, or use thalweg.train.",
+        )
     if recipe.optimizer.release_gradients not in (None, "off"):
         check_ranks(recipe, ranks.world)
 
@@ -204,18 +211,17 @@ def check_buffers(model: nn.Module, loss: ModelLoss, batch: Any, device: Device,
     """
     pooled = {id(b) for m in model.modules() if isinstance(m, _BatchNorm) for b in m.buffers(recurse=False)}
     others = [(name, b) for name, b in model.named_buffers() if id(b) not in pooled]
-    if not others:
-        return
+    watched = [*others, *model.named_parameters()]  # such as nn.Embedding(max_norm=...) writes into
     with untouched(model, device, recipe.seed), torch.no_grad(), as_written():
-        before = [(id(b), b._version) for _, b in others]
+        before = [(id(t), t._version) for _, t in watched]
         loss(model, batch)
-        now = dict(model.named_buffers())
-        moved = [name for (name, _), was in zip(others, before) if (id(now[name]), now[name]._version) != was]
+        now = {**dict(model.named_buffers()), **dict(model.named_parameters())}
+        moved = [name for (name, _), was in zip(watched, before) if (id(now[name]), now[name]._version) != was]
     if moved:
         raise ModelError(
-            f"The forward pass moves a buffer, and {world} ranks would each move it their own way.",
+            f"The forward pass moves a buffer or a weight, and {world} ranks would each move it their own way.",
             f"{len(moved)} of them, such as '{moved[0]}'.",
-            "Train on one rank, or use a layer that keeps no such buffer.",
+            "Train on one rank, or use a layer that writes into none: nn.Embedding without max_norm, for example.",
         )
 
 

@@ -16,6 +16,7 @@ from thalweg.data import batch_size, split, to_device
 from thalweg.device import choose, facts
 from thalweg.engine.begin import take_weights
 from thalweg.engine.build import build
+from thalweg.engine.compiled_backend import TIME_LOST
 from thalweg.engine.compiled_choice import settle_compile
 from thalweg.engine.given import task_loss
 from thalweg.engine.memory import Bench, fit, settle_memory
@@ -150,6 +151,8 @@ class TrainStep:
         self.device = self.ranks.own(choose(self.recipe.device)[0])
         take_weights(model, self.recipe, self._decide.take, None)
         self.model = self.device.move(model)
+        for told in self.device.mend(self.model):
+            self._decide.take(*told)
         lay_out(self.model, self.device, self._decide.take)
         self.rows = parameter_table(model, optimizer=self.recipe.optimizer, schedule=self.recipe.schedule)
         span = span_of(self.recipe, self.steps or 1, {}, _WHY_NOT)
@@ -183,6 +186,9 @@ class TrainStep:
         row = self._step.run(window).clone()
         if self._step.state.limit.news:
             for text, _ in spoken(self._step.state.limit, self.model, self.recipe):
+                warnings.warn(text, stacklevel=2)
+        while self._step.news:
+            if TIME_LOST in (text := self._step.news.pop(0)):
                 warnings.warn(text, stacklevel=2)
         return StepResult(row)
 
@@ -292,7 +298,8 @@ class TrainStep:
         recipe = settle_memory(recipe)
         tell_split(self.model, recipe, self._decide)
         check_release(recipe, self.device.kind, self.rows, self._decide.take)
-        recipe = settle_compile(recipe, self.rows, self.device, self._decide.take)
+        against = self.device.against_graphs(self.model)
+        recipe = settle_compile(recipe, self.rows, self.device, self._decide.take, None, against)
         tell_gradients(recipe, self._decide.take)
         self.recipe = recipe
         self.plan = replace(plan_of(recipe), decisions=tuple(self._decide.made), ledger=ledger)

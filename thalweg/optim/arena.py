@@ -225,6 +225,12 @@ class Arena:
                     view.copy_(p.grad)
                 p.grad = view
 
+    def let_go_of_gradients(self) -> None:
+        """Gradients of another dtype than their parameters' lie here alone: a tracer takes no such ``grad``."""
+        if self.grads.dtype != self.params.dtype:
+            for p, _ in self._views:
+                p.grad = None
+
     def scalars(self, segment: Segment, given: Mapping[str, Any]) -> dict[str, Any]:
         """What a segment's update is given: the numbers of the step, at its own rate and decay."""
         treatment = segment.treatment
