@@ -23,7 +23,7 @@ from tests.test_ranks import EXACT, four, ranks_of, wait_until
 from thalweg.checkpoint import FolderLock
 from thalweg.cli import main as cli
 from thalweg.core import RanksError, RunFolderError
-from thalweg.core.goodput import goodput
+from thalweg.core.goodput import goodput, times_of
 from thalweg.parallel import ALONE, Agent, Left, launch, left_to
 from thalweg.parallel import joined as joining
 from thalweg.parallel.beats import Beat, Beats, end_sibling
@@ -385,6 +385,13 @@ def test_goodput_of_a_made_up_history() -> None:
     assert told.share == pytest.approx(15.5 / 36.0)
     assert str(told).startswith("43.1% of 36.0 s went into steps that count; evaluating 1.0 s")
     assert goodput([]).share == 0.0
+
+
+def test_half_a_line_is_passed_over(tmp_path: Path) -> None:
+    file = tmp_path / "times.jsonl"
+    assert times_of(file) == []
+    file.write_text('{"kind": "end"}\n{"kind": "sta\n{"kind": "saved"}')
+    assert [line["kind"] for line in times_of(file)] == ["end", "saved"]
 
 
 def test_goodput_of_a_run_that_began_anew() -> None:

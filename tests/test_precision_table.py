@@ -446,7 +446,7 @@ def test_budgets_that_nothing_fits_are_refused(monkeypatch: pytest.MonkeyPatch) 
 @pytest.mark.parametrize(
     ("chip", "precision", "told"),
     [
-        ("h100", "fp32", ("The chip 'h100' is not known.", "14 are.", "Did you mean h100-80gb?")),
+        ("h100", "fp32", ("The chip 'h100' is not known.", "19 are.", "Did you mean h100-80gb?")),
         ("v100-16gb", "bf16", ("precision='bf16' is not possible on v100-16gb.", "It has fp32, fp16.", "Use one of")),
         ("a100-40gb", "fp8", ("precision='fp8' is not possible on a100-40gb.", "It has fp32, tf32", "Use one of")),
     ],

@@ -6,11 +6,10 @@ from pathlib import Path
 
 import pytest
 import torch
-import torch.distributed as dist
 import torch.multiprocessing as mp
 from torch import nn
 
-from tests.conftest import free_port, join_ranks
+from tests.conftest import ended, free_port, join_ranks
 
 SHAPES = [(12, 7), (5,), (8, 3, 3, 3), (7, 16), (12, 7), (4, 6, 5)]
 
@@ -54,10 +53,10 @@ def _every_rule(rank: int, world: int, port: int, out: str) -> None:
         found[name] = float(torch.stack(gaps).max().detach())
     if rank == 0:
         torch.save(found, out)
-    dist.destroy_process_group()
+    ended()
 
 
-@pytest.mark.parametrize("world", [2, 4])
+@pytest.mark.parametrize("world", [3])
 def test_every_rule_gives_the_unsharded_result(world: int, tmp_path: Path) -> None:
     mp.spawn(_every_rule, (world, free_port(), str(tmp_path / "found")), nprocs=world)
     found = torch.load(tmp_path / "found")
@@ -109,7 +108,7 @@ def _fsdp(rank: int, world: int, port: int, out: str) -> None:
     resumed = [(p - q.full_tensor()).abs().max() for p, q in zip(whole, other.parameters())]
     if rank == 0:
         torch.save({"single": float(max(gaps)), "resumed": float(max(resumed))}, out)
-    dist.destroy_process_group()
+    ended()
 
 
 def test_fsdp2_trains_and_resumes_as_one_process(tmp_path: Path) -> None:

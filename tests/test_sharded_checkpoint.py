@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
-from tests.conftest import free_port, join_ranks, three_parts
+from tests.conftest import ended, free_port, join_ranks, three_parts
 from thalweg.checkpoint import Store
 from thalweg.core import CheckpointError
 
@@ -53,12 +53,6 @@ def differs(got: Any, wanted: Any) -> list[str]:
         for name, tensor in tensors.items()
         if not torch.equal(whole(got[stem][name]), tensor)
     ]
-
-
-def ended() -> None:
-    """This rank is done. A gloo group that Python's end finds still there, as DCP keeps it, aborts the process now and then."""
-    dist.barrier()
-    os._exit(0)
 
 
 def _save(rank: int, world: int, port: int, folder: str) -> None:

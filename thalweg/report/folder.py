@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from thalweg.core import Evaluation, Event, Plan, Record, RunFolderError, read_lines
-from thalweg.core.goodput import Goodput, goodput
+from thalweg.core.goodput import Goodput, goodput, times_of
 
 Line = Record | Evaluation
 
@@ -65,8 +66,10 @@ def read_run(folder: Path) -> Run:
                 lines.append(_evaluation(tree))
             elif tree["kind"] == "step":
                 lines.append(_record(tree))
-        name = "times.jsonl"
-        times = goodput(read_lines(folder / name)) if (folder / name).exists() else None
+        times = None
+        with suppress(OSError, ValueError, LookupError, TypeError, AttributeError):  # a run is told without them
+            found = times_of(folder / "times.jsonl")
+            times = goodput(found) if found else None
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as err:
         raise RunFolderError(
             f"{folder} cannot be reported on.",

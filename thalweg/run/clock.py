@@ -9,8 +9,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from thalweg.core import read_lines
-from thalweg.core.goodput import Goodput, goodput
+from thalweg.core.goodput import Goodput, goodput, times_of
 
 TIMES = "times.jsonl"
 _TAIL = 1 << 16  # bytes of the records that are looked through for the last step
@@ -28,7 +27,7 @@ class Clock:
     def __init__(self, folder: Path | None, called: float, *, again: bool = False) -> None:
         self.on, self.called, self.again = folder is not None, called, again
         self.file, self._records = (folder or Path()) / TIMES, (folder or Path()) / "records.jsonl"
-        self._before: dict[str, Any] = {}
+        self._before: dict[str, Any] = {"made": [0, 0.0], "kept": [0, 0.0]}
 
     def look(self, keep_bytes: int, *, new: bool) -> None:
         """Before the records are cut to ``keep_bytes``: how far they had come. ``new``: what is there is not of this run."""
@@ -37,7 +36,9 @@ class Clock:
         if new:
             with suppress(OSError):
                 self.file.unlink(missing_ok=True)
-        size = self._records.stat().st_size if self._records.exists() else 0
+        if not self._records.is_file():  # to open a pipe would wait for its other end
+            return
+        size = self._records.stat().st_size
         self._before = {"made": _last_step(self._records, size), "kept": _last_step(self._records, keep_bytes)}
 
     def start(self, step: int, ranks: int) -> None:
@@ -52,8 +53,8 @@ class Clock:
 
     def told(self) -> Goodput | None:
         """All in all; None where the lines cannot be read."""
-        with suppress(OSError, ValueError, KeyError, TypeError):
-            return goodput(read_lines(self.file)) if self.on else None
+        with suppress(OSError, ValueError, LookupError, TypeError, AttributeError):
+            return goodput(times_of(self.file)) if self.on else None
         return None
 
     def _write(self, **line: Any) -> None:
