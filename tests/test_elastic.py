@@ -376,6 +376,7 @@ def test_goodput_of_a_made_up_history() -> None:
             "evaluating": 1.0,
             "saving": 0.4 + 0.5,
             "waiting for data": 1.0,
+            "compiling": 0.0,
             "starting": 3.0 + 2.0 + 1.0,
             "repeated": 2.0 + 3.0,
             "restarting": 120.0 - 113.4,

@@ -94,12 +94,6 @@ def _check_sizes(sizes: Mapping[str, Any]) -> None:
             "It is a whole number from 1 on.",
             f"Give such as {bad[0][0]}=2.",
         )
-    if sizes.get("shard", 1) > 1 and sizes.get("tensor", 1) > 1:
-        raise RecipeError(
-            f"parallel={told(sizes)} is not possible.",
-            "It has shard and tensor: layers that are cut are not spread besides.",
-            "Use {data=..., tensor=...}, or {data=..., shard=...}.",
-        )
 
 
 def layout_of(value: str | Mapping[str, int], world: int, on_each: int) -> Layout | None:
