@@ -46,7 +46,10 @@ class InOrder:
         for turn in range(self.ranks.largest(len(micros))):
             with torch.no_grad():
                 if turn:
-                    self._clear(counted)
+                    for arena in self.step.state.arenas:
+                        arena.grads.zero_()
+                    if counted:
+                        count_anew(self.step)
             if turn < len(micros):
                 went = self._through(micros[turn], one, len(done), first, counted)
                 first += sum(map(batch_size, micros[turn]))
@@ -54,10 +57,7 @@ class InOrder:
             with torch.no_grad():
                 self._add_gradients()
                 if counted:
-                    mine = self._counted()
-                    counts = torch.zeros_like(mine) if counts is None else counts
-                    for theirs in self.ranks.gather(mine):
-                        counts += theirs
+                    counts = counted_in_order(self.step, counts)
         with torch.no_grad():
             self._give_back(counts)
         return done
@@ -82,17 +82,6 @@ class InOrder:
 
         return go_through(micro, numbered, self.step.state.limit, self.step.undo, counted=counted)
 
-    def _clear(self, counted: bool) -> None:
-        """Nothing of the next micro-batch has been done; what the last one counted is in the totals."""
-        for arena in self.step.state.arenas:
-            arena.grads.zero_()
-        statistics = self.step.state.statistics
-        if counted:
-            self.step.sums.zero_()
-            if statistics.layers:
-                statistics.restore()
-                statistics.begin()
-
     def _add_gradients(self) -> None:
         world = self.ranks.world
         for arena, total, size in zip(self.step.state.arenas, self._totals, self._sizes):
@@ -103,11 +92,6 @@ class InOrder:
             for theirs in self.ranks.exchange(flat.view(world, size)):
                 total += theirs
 
-    def _counted(self) -> Tensor:
-        statistics = self.step.state.statistics
-        seen = statistics.gathered() if statistics.layers else self.step.sums[:0]
-        return torch.cat([self.step.sums, seen.to(self.step.sums)])
-
     def _give_back(self, counts: Tensor | None) -> None:
         """Totals of the window where the gradients and sums of one micro-batch were."""
         step = self.step
@@ -115,9 +99,26 @@ class InOrder:
             whole = self.ranks.gather(total).reshape(-1)
             arena.grads.copy_(whole[: arena.grads.numel()])
         if counts is not None:
-            step.sums.copy_(counts[:2])
-            if step.state.statistics.layers:
-                step.state.statistics.summed(counts[2:])
+            step.take_counted(counts)
+
+
+@torch.no_grad()
+def count_anew(step: Step) -> None:
+    """Nothing of the next micro-batch has been counted; what the last one counted is in the totals."""
+    step.sums.zero_()
+    if step.state.statistics.layers:
+        step.state.statistics.restore()
+        step.state.statistics.begin()
+
+
+@torch.no_grad()
+def counted_in_order(step: Step, counts: Tensor | None) -> Tensor:
+    """``counts`` of the rounds before, and what each rank has counted in this one, in the order of ranks."""
+    mine = step.counted()
+    counts = torch.zeros_like(mine) if counts is None else counts
+    for theirs in step.ranks.gather(mine):
+        counts += theirs
+    return counts
 
 
 def check_exact(recipe: Recipe, device: Device) -> None:

@@ -19,12 +19,13 @@ from thalweg.data import batch_size, to_device, tree_map
 from thalweg.data.share import Window
 from thalweg.device import ran_out
 from thalweg.engine.fully import FullySharded, read_in_parts
+from thalweg.engine.inorder import count_anew, counted_in_order
 from thalweg.engine.portions import Failure
 from thalweg.engine.recompute import Recomputation
 from thalweg.engine.state import State
 from thalweg.engine.step import Step, StepOptions
 from thalweg.optim.arena import aligned
-from thalweg.optim.norm import global_norm
+from thalweg.optim.norm import global_norm, norm_dtype
 from thalweg.parallel import Ranks
 from thalweg.precision import Policy
 from thalweg.regularize import Streams
@@ -103,16 +104,12 @@ class ShardedStep(Step):
     @torch.no_grad()
     def _add_numbers(self, counted: bool) -> None:
         """What was counted, and the squares of the gradients: one vector, one sum over ranks."""
-        statistics = self.state.statistics
         squares = self._squares([arena.grads for arena in self.state.arenas])
-        seen = statistics.gathered() if counted and statistics.layers else self.sums[:0]
-        packed = torch.cat([squares.reshape(1), self.sums, seen.to(self.sums)])
+        packed = torch.cat([squares.reshape(1), self.counted() if counted else self.sums])
         self.ranks.add([packed])
         self.norm = packed[0].sqrt().to(self._norm_dtype())
         if counted:
-            self.sums.copy_(packed[1:3])
-            if statistics.layers:
-                statistics.summed(packed[3:])
+            self.take_counted(packed[1:])
 
     def _squares(self, parts: Sequence[Tensor]) -> Tensor:
         """The sum of the squares of this rank's part; of parts that several ranks hold, one counts."""
@@ -127,10 +124,7 @@ class ShardedStep(Step):
         return packed[0].sqrt().to(self._norm_dtype())
 
     def _norm_dtype(self) -> torch.dtype:
-        wide = torch.float32
-        for arena in self.state.arenas:
-            wide = torch.promote_types(wide, arena.grads.dtype)
-        return wide
+        return norm_dtype([arena.grads for arena in self.state.arenas])
 
     def _gradient_norm(self) -> Tensor:
         return self.norm
@@ -168,34 +162,15 @@ class ShardedStep(Step):
         self.fully.synchronize(True)
         for turn in range(rounds):
             if turn and counted:
-                self._count_anew()
+                count_anew(self)
             if turn < len(parts):
                 first += one(turn, first, parts[turn], False)
             else:
                 self._idle(parts, summing=True)
             if counted:
-                counts = self._add_counts(counts)
+                counts = counted_in_order(self, counts)
         with torch.no_grad():
             gs = [arena.grads for arena in self.state.arenas]
             self.norm = ordered_norm(gs, self.num_elements, self.fully.shards.largest, self.fully.shards.total)
-            if counted and counts is not None:
-                self.sums.copy_(counts[:2])
-                if self.state.statistics.layers:
-                    self.state.statistics.summed(counts[2:])
-
-    @torch.no_grad()
-    def _count_anew(self) -> None:
-        self.sums.zero_()
-        if self.state.statistics.layers:
-            self.state.statistics.restore()
-            self.state.statistics.begin()
-
-    @torch.no_grad()
-    def _add_counts(self, counts: Tensor | None) -> Tensor:
-        statistics = self.state.statistics
-        seen = statistics.gathered() if statistics.layers else self.sums[:0]
-        mine = torch.cat([self.sums, seen.to(self.sums)])
-        counts = torch.zeros_like(mine) if counts is None else counts
-        for theirs in self.ranks.gather(mine):
-            counts += theirs
-        return counts
+            if counts is not None:
+                self.take_counted(counts)

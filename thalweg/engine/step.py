@@ -189,13 +189,21 @@ class Step:
         if not counted:
             self.ranks.add(sums)
             return
+        packed = self.counted()
+        self.ranks.add([*sums, packed])
+        self.take_counted(packed)
+
+    def counted(self) -> Tensor:
+        """Losses, weights and batch statistics of this rank, in one vector."""
         statistics = self.state.statistics
         seen = statistics.gathered() if statistics.layers else self.sums[:0]
-        packed = torch.cat([self.sums, seen.to(self.sums)])
-        self.ranks.add([*sums, packed])
+        return torch.cat([self.sums, seen.to(self.sums)])
+
+    def take_counted(self, packed: Tensor) -> None:
+        """What ``counted`` gives, of all ranks."""
         self.sums.copy_(packed[:2])
-        if statistics.layers:
-            statistics.summed(packed[2:])
+        if self.state.statistics.layers:
+            self.state.statistics.summed(packed[2:])
 
     def _passes(self, index: int, first: int, batch: Any, last: bool) -> int:
         """Forward and backward pass of a micro-batch; how many samples it has, where the streams ask."""

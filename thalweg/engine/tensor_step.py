@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-import torch
 import torch.distributed as dist
 from torch import Tensor
 
@@ -16,7 +15,7 @@ from thalweg.engine.portions import Failure
 from thalweg.engine.step import Step
 from thalweg.engine.tensor import TensorParallel
 from thalweg.optim import Arena
-from thalweg.optim.norm import global_norm
+from thalweg.optim.norm import global_norm, norm_dtype
 
 
 class TensorStep(Step):
@@ -60,10 +59,7 @@ class TensorStep(Step):
         squares = self.tensor.shards.total(global_norm(parts).to(exact).square())
         if whole:
             squares = squares + global_norm(whole).to(exact).square()
-        wide = torch.float32
-        for grads in (*whole, *parts):
-            wide = torch.promote_types(wide, grads.dtype)
-        return squares.sqrt().to(wide)
+        return squares.sqrt().to(norm_dtype([*whole, *parts]))
 
     def _is_cut(self, arena: Arena) -> bool:
         return next(iter(arena.places)) in self.tensor.shards.pieces

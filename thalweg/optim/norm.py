@@ -25,6 +25,11 @@ def _squares(dtype: torch.dtype) -> Any:
         return None
 
 
+def norm_dtype(gs: Sequence[Tensor]) -> torch.dtype:
+    """What the norm of all of these is given in: the widest of theirs, and at least float32."""
+    return reduce(torch.promote_types, (g.dtype for g in gs), torch.float32)
+
+
 def global_norm(gs: Sequence[Tensor]) -> Tensor:
     """The 2-norm over all elements of all tensors, 0-dim, in at least float32; infinite or NaN if any element is."""
     if is_sharded(gs):
