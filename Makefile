@@ -14,9 +14,10 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 train: .venv/run.stamp
 	$(BIN)/thalweg train pycode
 
-# One thread a process: torch's threads wait by spinning, and two processes with two each slow each other tenfold.
+# One thread a process: torch's threads wait by spinning, and two processes with two each slow each other tenfold. One worker
+# more than cores: many tests wait for processes that they start.
 test: lint .venv/test.stamp
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $$(( $$(nproc) + 1 ))
 
 test-gpu: .venv/test.stamp
 	$(BIN)/python -m pytest -n 0 -rs -m gpu

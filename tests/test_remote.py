@@ -111,8 +111,17 @@ def test_what_was_saved_is_read_by_another_process(address: str) -> None:
     assert found is not None and same(found, snapshot(4)) and not faults
 
 
-@pytest.mark.parametrize("name", ["weights.safetensors", "state.safetensors", "state.json", "manifest.json"])
-@pytest.mark.parametrize("kind", ["flipped", "cut", "gone"])
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    [
+        ("weights.safetensors", "flipped"),
+        ("state.safetensors", "cut"),
+        ("state.json", "flipped"),
+        ("state.json", "gone"),
+        ("manifest.json", "cut"),
+        ("manifest.json", "gone"),
+    ],
+)
 def test_a_damaged_object_is_named_and_the_one_before_is_taken(address: str, name: str, kind: str) -> None:
     store = filled(address, 1, 2)
     data = read(address, f"step-00000002/{name}")
@@ -191,10 +200,14 @@ def test_a_store_that_nobody_answers_for_is_said_so(monkeypatch: pytest.MonkeyPa
     assert "pip install s3fs" in three_parts(missing.value)[2]
 
 
-def test_a_run_whose_folder_is_lost_goes_on_from_its_store(address: str, tmp_path: Path) -> None:
+def test_a_run_whose_folder_is_lost_goes_on_from_its_store(
+    address: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("s3fs.S3FileSystem.retries", 5)  # on a busy machine a request may fail
     whole, _ = go(tmp_path / "whole")
     first, _ = go(tmp_path / "run", {20: _ask_to_end}, **{"checkpoint.store": address})
-    assert first.reason is StopReason.INTERRUPTED and not (tmp_path / "run" / "checkpoints").exists()
+    assert first.reason is StopReason.INTERRUPTED, (tmp_path / "run" / "records.jsonl").read_text()
+    assert not (tmp_path / "run" / "checkpoints").exists()
     stopped = first.records[-1].step
     shutil.rmtree(tmp_path / "run")
     again, _ = go(tmp_path / "run", resume="auto", **{"checkpoint.store": address})

@@ -19,7 +19,6 @@ from thalweg.engine import Step
 NUM, BATCH, MICRO = 60, 16, 4  # the last window of an epoch has 12 samples: three micro-batches
 LEDGER = "THALWEG_RANKED_LEDGER"  # a folder for the lines
 PAUSE = 0.04  # seconds that a micro-batch takes
-_APART = 2.0  # seconds between two makings of a step, at least: its ranks have started again in between
 _now: list[int] = []
 
 
@@ -37,7 +36,8 @@ def loss(model: nn.Module, batch: Any) -> Loss:
 def _note(step: int, samples: list[int]) -> None:
     """A line that is in the file at once."""
     if folder := os.environ.get(LEDGER):
-        line = json.dumps({"step": step, "samples": samples, "at": time.time()})
+        group = os.environ.get("MASTER_PORT")  # a group that has started again meets at another port
+        line = json.dumps({"step": step, "samples": samples, "at": time.time(), "group": group})
         handle = os.open(
             Path(folder, f"rank-{os.environ.get('RANK', '0')}-{os.getpid()}"), os.O_WRONLY | os.O_CREAT | os.O_APPEND
         )
@@ -86,12 +86,8 @@ def each_once(folder: Path, steps: int) -> None:
     for step in range(steps):
         lines = [line for line in told if line["step"] == step]
         assert lines, f"step {step} was never made"
-        last: list[dict[str, Any]] = []
-        for line in sorted(lines, key=lambda line: line["at"], reverse=True):
-            if last and last[-1]["at"] - line["at"] > _APART:
-                break
-            last.append(line)
-        saw = sorted(sample for line in last for sample in line["samples"])
+        last = max(lines, key=lambda line: line["at"])["group"]
+        saw = sorted(sample for line in lines if line["group"] == last for sample in line["samples"])
         wanted = sorted(map(int, order.window(step)[1]))
         assert saw == wanted, f"step {step} saw {saw}, and its window is {wanted}"
 

@@ -7,7 +7,6 @@ gradients are added to the arena as they come, and the sum is divided by the wei
 
 from __future__ import annotations
 
-import hashlib
 import math
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
@@ -23,6 +22,7 @@ from thalweg.core import Layout, ModelError, Plan
 from thalweg.device import Device
 from thalweg.engine.blocks import repeated_blocks
 from thalweg.engine.precision import gradient_dtype
+from thalweg.engine.same import local_part, take_first_weights
 from thalweg.optim import Arena, plain_name
 from thalweg.optim.sharded_arena import ShardedArena
 from thalweg.optim.shards import Shards, Touch
@@ -100,7 +100,9 @@ class FullySharded:
     def parts(self) -> list[tuple[str, nn.Parameter]]:
         """(plain name, this rank's part) of what is trained, for arenas to take over."""
         return [
-            (self.names[id(p)], nn.Parameter(_local(p).detach())) for p in self.model.parameters() if p.requires_grad
+            (self.names[id(p)], nn.Parameter(local_part(p).detach()))
+            for p in self.model.parameters()
+            if p.requires_grad
         ]
 
     def arena(self, named: Sequence[tuple[str, nn.Parameter]], treatments: Any, how: Any) -> ShardedArena:
@@ -182,7 +184,7 @@ class FullySharded:
 
     def local(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """By name, this rank's part of what is cut; the rest as it is."""
-        return {name: _local(t) for name, t in tensors.items()}
+        return {name: local_part(t) for name, t in tensors.items()}
 
     @torch.no_grad()
     def release(self, *, together: bool = True) -> None:
@@ -201,7 +203,7 @@ class FullySharded:
             name = self.names[id(one.sharded_param)]
             p, shape = own[name], self.shapes[name]
             p.data = torch.empty_strided(shape, self._strides[id(p)], dtype=p.dtype, device=p.device)
-            found = self.shards.whole(name, _local(one.sharded_param), all_ranks=True) if together else None
+            found = self.shards.whole(name, local_part(one.sharded_param), all_ranks=True) if together else None
             p.data.fill_(math.nan) if found is None else p.data.copy_(found)
             p.grad = None
         for module, key, p in self._before:
@@ -224,20 +226,10 @@ def cut(model: nn.Module, plan: Plan, device: Device, ranks: Any) -> FullySharde
     """
     recipe = plan.recipe
     mesh = Grid(ranks, Layout(**plan.layout), device).sharding
-    whole = [p.detach() for p in model.parameters()] + list(model.buffers())
-    told = ranks.told(_digest(whole))
-    ranks.copy(whole)
+    others = take_first_weights(model, ranks)
     made = FullySharded(model, mesh, sums=gradient_dtype(recipe), exact=recipe.exact_reduce, touch=ranks.in_touch)
-    made.others = [rank for rank, one in enumerate(told) if one != told[0]]
+    made.others = others
     return made
-
-
-def _digest(tensors: Sequence[Tensor]) -> str:
-    found = hashlib.sha256()
-    for tensor in tensors:
-        flat = tensor.detach().cpu().contiguous().reshape(-1)
-        found.update(flat.view(torch.uint8).numpy().tobytes() if flat.numel() else b"")
-    return found.hexdigest()
 
 
 def read_in_parts(numbers: str) -> ModelError:
@@ -359,11 +351,6 @@ def _policy(sums: torch.dtype | None) -> Any:
     from torch.distributed.fsdp import MixedPrecisionPolicy
 
     return MixedPrecisionPolicy(reduce_dtype=sums, cast_forward_inputs=False)
-
-
-def _local(x: Tensor) -> Tensor:
-    found: Tensor = x._local_tensor if hasattr(x, "_local_tensor") else x
-    return found.detach()
 
 
 def _without_fsdp(module: nn.Module, hooks: str) -> None:

@@ -20,9 +20,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from thalweg.core import Layout, ModelError, Plan
 from thalweg.device import Device
-from thalweg.engine.fully import _digest, _local
 from thalweg.engine.losses import sum_and_weight
 from thalweg.engine.preflight import ModelLoss, as_written, untouched
+from thalweg.engine.same import local_part, take_first_weights
 from thalweg.engine.tensor_plan import Cut, CutPiece, tensor_cuts
 from thalweg.optim import Arena, make_arenas, named_trainable, plain_name
 from thalweg.optim.arena import How
@@ -114,7 +114,8 @@ class TensorParallel:
         """
         named = named_trainable(self.model)
         mine = [
-            (name, p if not hasattr(p, "_local_tensor") else nn.Parameter(_local(p).contiguous())) for name, p in named
+            (name, p if not hasattr(p, "_local_tensor") else nn.Parameter(local_part(p).contiguous()))
+            for name, p in named
         ]
         whole = [(name, p) for name, p in mine if name not in self.shards.pieces]
         parts = [(name, p) for name, p in mine if name in self.shards.pieces]
@@ -137,7 +138,7 @@ class TensorParallel:
 
     def local(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """By name, this rank's part of what is cut; the rest as it is."""
-        return {name: _local(t) for name, t in tensors.items()}
+        return {name: local_part(t) for name, t in tensors.items()}
 
     @torch.no_grad()
     def release(self, *, together: bool = True) -> None:
@@ -157,9 +158,9 @@ class TensorParallel:
             shape, stride = self._strides[id(p)]
             p.data = torch.empty_strided(shape, stride, dtype=p.dtype, device=p.device)
             if name not in self.shards.pieces:
-                p.data.copy_(_local(now))
+                p.data.copy_(local_part(now))
             elif together:
-                found = self.shards.whole(name, _local(now), all_ranks=True)
+                found = self.shards.whole(name, local_part(now), all_ranks=True)
                 assert found is not None
                 p.data.copy_(found)
             else:
@@ -178,7 +179,7 @@ class TensorParallel:
 def _deliver(view: Tensor, p: Any) -> None:
     """A gradient that is there joins those in the arena."""
     found = p.grad if p.grad.placements == p.placements else p.grad.redistribute(p.device_mesh, p.placements)
-    view.add_(_local(found))
+    view.add_(local_part(found))
     p.grad = None
 
 
@@ -224,15 +225,13 @@ def cut_layers(
     """
     recipe = plan.recipe
     grid = Grid(ranks, Layout(**plan.layout), device)
-    whole = [p.detach() for p in model.parameters()] + list(model.buffers())
-    told = ranks.told(_digest(whole))
-    ranks.copy(whole)
+    others = take_first_weights(model, ranks)
     cuts = tensor_cuts(model, recipe, grid.layout.tensor)
     ends = [cut.name for cut in cuts if cut.dim or cut.gathers]  # after these, activations are whole again
     run = partial(_seen, model, ends, loss, batch, device, policy, recipe.seed)
     before = run()
     made = TensorParallel(model, cuts, grid, ranks.in_touch)
-    made.others = [rank for rank, one in enumerate(told) if one != told[0]]
+    made.others = others
     try:
         ranks.together(lambda: _check_same(run, before, policy))
     except BaseException:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
@@ -16,6 +15,7 @@ from thalweg.core import Layout, ModelError, RanksError, Recipe, RecipeError, di
 from thalweg.core.parallel import told as in_words
 from thalweg.device import Device
 from thalweg.engine.preflight import ModelLoss, as_written, untouched
+from thalweg.engine.same import digest_of
 from thalweg.engine.state import State
 from thalweg.parallel import ALONE, Ranks, check_equal
 from thalweg.regularize import SyncedBatchNorm
@@ -296,10 +296,7 @@ def same_state(state: State, snapshot: Snapshot | None, ranks: Ranks) -> tuple[S
 
 def digest(state: State) -> str:
     """SHA-256 over every tensor of a state."""
-    whole = hashlib.sha256()
-    for tensor in state.tensors():
-        whole.update(_bytes(tensor))
-    return whole.hexdigest()
+    return digest_of(state.tensors())
 
 
 def checksum(state: State) -> str:
@@ -329,8 +326,3 @@ def check_same(state: State, ranks: Ranks, digest: Callable[[State], str] = dige
             f"Rank 0 has {found[0][:12]}, rank {others[0]} {found[others[0]][:12]}.",
             "The model or the loss does other things on other ranks: let it not ask which rank it is on.",
         )
-
-
-def _bytes(tensor: Tensor) -> bytes:
-    flat = tensor.detach().cpu().contiguous().reshape(-1)
-    return flat.view(torch.uint8).numpy().tobytes() if flat.numel() else b""
