@@ -1,4 +1,4 @@
-"""``python -m tests.faults [FAMILY ...] [--times N] [--quick]``: make faults, print what came of them, keep it."""
+"""``python -m tests.faults [FAMILY ...] [--fault TEXT] [--times N] [--quick]``: make faults, print what came of them, keep it."""
 
 from __future__ import annotations
 
@@ -29,6 +29,7 @@ def merged(rows: list[Row], command: str) -> list[dict[str, Any]]:
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m tests.faults", description=__doc__)
     parser.add_argument("families", nargs="*", metavar="FAMILY", help=f"of {', '.join(FAMILIES)} (default: all)")
+    parser.add_argument("--fault", default="", help="only those whose name has this in it")
     parser.add_argument("--times", type=int, help="how often each fault is made (default: its own number)")
     parser.add_argument("--quick", action="store_true", help="the short form, as in the tests")
     parser.add_argument("--ranks", type=int, default=2, help="processes where more than one is killed (default: 2)")
@@ -40,7 +41,7 @@ def main(arguments: list[str] | None = None) -> int:
     rows: list[Row] = []
     try:
         for fault in FAULTS:
-            if fault.family in (asked.families or FAMILIES):
+            if fault.family in (asked.families or FAMILIES) and asked.fault in fault.name:
                 row = fault.run(times=asked.times, quick=asked.quick, ranks=asked.ranks, seed=asked.seed)
                 rows.append(row)
                 print(printed(row), flush=True)
