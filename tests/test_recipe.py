@@ -149,7 +149,7 @@ recipes = st.builds(
     ),
     schedule=st.builds(Schedule, lr=plain_texts),
     regularize=st.builds(Regularize, average=st.floats(0, 1, exclude_max=True)),
-    data=st.builds(Data, workers=counts, timeout=st.floats(0, 1e9), options=options),
+    data=st.builds(Data, workers=counts, timeout=st.floats(0, 1e9), folder=maybe(words), options=options),
     evaluate=st.builds(
         Evaluate,
         every=maybe(counts),

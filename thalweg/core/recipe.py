@@ -409,11 +409,13 @@ class Data:
     Args:
         workers: processes that read a ``Dataset``; 0 reads in this one. In-memory data needs none.
         timeout: seconds after which a worker that is waited for counts as hung; it is ended and started again once. 0: never.
+        folder: where the files lie that a task reads and that no package holds; None: the environment variable THALWEG_DATA.
         options: arguments for the task's data function.
     """
 
     workers: int = 0
     timeout: float = 600.0
+    folder: str | None = None
     options: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -429,6 +431,7 @@ class Data:
             "It counts processes.",
             "Give 0 to read in this process, or more.",
         )
+        _check(self.folder != "", "data.folder='' names no folder.", "It is empty.", "Name one, or leave it out.")
 
 
 @dataclass(frozen=True, kw_only=True)
