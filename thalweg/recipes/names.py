@@ -7,6 +7,8 @@ EMBEDDED = {
 }
 
 #: likewise, of tasks whose data lie in a folder that is named by ``--data`` or the environment variable THALWEG_DATA.
-FROM_FOLDER: dict[str, tuple[str, str]] = {}
+FROM_FOLDER = {
+    "characters": ("thalweg.recipes.characters", "a small GPT on tiny-shakespeare, by characters"),
+}
 
 SHIPPED = {**EMBEDDED, **FROM_FOLDER}
