@@ -92,3 +92,13 @@ def ended() -> None:
 
     torch.distributed.barrier()
     os._exit(0)
+
+
+@pytest.fixture
+def shared_data(monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The folder of real data that THALWEG_DATA names, or ``shared/data`` beside the repository; named by it inside the test."""
+    folder = Path(os.environ.get("THALWEG_DATA") or ROOT.parent / "shared" / "data")
+    if not folder.is_dir():
+        pytest.skip(f"the data folder {folder} is not there; THALWEG_DATA names one")
+    monkeypatch.setenv("THALWEG_DATA", str(folder))
+    return folder

@@ -149,13 +149,14 @@ recipes = st.builds(
     ),
     schedule=st.builds(Schedule, lr=plain_texts),
     regularize=st.builds(Regularize, average=st.floats(0, 1, exclude_max=True)),
-    data=st.builds(Data, workers=counts, timeout=st.floats(0, 1e9), options=options),
+    data=st.builds(Data, workers=counts, timeout=st.floats(0, 1e9), folder=maybe(words), options=options),
     evaluate=st.builds(
         Evaluate,
         every=maybe(counts),
         batch=maybe(st.integers(1, 1000)),
         best=words,
         goal=st.sampled_from([None, "min", "max"]),
+        target=maybe(finite),
     ),
     checkpoint=st.builds(
         Checkpoint, every=maybe(counts), keep_last=st.integers(1, 99), keep_best=counts, keep_every=counts

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from thalweg import __version__
-from thalweg.cli import checkpoint, train
+from thalweg.cli import checkpoint, train, words
 from thalweg.cli.backends import leave_out
 from thalweg.cli.words import pair, recipe_of, whole
 from thalweg.core import RanksError, RecipeError, RunFolderError, StopReason, ThalwegError
@@ -23,9 +23,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         The exit code: 0 done, 1 a run failed or a checkpoint is damaged, 2 a mistake in what was asked, 3 the run diverged, 4 it
         could not be saved; 128 and the number of the signal that ended it, saved.
     """
-    words = sys.argv[1:] if arguments is None else list(arguments)
-    asked = _parser().parse_args(_joined(words))
-    asked.words = words
+    given = sys.argv[1:] if arguments is None else list(arguments)
+    asked = _parser().parse_args(_joined(given))
+    asked.words = given
     try:
         leave_out(asked)
         code = int(asked.run(asked))
@@ -71,11 +71,12 @@ def _parser() -> argparse.ArgumentParser:
         help="say what a run will take in memory and time, and what would make it smaller",
         description="Say what a run will take in memory and time before it begins. Nothing is trained.",
     )
-    plan.add_argument("task", help="an embedded task, or module:attribute of your own")
+    plan.add_argument("task", help="a shipped task, or module:attribute of your own")
     plan.add_argument("--recipe", metavar="FILE", help="a TOML recipe; what it leaves out is the task's own")
     plan.add_argument(
         "--set", metavar="PATH=VALUE", action="append", default=[], help="override one value of the recipe"
     )
+    words.add_data(plan)
     plan.add_argument(
         "--device-memory", metavar="BYTES", help="plan with so much, such as 16GiB (default: what is there)"
     )
@@ -117,6 +118,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     preview.add_argument("recipe", nargs="?", metavar="RECIPE", help="a TOML recipe; with --task: the task's own")
     preview.add_argument("--task", help="whose data answers epochs and tokens, and whose recipe is completed")
+    words.add_data(preview)
     preview.add_argument("--steps", metavar="N", help="length of the run in updates (default: the recipe's)")
     preview.add_argument("--svg", metavar="FILE", help="where the SVG goes (default: RECIPE.schedules.svg)")
     preview.add_argument("--values", action="store_true", help="print the values at about 20 updates too")
@@ -145,7 +147,7 @@ def _plan(asked: argparse.Namespace) -> int:
         return 0
     if asked.shard and asked.on is None:
         raise RecipeError("--shard goes with --on.", "No chips are named.", "Name them: --on h100-80gb x 8.")
-    changes = dict(pair(text) for text in asked.set)
+    changes = dict(pair(text) for text in asked.set) | words.data_change(asked)
     if asked.device_memory is not None:
         to_bytes(asked.device_memory, "--device-memory")
     chip, devices = _chips(asked.on) if asked.on else (None, 1)
@@ -217,10 +219,12 @@ def _init(asked: argparse.Namespace) -> int:
 
 
 def _tasks(asked: argparse.Namespace) -> int:
-    from thalweg.recipes.names import EMBEDDED
+    from thalweg.recipes.names import EMBEDDED, FROM_FOLDER
 
     for name, (_, about) in EMBEDDED.items():
-        print(f"{name:10} {about}")
+        print(f"{name:13} {about}")
+    for name, (_, about) in FROM_FOLDER.items():
+        print(f"{name:13} {about} (its data: --data FOLDER)")
     print("module:attribute  a thalweg.Task of your own; 'thalweg init' writes one to start from")
     return 0
 
@@ -260,7 +264,7 @@ def _schedules(asked: argparse.Namespace) -> int:
 
 
 def _preview(asked: argparse.Namespace) -> int:
-    changes = dict(pair(text) for text in asked.set)
+    changes = dict(pair(text) for text in asked.set) | words.data_change(asked)
     changes |= {} if asked.steps is None else {"train.steps": asked.steps}
     if asked.recipe is None and asked.task is None:
         raise RecipeError(

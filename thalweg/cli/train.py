@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from thalweg.cli import checkpoint
-from thalweg.cli.words import pair, recipe_of, whole
+from thalweg.cli.words import add_data, data_change, pair, recipe_of, whole
 from thalweg.core import RanksError, RecipeError, ThalwegError
 
 _START = (
@@ -20,11 +20,12 @@ _START = (
 def add(commands: Any) -> None:
     """The command and its options."""
     train = commands.add_parser("train", help="train a task", description="Train a task; see 'thalweg tasks'.")
-    train.add_argument("task", help="an embedded task, or module:attribute of your own")
+    train.add_argument("task", help="a shipped task, or module:attribute of your own")
     train.add_argument("--recipe", metavar="FILE", help="a TOML recipe; what it leaves out is the task's own")
     train.add_argument(
         "--set", metavar="PATH=VALUE", action="append", default=[], help="override one value of the recipe"
     )
+    add_data(train)
     train.add_argument("--name", help="name of the run folder; by default the task's, numbered if taken")
     train.add_argument("--runs", metavar="DIR", default="runs", help="where run folders lie (default: runs)")
     train.add_argument(
@@ -131,10 +132,10 @@ def _check_words(asked: argparse.Namespace) -> None:
                 "Name it: --from runs/digits.",
             )
         return
-    if asked.set or asked.recipe or asked.resume is not None or starts:
+    if asked.set or asked.recipe or asked.resume is not None or starts or asked.data is not None:
         raise RecipeError(
             "--from goes on with the other run's recipe.",
-            "--set, --recipe, --resume or --weights was given too.",
+            "--set, --recipe, --data, --resume or --weights was given too.",
             "Leave them out; --then changes the schedule of the rate.",
         )
     if asked.more is None:
@@ -168,7 +169,7 @@ def _train_here(asked: argparse.Namespace, ranks: Any, before: str) -> int:
         folder = choose_folder(Path(asked.runs), asked.name, short_name(asked.task), resume=resume is not False)
         begins = resume is False or (resume == "auto" and not (folder / "recipe.toml").exists())
         own = not begins and not asked.recipe and not changes
-        return folder, RunFolder.recipe_in(folder) if own else recipe
+        return folder, (RunFolder.recipe_in(folder) if own else recipe).override(data_change(asked))
 
     folder, recipe = ranks.from_first(on_first(ranks, chosen))
     sinks = [Terminal(verbose=not asked.quiet)]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import argparse
+import os
 from typing import Any
 
 from thalweg.core import RecipeError, RunFolderError
@@ -30,3 +32,15 @@ def recipe_of(task: Any, file: str | None) -> Any:
     from thalweg.recipes import recipe_for
 
     return Recipe.from_file(file, base=recipe_for(task)) if file else recipe_for(task)
+
+
+def add_data(command: argparse.ArgumentParser) -> None:
+    """The option that names the data folder."""
+    command.add_argument(
+        "--data", metavar="FOLDER", help="where the task's files lie (default: the environment variable THALWEG_DATA)"
+    )
+
+
+def data_change(asked: argparse.Namespace) -> dict[str, str]:
+    """What it changes in the recipe: whoever goes on from another folder finds the files too."""
+    return {} if asked.data is None else {"data.folder": asked.data and os.path.abspath(os.path.expanduser(asked.data))}

@@ -409,11 +409,13 @@ class Data:
     Args:
         workers: processes that read a ``Dataset``; 0 reads in this one. In-memory data needs none.
         timeout: seconds after which a worker that is waited for counts as hung; it is ended and started again once. 0: never.
+        folder: where the files lie that a task reads and that no package holds; None: the environment variable THALWEG_DATA.
         options: arguments for the task's data function.
     """
 
     workers: int = 0
     timeout: float = 600.0
+    folder: str | None = None
     options: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -429,6 +431,7 @@ class Data:
             "It counts processes.",
             "Give 0 to read in this process, or more.",
         )
+        _check(self.folder != "", "data.folder='' names no folder.", "It is empty.", "Name one, or leave it out.")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -443,6 +446,7 @@ class Evaluate:
         patience: evaluations in a row without a better ``best`` after which the run stops, and its best weights are
             taken; 0: it goes to its end.
         min_delta: better means: by more than this.
+        target: the value of ``best`` at whose first evaluation the run ends; None: it goes to its end.
     """
 
     every: int | None = None
@@ -451,6 +455,7 @@ class Evaluate:
     goal: str | None = None
     patience: int = 0
     min_delta: float = 0.0
+    target: float | None = None
 
     def __post_init__(self) -> None:
         _check(

@@ -4,16 +4,31 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import nn
 
 from thalweg.core import ModelError, Recipe, RecipeError, Split, Task, did_you_mean, seed_for
+from thalweg.data.folder import VARIABLE, reading_from
 from thalweg.engine.regularizers import TaskLoss
 
 
-def split_of(task: Task, recipe: Recipe) -> Split:
+def split_of(task: Task, recipe: Recipe, take: Callable[[str, Any, str], Any]) -> tuple[Split, Recipe]:
+    """The task's data, and the recipe with the folder that held its files; ``take`` is ``Decisions.take``."""
+    named = recipe.data.folder
+    with reading_from(named) as folder:
+        split = _split(task, recipe)
+    if folder.found is not None and str(folder.found) != named:
+        why = "whole path" if folder.places[0] == (folder.found, "data.folder") else f"the environment's {VARIABLE}"
+        recipe = replace(recipe, data=replace(recipe.data, folder=take("data.folder", str(folder.found), why)))
+    if named is not None and not folder.asked:
+        take("data.folder", named, "not used: the task reads no file of a data folder")
+    return split, recipe
+
+
+def _split(task: Task, recipe: Recipe) -> Split:
     data = task.data
     is_function = callable(data) and not hasattr(data, "__iter__") and not hasattr(data, "__getitem__")
     if is_function:

@@ -180,7 +180,7 @@ def _resolve(
         recipe = replace(recipe, device=decide.take("device", str(device.torch_device), why))
     if recipe.precision != "auto":
         policy_for(recipe.precision, device)
-    split = split_of(task, recipe)
+    split, recipe = split_of(task, recipe, decide.take)
     source = as_source(split.train)
     test = None if split.test is None else as_source(split.test)
     recipe, steps, samples = settle_length(recipe, source, decide)

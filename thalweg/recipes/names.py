@@ -1,7 +1,14 @@
-"""The embedded tasks by name; nothing is imported before it is asked for."""
+"""The tasks by name; nothing is imported before it is asked for."""
 
 #: name to (module, one line).
 EMBEDDED = {
     "pycode": ("thalweg.recipes.pycode", "a small GPT on the source code of Python's standard library"),
     "digits": ("thalweg.recipes.digits", "a convolutional net on scikit-learn's handwritten digits"),
 }
+
+#: likewise, of tasks whose data lie in a folder that is named by ``--data`` or the environment variable THALWEG_DATA.
+FROM_FOLDER = {
+    "characters": ("thalweg.recipes.characters", "a small GPT on tiny-shakespeare, by characters"),
+}
+
+SHIPPED = {**EMBEDDED, **FROM_FOLDER}

@@ -1,4 +1,4 @@
-"""The embedded tasks by name, and the user's own by ``module:attribute``."""
+"""The shipped tasks by name, and the user's own by ``module:attribute``."""
 
 from __future__ import annotations
 
@@ -7,23 +7,23 @@ import os
 import sys
 
 from thalweg.core import Recipe, Task, TaskError, did_you_mean
-from thalweg.recipes.names import EMBEDDED
+from thalweg.recipes.names import EMBEDDED, SHIPPED
 
 
 def find_task(name: str) -> Task:
-    """The task called ``name``: an embedded one, or ``module:attribute`` (looked for from this folder too).
+    """The task called ``name``: a shipped one, or ``module:attribute`` (looked for from this folder too).
 
     Raises:
         TaskError: if there is none; errors inside the module itself are passed on.
     """
     if ":" not in name:
-        if name not in EMBEDDED:
+        if name not in SHIPPED:
             raise TaskError(
                 f"There is no task called '{name}'.",
-                f"{len(EMBEDDED)} are embedded.",
-                f"{did_you_mean(name, EMBEDDED)} Your own is named module:attribute, such as my_project.my_task:task.",
+                f"{len(SHIPPED)} are shipped, {len(EMBEDDED)} of them with their data.",
+                f"{did_you_mean(name, SHIPPED)} Your own is named module:attribute, such as my_project.my_task:task.",
             )
-        task = importlib.import_module(EMBEDDED[name][0]).TASK
+        task = importlib.import_module(SHIPPED[name][0]).TASK
         assert isinstance(task, Task)
         return task
     module_name, _, attribute = name.partition(":")

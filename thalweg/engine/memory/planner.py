@@ -195,7 +195,7 @@ def plan_there(
         best = "bf16" if "bf16" in chip.rates else "fp16" if "fp16" in chip.rates else "fp32"
         recipe = replace(recipe, precision=decide.take("precision", best, f"{chip.name} has it; a run would measure"))
     chip.rate(recipe.precision)
-    split = split_of(task, recipe)
+    split, recipe = split_of(task, recipe, decide.take)
     source = as_source(split.train)
     recipe, steps, _ = settle_length(recipe, source, decide)
     recipe = _on_each(recipe, feeds, decide)

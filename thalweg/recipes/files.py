@@ -1,0 +1,62 @@
+"""Files that a task reads and that nobody ships: found in the data folder, compared with the ones that its figures are for."""
+
+from __future__ import annotations
+
+import hashlib
+import lzma
+import warnings
+from pathlib import Path
+
+from thalweg.core import DataError
+from thalweg.data.folder import VARIABLE, folder_in_use
+
+_DIGITS = 16
+
+
+def data_file(name: str, *, what: str, source: str, sha256: str = "") -> Path:
+    """The file called ``name`` in the data folder: that of ``data.folder`` (``--data``), or else of ``THALWEG_DATA``.
+
+    Args:
+        name: of the file, with a folder in it maybe: "cifar10_jpg/index.npz".
+        what: the data, for a sentence: "Fashion-MNIST".
+        source: where one gets it, for a sentence: "the package dataset-fashion-mnist of Debian".
+        sha256: first digits of the digest of the file that the task's figures are for; another file is warned about.
+
+    Raises:
+        DataError: if it is in no such folder.
+    """
+    folder = folder_in_use()
+    path = folder.look(name)
+    if path is None:
+        looked = " and ".join(f"{place} ({who})" for place, who in folder.places)
+        raise DataError(
+            f"{what}: its file {name} is not there.",
+            f"Looked in {looked}." if looked else "No data folder is named.",
+            f"Get it from {source}, and name its folder by --data FOLDER, data.folder or {VARIABLE}.",
+        )
+    if sha256 and (found := digest(path)) != sha256[:_DIGITS]:
+        warnings.warn(
+            f"{path} is not the file that the figures of {what} are for: its sha256 begins with {found}, "
+            f"not with {sha256[:_DIGITS]}. It is used; results will not compare.",
+            stacklevel=2,
+        )
+    return path
+
+
+def digest(path: Path) -> str:
+    """The first 16 digits of the sha256 of a file: a fact by which a resumed run knows its data again."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()[:_DIGITS]
+
+
+def unpacked(path: Path) -> bytes:
+    """What is in a file, behind xz where its name ends in it.
+
+    Raises:
+        DataError: if it cannot be read.
+    """
+    try:
+        data = path.read_bytes()
+        return lzma.decompress(data) if path.suffix == ".xz" else data
+    except (OSError, lzma.LZMAError) as err:
+        raise DataError(f"{path} cannot be read.", f"{err}.", "Get it anew.") from None
