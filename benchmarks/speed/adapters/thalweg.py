@@ -23,8 +23,7 @@ class Source:
         if feed.updates is not None:  # so few that they fit in one epoch: the samples lie where it looks for them
             order = thalweg.data.Order(feed.updates * batch, batch, seed=0, keep_last=True)
             looked = torch.as_tensor([int(i) for step in range(feed.updates) for i in order.window(step)[1]])
-            places = looked.argsort() % len(self.y)
-            self.x, self.y = self.x[places], self.y[places]
+            self.x, self.y = (part[looked.argsort() % len(part)] for part in (self.x, self.y))
 
     def __len__(self) -> int:
         return len(self.y)
@@ -37,8 +36,8 @@ class Source:
 
 class Progress(Terminal):
     def start(self, plan: Any, step: int) -> None:
-        self.source.begun, recipe = True, plan.recipe
-        self.source.feed.note = f"{recipe.precision}, compile={recipe.compile}"
+        self.source.begun = True
+        self.source.feed.note = f"{plan.recipe.precision}, compile={plan.recipe.compile}"
         super().start(plan, step)
 
     def steps(self, records: list[Any]) -> None:
@@ -50,12 +49,8 @@ def run(w: Workload, feed: Feed, variant: str) -> float:
     batch, model, progress = w.batch * w.accumulate, nets.net(w), Progress()
     progress.source = source = Source(feed, batch)
     recipe = {"optimizer.lr": LR, "optimizer.weight_decay": DECAY, "optimizer.no_decay": [], "train.clip": CLIP}
-    recipe |= {
-        "train.batch": batch,
-        "train.micro_batch": w.batch,
-        "train.steps": feed.limit,
-        "schedule.lr": "constant()",
-    }
+    recipe |= {"train.batch": batch, "train.micro_batch": w.batch, "train.steps": feed.limit}
+    recipe["schedule.lr"] = "constant()"
     if variant != "auto":
         recipe |= {"precision": "bf16" if w.bf16 else "fp32", "compile": "off"}
     loss = lambda model, part: nets.loss_of(model(part["x"]), part["y"])
