@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from thalweg.report.axes import Axis, plain
+from thalweg.report.axes import Axis
 from thalweg.report.markup import tag, wrap
 
 #: Text, grid and three tones; the dark ones where the reader's page is dark.
@@ -86,7 +86,7 @@ def bars(groups: Sequence[tuple[str, Sequence[Bar]]], note: str) -> str:
 
 
 def _bar(bar: Bar, frame: _Frame, y: float) -> list[str]:
-    told = f"{plain(bar.median)} ({plain(bar.low)} to {plain(bar.high)})"
+    told = f"{bar.median:.2f} ({bar.low:.2f} to {bar.high:.2f})"
     return [
         _text(bar.name, _LEFT - 8, y + 3, "end"),
         _box(bar.tone, _LEFT, y - 7, frame.across(bar.median) - _LEFT, 12),
@@ -96,7 +96,10 @@ def _bar(bar: Bar, frame: _Frame, y: float) -> list[str]:
 
 
 def panels(drawn: Sequence[Panel], unit: str, note: str) -> str:
-    """Lines over logarithmic x and y, two panels a row, all of one y axis; marks show intervals."""
+    """Lines over logarithmic axes, two panels a row, all of one y axis; marks show intervals.
+
+    All panels have the lines of the first, which are named at the foot.
+    """
     wide, high = 410, 260
     values = [v for panel in drawn for line in panel.lines for _, *all_of in line.points for v in all_of if v > 0]
     y = Axis(min(values) / 1.3, max(values) * 1.3, log=True)
@@ -106,9 +109,12 @@ def panels(drawn: Sequence[Panel], unit: str, note: str) -> str:
         xs = [x for line in panel.lines for x, *_ in line.points]
         x = Axis(min(xs) / 1.2, max(xs) * 1.2, log=True)
         parts += _panel(panel, _Frame(left, left + wide - 78, top, top + high - 78, x, y), unit)
-    rows = -(-len(drawn) // 2)
-    parts.append(_text(note, 8, rows * high + 12.0, "start", "note"))
-    return _svg(parts, 2 * wide, rows * high + 22)
+    foot = -(-len(drawn) // 2) * high + 12.0
+    for i, line in enumerate(drawn[0].lines):
+        parts.append(_box(line.tone, 62 + 150.0 * i, foot - 8, 14, 6))
+        parts.append(_text(line.name, 82 + 150.0 * i, foot, "start", "note"))
+    parts.append(_text(note, 62, foot + 20, "start", "note"))
+    return _svg(parts, 2 * wide, foot + 30)
 
 
 def _panel(panel: Panel, frame: _Frame, unit: str) -> list[str]:
@@ -127,8 +133,6 @@ def _panel(panel: Panel, frame: _Frame, unit: str) -> list[str]:
         parts.append(wrap("path", "", class_=f"line {line.tone}", d=f"M{path}"))
         for x, _, low, most in line.points:
             parts.append(_stroke("whisker", frame.across(x), frame.up(low), frame.across(x), frame.up(most)))
-        x, v, *_ = line.points[-1]
-        parts.append(_text(line.name, frame.across(x) - 4, frame.up(v) - 7, "end", "note"))
     return parts
 
 

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -56,8 +57,9 @@ class Process:
         return told
 
     def say(self, word: str) -> None:
-        self.process.stdin.write(word + "\n")
-        self.process.stdin.flush()
+        with suppress(BrokenPipeError):  # it has ended; what is heard next says why
+            self.process.stdin.write(word + "\n")
+            self.process.stdin.flush()
 
     def window(self) -> dict[str, float]:
         self.say("go")
@@ -67,6 +69,9 @@ class Process:
         if self.process.poll() is None:
             self.process.kill()
         self.process.wait()
+        self.process.stdout.close()
+        with suppress(BrokenPipeError):
+            self.process.stdin.close()
         shutil.rmtree(self.folder, ignore_errors=True)
 
 
@@ -88,7 +93,12 @@ def measure(w: Workload, peers: list[Peer], weights: Path, *, rounds: int, secon
         for turn in range(rounds + 1):
             at = turn % max(1, len(live))
             for process in [*live[at:], *live[:at]]:
-                process.windows.append(process.window())
+                try:
+                    process.windows.append(process.window())
+                except Failed as error:
+                    rows[process.peer.name]["failed"] = str(error)
+                    live.remove(process)
+                    process.end()
         for process in live:
             process.say("stop")
             rows[process.peer.name] |= process.hear("end")
