@@ -1,6 +1,7 @@
 # make train   sets up its own virtual environment and runs the main job
 # make test    sets up and passes the tests, the linters and the floors
-# make bench   the figures of benchmarks/results
+# make bench   how fast: the short form, beside other trainers (docs/how-fast.md); writes README's table and picture
+# make bench-all  all figures of benchmarks/results
 # make test-gpu  what only a CUDA device can show, and the contracts on it
 # make faults  the long form of the fault harness (docs/faults.md)
 # make test-tpu  trains on torch-tpu over XLA's plugin for the CPU, in an environment of its own (docs/tpu.md)
@@ -9,7 +10,7 @@ TORCH ?= torch==2.13.0
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 
-.PHONY: train test test-gpu test-tpu lint bench faults clean
+.PHONY: train test test-gpu test-tpu lint bench bench-all faults clean
 
 train: .venv/run.stamp
 	$(BIN)/thalweg train pycode
@@ -31,7 +32,12 @@ lint: .venv/test.stamp
 	$(BIN)/lint-imports
 	$(BIN)/mypy
 
+# The other trainers' environments are made first, once; that takes minutes and is not part of the fifteen.
 bench: .venv/test.stamp
+	$(BIN)/python -m benchmarks.speed.environments
+	$(BIN)/python -m benchmarks.short
+
+bench-all: .venv/test.stamp
 	$(BIN)/python -m benchmarks
 
 faults: .venv/test.stamp
@@ -66,4 +72,4 @@ test-tpu:
 	touch $@
 
 clean:
-	rm -rf .venv .venv-tpu runs
+	rm -rf .venv .venv-tpu .venv-peers runs

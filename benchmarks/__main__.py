@@ -27,6 +27,8 @@ NAMES = (
     "ranks",
     "forms",
     "compiled",
+    "speed",
+    "sizes",
 )
 
 for name in sys.argv[1:] or NAMES:

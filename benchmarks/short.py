@@ -1,0 +1,75 @@
+"""The short forms of the benchmarks of speed, one after the other, then the table and the picture: ``make bench``.
+
+A benchmark joins by one line in ``PARTS``. It keeps its rows under its own name (``keep.keep``); rows with "what", "figure"
+and "bar" become lines of the README's table.
+
+    python -m benchmarks.short [NAME ...]
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+Row = dict[str, Any]
+MINUTES = 15
+
+
+def own_lines(rows: Sequence[Row]) -> list[Row]:
+    return [row for row in rows if {"what", "figure", "bar"} <= row.keys()]
+
+
+@dataclass(frozen=True)
+class Part:
+    """A benchmark, the arguments of its short form, and what of its rows stands in the table."""
+
+    name: str
+    arguments: tuple[str, ...] = ("--short",)
+    lines: Callable[[Sequence[Row]], list[Row]] = own_lines
+
+
+def speed_lines(rows: Sequence[Row]) -> list[Row]:
+    from benchmarks.table import speed_bars
+
+    return speed_bars(rows)
+
+
+PARTS = (
+    Part("speed", lines=speed_lines),
+    Part("overhead"),
+    Part("startup"),
+    Part("road_characters"),
+    Part("road_images"),
+    Part("road_tables"),
+    Part("road_sst2"),
+)
+
+
+def main(names: Sequence[str] = ()) -> int:
+    """Run them; those whose module is not there are passed over and named."""
+    begun, failed = time.monotonic(), []
+    for part in PARTS:
+        if names and part.name not in names:
+            continue
+        if importlib.util.find_spec(f"benchmarks.{part.name}") is None:
+            print(f"== {part.name}: not in this version", flush=True)
+            continue
+        print(f"== {part.name}", flush=True)
+        start = time.monotonic()
+        if subprocess.run([sys.executable, "-m", f"benchmarks.{part.name}", *part.arguments]).returncode:
+            failed.append(part.name)
+        print(f"== {part.name} took {time.monotonic() - start:.0f} s", flush=True)
+    subprocess.run([sys.executable, "-m", "benchmarks.table", "--write", "README.md"], check=True)
+    print(f"All took {(time.monotonic() - begun) / 60:.1f} of {MINUTES} minutes.", flush=True)
+    if failed:
+        print(f"Failed: {', '.join(failed)}.", flush=True)
+    return bool(failed)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
