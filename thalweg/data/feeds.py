@@ -17,7 +17,7 @@ from thalweg.data.quiet import never, quiet
 from thalweg.data.share import WHOLE, Share, micro_batches, shared
 from thalweg.data.sources import Items, Source, Stream
 from thalweg.data.streams import StreamFeed, read_stream
-from thalweg.data.trees import split, tensors, to_device, tree_map
+from thalweg.data.trees import cut, split, tensors, to_device
 
 Augment = Callable[[Any, Callable[[int], Tensor]], Any]
 _AHEAD_BYTES = 4 << 20  # gathered at once from memory, then handed out as slices
@@ -125,7 +125,8 @@ class MemoryFeed:
                 parts.append(self._mine(taken))
                 sizes.append(len(taken))
             for window, size in zip(self._cut(epoch, parts), sizes):
-                yield shared(window, len(micro_batches(size, self.micro_batch, WHOLE)), self.share)
+                num = 0 if self.share == WHOLE else len(micro_batches(size, self.micro_batch, WHOLE))
+                yield shared(window, num, self.share)
             step += len(parts)
 
     def _mine(self, indices: Indices) -> Indices:
@@ -145,10 +146,14 @@ class MemoryFeed:
             key = seed_for(self.seed, "augment", epoch)
             batch = self.augment(batch, _Draw(key, indices))
         batch = to_device(batch, self.device)
-        at = 0
-        for part in parts:
-            yield split(_slice(batch, at, at + len(part)), self.micro_batch) if len(part) else []
-            at += len(part)
+        for portion, part in zip(cut(batch, [len(part) for part in parts]), parts):
+            yield (
+                []
+                if not len(part)
+                else [portion]
+                if len(part) <= self.micro_batch
+                else split(portion, self.micro_batch)
+            )
 
 
 class _Draw:
@@ -161,10 +166,6 @@ class _Draw:
         numbers = uniforms(self.key, self.indices, num, skip=self.drawn)
         self.drawn += num
         return torch.from_numpy(numbers)
-
-
-def _slice(batch: Any, start: int, stop: int) -> Any:
-    return tree_map(lambda t: t[start:stop] if t.ndim else t, batch)
 
 
 def held_out(source: Source, batch: int, device: torch.device, share: Share = WHOLE) -> Iterator[Any]:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+import itertools
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -39,7 +40,26 @@ def tensors(tree: Any, name: str = "") -> Iterator[tuple[str, Tensor]]:
 
 def batch_size(tree: Any) -> int:
     """Samples in a batch: the length of its first tensor that has one; 1 where none has."""
+    if type(tree) is dict:  # every step asks, and nearly every batch is one of tensors
+        for value in tree.values():
+            if not isinstance(value, Tensor):
+                break
+            if value.ndim:
+                return value.size(0)
     return next((t.shape[0] for _, t in tensors(tree) if t.ndim), 1)
+
+
+def cut(tree: Any, sizes: Sequence[int]) -> list[Any]:
+    """A batch in portions of these sizes, along the first dimension of its tensors; all else is in each of them.
+
+    >>> [part["x"].tolist() for part in cut({"x": torch.arange(3)}, [2, 1])]
+    [[0, 1], [2]]
+    """
+    if type(tree) is dict and all(isinstance(value, Tensor) and value.ndim for value in tree.values()):
+        return [dict(zip(tree, parts)) for parts in zip(*(value.split(list(sizes)) for value in tree.values()))]
+    stops = list(itertools.accumulate(sizes))
+    pairs = zip(stops, sizes)
+    return [tree_map(lambda t, a=b - n, b=b: t[a:b] if t.ndim else t, tree) for b, n in pairs]  # type: ignore[misc]
 
 
 def split(tree: Any, micro_batch: int) -> list[Any]:

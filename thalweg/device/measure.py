@@ -24,13 +24,23 @@ def clock(work: Callable[[], object], device: Device, *, repeats: int) -> list[f
     return seconds
 
 
+_CLEAR, _DECIDED = 5, 9  # pairs that agree by chance once in 16 times; the most that a choice is worth
+
+
 def half_precision_gain(
-    plain: Callable[[], object], half: Callable[[], object], device: Device, *, budget_s: float = 2.0
+    plain: Callable[[], object],
+    half: Callable[[], object],
+    device: Device,
+    *,
+    budget_s: float = 2.0,
+    worth: float | None = None,
 ) -> tuple[float, int]:
     """How many times faster ``half`` is than ``plain``: median of pairs taken in turn, after one warm-up each.
 
     Args:
         budget_s: seconds that the measuring may take, warm-ups included; at least 3 pairs are taken.
+        worth: the ratio that a choice hangs on: where the first 5 pairs all lie on one side of it, no more are
+            taken, and else no more than 9.
 
     Returns:
         The ratio, and the number of pairs that it rests on.
@@ -38,8 +48,13 @@ def half_precision_gain(
     start = time.perf_counter()
     first = clock(plain, device, repeats=1)[0] + clock(half, device, repeats=1)[0]
     pairs = max(3, min(25, int((budget_s - (time.perf_counter() - start)) / max(first, 1e-6))))
-    ratios = [clock(plain, device, repeats=1)[0] / max(clock(half, device, repeats=1)[0], 1e-9) for _ in range(pairs)]
-    return statistics.median(ratios), pairs
+    pairs = pairs if worth is None else min(pairs, _DECIDED)
+    ratios: list[float] = []
+    while len(ratios) < pairs:
+        ratios.append(clock(plain, device, repeats=1)[0] / max(clock(half, device, repeats=1)[0], 1e-9))
+        if worth is not None and len(ratios) == _CLEAR and len({ratio < worth for ratio in ratios}) == 1:
+            break
+    return statistics.median(ratios), len(ratios)
 
 
 RATES = ("float32", "tf32", "bfloat16", "float16")

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from thalweg.core import Plan, seed_for
 from thalweg.device import Device
 from thalweg.engine.fully import FullySharded, cut
+from thalweg.engine.host_step import HostStep, suits
 from thalweg.engine.precision import gradient_dtype
 from thalweg.engine.preflight import ModelLoss
 from thalweg.engine.recompute import recompute
@@ -69,6 +70,7 @@ def build(
         release=releases,
         offload=bool(optimizer.offload),
         gradients=gradient_dtype(recipe),
+        take=(on_host := suits(recipe, policy, device, ranks)),
     )
     fully: FullySharded | TensorParallel | None = None
     if plan.layout.get("tensor", 1) > 1 and ranks.world > 1:
@@ -119,7 +121,7 @@ def build(
         if fully is not None:
             state.spread = Spread(state, ranks)
             return ShardedStep(state, loss, policy, options, streams, again, ranks, fully=fully)
-        return Step(state, loss, policy, options, streams, again, ranks)
+        return (HostStep if on_host else Step)(state, loss, policy, options, streams, again, ranks)
     from thalweg.engine.compiled_build import compiled_step  # it imports torch's compiler
 
     return compiled_step(recipe.compile, state, loss, policy, options, streams, again, ranks, release)

@@ -162,10 +162,11 @@ def _measured(model: nn.Module, loss: ModelLoss, batch: Any, device: Device, see
     candidates = [name for name in ("tf32", "bf16") if name in device.precisions]
     if not candidates:
         return str(take("precision", "fp32", f"{device.torch_device} has {', '.join(device.precisions)}"))
-    rates = matmul_rates(device, names=("float32", *(_NAMES[name] for name in candidates)))
+    size = 512 if device.kind == "cpu" else 1024  # 0.3 GFLOP fill a CPU, and are 3 ms
+    rates = matmul_rates(device, size=size, names=("float32", *(_NAMES[name] for name in candidates)))
     gains, told = {"fp32": 1.0}, []
     for name in candidates:
-        gains[name], pairs = gain_of(name, model, loss, batch, device, seed)
+        gains[name], pairs = gain_of(name, model, loss, batch, device, seed, GAIN)
         product = rates.get(_NAMES[name], 0.0) / rates["float32"]
         told.append(
             f"{name} multiplies matrices at {product:.2f} times the speed of fp32, and runs this model's forward and "

@@ -109,8 +109,14 @@ def preflight(
     return Probe(float(total.detach()) / max(float(weight), 1e-30), float(weight))
 
 
-def gain_of(name: str, model: nn.Module, loss: ModelLoss, batch: Any, device: Device, seed: int) -> tuple[float, int]:
-    """How many times faster the forward and backward pass is in a precision than in fp32, and the pairs timed."""
+def gain_of(
+    name: str, model: nn.Module, loss: ModelLoss, batch: Any, device: Device, seed: int, worth: float
+) -> tuple[float, int]:
+    """How many times faster the forward and backward pass is in a precision than in fp32, and the pairs timed.
+
+    Args:
+        worth: how many times it must be, to be taken.
+    """
     params = [p for _, p in named_trainable(model)]
 
     def work(name: str) -> Callable[[], object]:
@@ -125,7 +131,7 @@ def gain_of(name: str, model: nn.Module, loss: ModelLoss, batch: Any, device: De
         return run
 
     with untouched(model, device, seed):
-        return half_precision_gain(work("fp32"), work(name), device)
+        return half_precision_gain(work("fp32"), work(name), device, worth=worth)
 
 
 class _LabelWatch(TorchFunctionMode):

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from thalweg.engine.backward import backward
 from thalweg.engine.portions import go_through
 from thalweg.engine.release import Release, check_window
 from thalweg.engine.step import Step
@@ -63,7 +64,7 @@ class ReleasedStep(Step):
             ok = torch.isfinite(self.sum_of_losses / mass)
             given = self._numbers(mass, None, ok)
         with release.updating(given, due=state.step):
-            torch.autograd.backward(total, self._backward_seed(total))
+            backward(total, self._backward_seed(total))
         state.updating = True
         if state.statistics.layers:
             state.statistics.collect(last=True)

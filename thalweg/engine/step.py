@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from thalweg.core import seed_for
 from thalweg.data import batch_size
 from thalweg.device import ran_out
+from thalweg.engine.backward import backward
 from thalweg.engine.inorder import InOrder
 from thalweg.engine.losses import sum_and_weight
 from thalweg.engine.portions import Failure, go_through, in_update, num_portions
@@ -222,7 +223,7 @@ class Step:
         total, weight = self._forward(batch)
         start = self._backward_seed(total)
         self.undo.touched = True
-        torch.autograd.backward(total, start)
+        backward(total, start)
         return num, total, weight
 
     def _forward(self, batch: Any) -> tuple[Tensor, Any]:

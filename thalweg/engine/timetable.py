@@ -9,6 +9,7 @@ from torch import Tensor
 
 from thalweg.device import Device
 from thalweg.engine.feedback import Feedback
+from thalweg.optim.memory import memory
 from thalweg.schedules import Listening
 
 
@@ -41,6 +42,10 @@ class Timetable:
     def cut(self) -> dict[str, Tensor]:
         """``now``, cut out of its row anew: what a graph reads, whose inputs must not overlap."""
         return {name: self._row[0, k] for k, name in enumerate(self.now)}
+
+    def memory(self) -> tuple[memoryview, memoryview]:
+        """``now`` and the table, one row after the other, in the CPU's memory."""
+        return memory(self._row), memory(self.table)
 
     def turn(self, applied: Tensor, attempted: int) -> None:
         """Go to the row of ``applied`` updates, (1,); beyond the end, the last one."""

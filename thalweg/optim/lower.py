@@ -17,7 +17,7 @@ from thalweg.core.recipe import WAYS
 from thalweg.device import capabilities_of
 from thalweg.optim.batch import Batch
 from thalweg.optim.eager import Extra, Kernel, eager
-from thalweg.optim.kernels import fused
+from thalweg.optim.kernels import Bind, fused
 from thalweg.optim.program import Program
 
 #: Below this many elements a kernel is not built unasked: eagerly they take under 2 ms a step, and a thousand steps of that
@@ -29,11 +29,16 @@ WORTH_COMPILING_BLOCKS = WORTH_COMPILING >> 3
 
 @dataclass(frozen=True)
 class Update:
-    """An update that can be run: ``how`` says which way, ``why`` the reason."""
+    """An update that can be run: ``how`` says which way, ``why`` the reason.
+
+    Attributes:
+        bind: makes a call of it for tensors that stay the same; None where nothing is gained by that.
+    """
 
     run: Kernel
     how: str
     why: str
+    bind: Bind | None = None
 
 
 def lower(program: Program, *, device: str, elements: int, way: str | None = None, keep: bool = False) -> Update:
@@ -52,7 +57,7 @@ def lower(program: Program, *, device: str, elements: int, way: str | None = Non
     """
     update = _choose(program, device=device, elements=elements, way=way, keep=keep)
     if program.clear and (update.how != "compiled" or device != "cpu"):
-        return replace(update, run=_clearing(update.run))
+        return replace(update, run=_clearing(update.run), bind=None)
     return update
 
 
@@ -81,9 +86,8 @@ def _choose(program: Program, *, device: str, elements: int, way: str | None, ke
     least = WORTH_COMPILING_BLOCKS if program.blocked and device == "cpu" else WORTH_COMPILING
     large = elements >= least
     if operator is not None and (way == "fused" or not ((program.average or (keep and program.unscale)) and large)):
-        return Update(
-            operator, "fused", f"torch has a fused operator with the maths of {program.rule.name} on {device}"
-        )
+        why = f"torch has a fused operator with the maths of {program.rule.name} on {device}"
+        return Update(operator.run, "fused", why, operator.bind)
     matrices = program.reads == "matrix" and program.rule.least_ndim == 2
     if way == "compiled" or large:
         kernel, why = _compiled(program, device)
@@ -94,7 +98,7 @@ def _choose(program: Program, *, device: str, elements: int, way: str | None, ke
     else:
         why = f"{elements} elements are too few to repay a kernel ({least})"
     if operator is not None:
-        return Update(operator, "fused", f"torch's fused operator; {why}")
+        return Update(operator.run, "fused", f"torch's fused operator; {why}", operator.bind)
     if matrices:
         return Update(eager(program, stack=True), "stacked", f"equal shapes in one batched call; {why}")
     return Update(eager(program, stack=program.reads == "matrix"), "eager", why)

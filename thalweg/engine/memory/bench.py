@@ -18,7 +18,7 @@ from thalweg.device.kept import same_generators
 from thalweg.engine.build import build
 from thalweg.engine.checks import whole_of
 from thalweg.engine.memory.predict import predict, process_bytes
-from thalweg.engine.memory.trace import Line, load_backward, trace, trace_line
+from thalweg.engine.memory.trace import Line, trace, trace_line
 from thalweg.engine.precision import ISLANDS, gradient_dtype
 from thalweg.engine.preflight import ModelLoss
 from thalweg.engine.recompute import recomputed
@@ -253,7 +253,6 @@ def predicted(
     """
     recipe = plan.recipe
     num = -(-recipe.train.batch // batch_size(batch))
-    load_backward()
     memory.release(device)
     marked = device.kind == "cpu" and memory.reset_peak(device)
     try:

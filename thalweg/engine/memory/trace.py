@@ -24,6 +24,7 @@ from thalweg.core import ModelError, ModuleBytes
 from thalweg.data import batch_size, split, tensors, tree_map
 from thalweg.device import Device
 from thalweg.device.scratch import scratch_bytes
+from thalweg.engine.backward import backward
 from thalweg.engine.losses import sum_and_weight
 from thalweg.engine.preflight import ModelLoss, as_written, untouched
 from thalweg.optim import named_trainable
@@ -261,7 +262,7 @@ def _follow(
             with policy.context(device):
                 total, _ = sum_and_weight(loss(model, batch), batch)
             follow.forward_done(total)
-            torch.autograd.backward(total, torch.ones_like(total))  # given, as a step's is
+            backward(total, torch.ones_like(total))
             del total
     finally:
         for handle in removable:
@@ -271,12 +272,6 @@ def _follow(
         follow.alive.clear()  # its callbacks hold it: nothing would go before Python looks for cycles
         follow.old.clear()
     return Trace(batch_size(batch), sum(x.nbytes for x in inputs), *follow.result(), follow.flops)
-
-
-def load_backward() -> None:
-    """Torch loads 35 MB more for the first backward pass that is given a gradient, as a step's is; here they are loaded."""
-    x = torch.ones((), requires_grad=True)
-    torch.autograd.backward(x * 1, torch.ones(()))
 
 
 def _forget(p: Tensor) -> None:
