@@ -6,6 +6,7 @@ import os
 import time
 import warnings
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from functools import cache
 from types import FunctionType, MethodType
 from typing import Any
@@ -15,6 +16,7 @@ from torch import nn
 
 from thalweg.core import ModelError
 from thalweg.data import tensors
+from thalweg.engine.compiled_uniform import hoisting
 
 #: Another backend of torch.compile than the device's own, for tests: inductor takes 5 to 15 s a graph.
 BACKEND = "THALWEG_COMPILE_BACKEND"
@@ -36,6 +38,22 @@ def traces_autograd() -> bool:
     return hasattr(config, "trace_autograd_ops")
 
 
+@dataclass(frozen=True)
+class Ran:
+    """A compiled graph, what it was given and what it gave."""
+
+    run: Callable[..., Any]
+    args: tuple[Any, ...]
+    found: Sequence[Any]
+
+    def without(self, places: Sequence[tuple[int, int]]) -> Ran:
+        """It holds neither a batch, at these arguments, nor what came of it."""
+        left = list(self.args)
+        for place, _ in places:
+            left[place] = None
+        return replace(self, args=tuple(left), found=())
+
+
 class Compiler:
     """Makes graphs, and counts them.
 
@@ -46,6 +64,7 @@ class Compiler:
     Attributes:
         made: graphs compiled so far; ``seconds`` were spent on them.
         stepped: whether the run's first step is done.
+        noting: whether ``ran`` keeps what graph was run last, until it is taken.
         news: what is to be told of them.
     """
 
@@ -54,6 +73,8 @@ class Compiler:
         self.made = 0
         self.seconds = 0.0
         self.stepped = False
+        self.noting = False
+        self.ran: Ran | None = None
         self.news: list[str] = []
         self._shapes: dict[str, str] = {}  # of what each graph was given when it was last compiled
         self._again = 0  # graphs since the first step
@@ -98,6 +119,11 @@ class Compiler:
             text += f". More than {FEW} {TIME_LOST}: give micro-batches one shape (train.last='drop', equal lengths)"
         self.news.append(f"{text}.")
 
+    def take(self) -> Ran | None:
+        """The graph that was run last, where it was noted; it is let go of."""
+        ran, self.ran = self.ran, None
+        return ran
+
     def compile_model(self, model: nn.Module) -> None:
         """Let ``model``, when it is called, run what is made of its forward function."""
         model.compile(backend=self._backend)
@@ -108,14 +134,29 @@ class Compiler:
             if self.name == "inductor":
                 import torch._inductor
 
-                made: Any = torch._inductor.compile(graph, inputs, options={"fallback_random": True, **self.options})
+                options = {"fallback_random": True, **self.options, **_on_a_cpu(inputs)}
+                made: Any = torch._inductor.compile(graph, inputs, options=options)
             else:
                 from torch._dynamo.backends.registry import lookup_backend
 
-                options: Any = {"options": self.options} if self.options else {}
-                made = lookup_backend(self.name)(graph, inputs, **options)
+                given: Any = {"options": self.options} if self.options else {}
+                made = lookup_backend(self.name)(graph, inputs, **given)
         self.made += 1
-        return made
+
+        def run(*args: Any) -> Any:
+            found = made(*args)
+            if self.noting:
+                self.ran = Ran(made, args, found)
+            return found
+
+        return run
+
+
+def _on_a_cpu(inputs: Sequence[Any]) -> dict[str, Any]:
+    """Options of inductor where all is on the CPU: shapes are guarded before a call, and are not looked at again inside."""
+    if any(isinstance(x, torch.Tensor) and x.device.type != "cpu" for x in inputs):
+        return {}
+    return {"size_asserts": False, **hoisting()}
 
 
 class _Graph:
