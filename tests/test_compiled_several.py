@@ -64,13 +64,18 @@ def step_plan(model: nn.Module, changes: dict[str, Any]) -> Any:
     return resolve(Task(model=model, loss=mean_loss, data=HELD_OUT), recipe).plan
 
 
+def net() -> nn.Module:
+    torch.manual_seed(0)
+    return mlp(0.3)
+
+
 @pytest.mark.filterwarnings("ignore:The .grad attribute:UserWarning")
 def test_bits_records_and_what_is_due_are_those_of_steps_one_by_one(again: list[int]) -> None:
     """Dropout, a window of another size in each epoch (200 = 60 + 60 + 60 + 20)."""
     changes = {"evaluate.every": 7, "checkpoint.every": 10}
-    one, lone, evaluated, saved = trained(mlp(0.3), 1, **changes)
+    one, lone, evaluated, saved = trained(net(), 1, **changes)
     assert not again
-    many, sink, evaluated_too, saved_too = trained(mlp(0.3), 6, **changes)
+    many, sink, evaluated_too, saved_too = trained(net(), 6, **changes)
     assert len(again) >= 8 and one.compiler.made == many.compiler.made == 2
     assert_same_bits(state_bits(one), state_bits(many))
     assert [(r.step, r.loss, r.grad_norm, r.lr) for r in lone.records] == [
