@@ -36,7 +36,7 @@ WORKLOADS: dict[str, tuple[Callable[[], nn.Module], Callable[[], Any], Any, int,
 }
 ARMS: dict[str, dict[str, Any]] = {
     "off": {"compile": "off", "precision": "fp32"},
-    "step, one a call": {"compile": "step", "precision": "fp32", "steps_per_call": 1},
+    "step 1": {"compile": "step", "precision": "fp32", "steps_per_call": 1},
     "step": {"compile": "step", "precision": "fp32"},
     "auto": {},
 }

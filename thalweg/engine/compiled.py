@@ -110,10 +110,10 @@ class CompiledStep(Step):
     def _passed(self, row: Tensor, ok: Tensor) -> Tensor:
         """What the host notes of a step that is done."""
         state = self.state
-        with torch.no_grad():
-            if state.device.is_host:
-                self.rows[state.step % RING][0].copy_(row)
-            else:  # to copy into a row would be another program for each
+        if state.device.is_host:
+            self.rows[state.step % RING][0].copy_(row)
+        else:  # to copy into a row would be another program for each
+            with torch.no_grad():
                 self.at.fill_(state.step % RING)
                 self.ring.index_copy_(0, self.at, row[None])
         state.step += 1

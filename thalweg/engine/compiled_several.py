@@ -91,10 +91,13 @@ def _same_besides(before: Ran, now: Ran, places: dict[int, int]) -> bool:
 
 def kind_of(batch: Any) -> Any:
     """What two batches have in common that one graph may be given: all of them but the elements of tensors."""
+    kind = type(batch)
+    if kind is Tensor:
+        return batch.dtype, batch.device, batch.shape, batch.stride(), batch.requires_grad
     if isinstance(batch, dict):
-        return [(key, kind_of(value)) for key, value in batch.items()]
+        return kind, *((key, kind_of(value)) for key, value in batch.items())
     if isinstance(batch, (list, tuple)):
-        return [type(batch), *map(kind_of, batch)]
+        return kind, *map(kind_of, batch)
     if isinstance(batch, Tensor):
-        return type(batch), batch.dtype, batch.device, batch.shape, batch.stride(), batch.requires_grad
-    return type(batch), batch
+        return kind, *kind_of(batch.as_subclass(Tensor))
+    return kind, batch

@@ -27,7 +27,7 @@ from thalweg.engine.memory import Bench
 #: Seconds that a graph saves in a step, for each trained tensor: what its operators cost (benchmarks/compiled.py).
 SAVED_S = 8e-5
 #: Seconds until a graph is compiled: at least, and for each trained tensor; of those, the share where all is in the cache.
-COMPILE_S, EACH_S, WARM = 6.0, 0.35, 0.35
+COMPILE_S, EACH_S, WARM = 5.0, 0.2, 0.35
 #: Of an eager step, the most that a graph may save.
 MOST_SAVED = 0.75
 #: Of the run's expected time, the most that goes into timing the eager step.
