@@ -14,6 +14,7 @@ import json
 import tempfile
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -65,10 +66,11 @@ class Arm:
         begun = time.perf_counter()
         task = Task(model=make(), loss=loss, data=Split(train=make_data()))
         resolved = resolve(task, Recipe().override({**fixed, **changes}))
-        step = build(resolved.plan, resolved.model, resolved.loss, resolved.device, resolved.policy)
+        plan = replace(resolved.plan, steps=1_000_000)  # decided for a run of few, it is timed for longer
+        step = build(plan, resolved.model, resolved.loss, resolved.device, resolved.policy)
         lines = JsonLines(folder / "records.jsonl")
-        lines.start(resolved.plan, 0)
-        self.loop = Loop(resolved.plan, step, resolved.feed, [lines])
+        lines.start(plan, 0)
+        self.loop = Loop(plan, step, resolved.feed, [lines])
         planned = time.perf_counter()
         self.loop.run(until=1)
         recipe = resolved.plan.recipe
@@ -81,10 +83,7 @@ class Arm:
         }
 
     def run(self, steps: int) -> None:
-        done = self.loop.step.state.step
-        if done + steps > self.loop.plan.steps:  # a short run, which goes on with its last rate
-            self.loop.step.state.step = done = 1
-        self.loop.run(until=done + steps)
+        self.loop.run(until=self.loop.step.state.step + steps)
 
 
 def measure(name: str, pairs: int, arms: list[str]) -> dict[str, Any]:

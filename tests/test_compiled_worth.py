@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from pathlib import Path
 from typing import Any
@@ -11,8 +12,8 @@ import pytest
 from tests.models import mean_loss, mlp, points
 from thalweg.core import Recipe, RecipeError, Split, Task
 from thalweg.device import choose
-from thalweg.engine import compiled_worth, resolve
-from thalweg.engine.compiled_cache import INDUCTOR, folder, use_cache
+from thalweg.engine import compiled_cache, compiled_worth, resolve
+from thalweg.engine.compiled_cache import INDUCTOR
 from thalweg.engine.compiled_choice import settle_compile
 from thalweg.engine.compiled_measure import Tried
 from thalweg.engine.compiled_worth import estimate, measured
@@ -130,11 +131,11 @@ def test_a_number_of_steps_that_no_call_can_take(bad: Any) -> None:
 def test_graphs_are_kept_in_the_users_folder_unless_another_is_named(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    import os
-
-    monkeypatch.delenv(INDUCTOR, raising=False)
-    use_cache()
-    assert os.environ[INDUCTOR] == str(folder() / "inductor") and str(tmp_path) in os.environ[INDUCTOR]
+    monkeypatch.setenv(INDUCTOR, "/tmp/torchinductor")  # as torch sets it
+    monkeypatch.setattr(compiled_cache, "_GIVEN", None)
+    compiled_cache.use_cache()
+    assert os.environ[INDUCTOR] == str(compiled_cache.folder() / "inductor") and str(tmp_path) in os.environ[INDUCTOR]
+    monkeypatch.setattr(compiled_cache, "_GIVEN", "elsewhere")
     monkeypatch.setenv(INDUCTOR, "elsewhere")
-    use_cache()
+    compiled_cache.use_cache()
     assert os.environ[INDUCTOR] == "elsewhere"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import os
 import time
 import warnings
@@ -132,10 +133,7 @@ class Compiler:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", DeprecationWarning)  # torch's own, of what it imports
             if self.name == "inductor":
-                import torch._inductor
-
-                options = {"fallback_random": True, **self.options, **_on_a_cpu(inputs)}
-                made: Any = torch._inductor.compile(graph, inputs, options=options)
+                made = _by_inductor(graph, inputs, {"fallback_random": True, **self.options})
             else:
                 from torch._dynamo.backends.registry import lookup_backend
 
@@ -152,11 +150,19 @@ class Compiler:
         return run
 
 
-def _on_a_cpu(inputs: Sequence[Any]) -> dict[str, Any]:
-    """Options of inductor where all is on the CPU: shapes are guarded before a call, and are not looked at again inside."""
+def _by_inductor(graph: Any, inputs: Sequence[Any], options: dict[str, Any]) -> Any:
+    """What inductor makes of a graph. On the CPU what calls its kernels is compiled too: in Python it takes as long as the update
+    of a small model. Shapes, which are guarded before a call, are not looked at again inside.
+    """
+    from torch._inductor import compile as by_inductor
+
     if any(isinstance(x, torch.Tensor) and x.device.type != "cpu" for x in inputs):
-        return {}
-    return {"size_asserts": False, **hoisting()}
+        return by_inductor(graph, inputs, options=options)
+    here = {**options, "size_asserts": False, **hoisting()}
+    try:
+        return by_inductor(copy.deepcopy(graph), inputs, options={**here, "cpp_wrapper": True})
+    except Exception:  # an operator that only Python can call
+        return by_inductor(graph, inputs, options=here)
 
 
 class _Graph:

@@ -13,6 +13,9 @@ from typing import Any
 from thalweg.optim.native import cache_folder
 
 INDUCTOR = "TORCHINDUCTOR_CACHE_DIR"
+_GIVEN = os.environ.get(
+    INDUCTOR
+)  # by the user: torch sets it too, to a folder that a restart takes, where it is first asked for
 
 
 def folder() -> Path:
@@ -21,8 +24,8 @@ def folder() -> Path:
 
 
 def use_cache() -> None:
-    """Inductor keeps its graphs there, unless the user has named another folder; by default a restart takes them."""
-    if INDUCTOR not in os.environ:
+    """Inductor keeps its graphs there, unless the user has named another folder."""
+    if _GIVEN is None:
         os.environ[INDUCTOR] = str(folder() / "inductor")
 
 
