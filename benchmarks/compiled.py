@@ -1,144 +1,149 @@
-"""The compiled step on a CPU: plain operators, compile = "step" and a plain loop of torch with a fused AdamW, in turn.
+"""The compiled step on a CPU: a loop by hand, plain operators, compile = "step" one and several a call, and "auto", in turn.
 
-All train the same model on the same windows in one process with one thread. Times are CPU time of the process, so that others on
-the machine count for little; what is compared are steps done one after the other. The seconds to the first step, which compiling
-takes, are told apart.
+All train the same model on the same data in one process with one thread, in windows of steps in turn; times are of the clock, so
+run it on a quiet machine. Every arm but the loop by hand writes its records. "auto" leaves precision and compile to the plan, for
+a run of the steps that are told: where it compiles nothing it is the eager step, in the precision that was found faster.
 
-    python -m benchmarks.compiled [--pairs 21]
+    python -m benchmarks.compiled [--pairs 15] [--only tiny] [--arms hand,off,auto]
 """
 
 from __future__ import annotations
 
 import argparse
+import json
+import tempfile
 import time
 from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 
-from benchmarks.keep import keep, summary
+from benchmarks.keep import RESULTS, keep, summary
+from benchmarks.loop import CLIP, DECAY, LR, by_hand, classify, images, mlp, next_token, text
 from thalweg.core import Recipe, Split, Task
-from thalweg.engine import build, resolve
-from thalweg.recipes import find_task, recipe_for
+from thalweg.engine import Loop, build, resolve
+from thalweg.recipes.models.convnet import ConvNet
+from thalweg.recipes.models.gpt import GPT
+from thalweg.watch import JsonLines
 
-LR, DECAY = 1e-3, 0.1
-
-
-def tiny() -> tuple[Task, dict[str, Any]]:
-    """The MLP of 64-128-10 that every step of is overhead."""
-
-    def model() -> nn.Module:
-        torch.manual_seed(0)
-        return nn.Sequential(nn.Linear(64, 128), nn.ReLU(), nn.Linear(128, 10))
-
-    def loss(model: nn.Module, batch: Any) -> Any:
-        return F.cross_entropy(model(batch["x"]), batch["y"])
-
-    draw = torch.Generator().manual_seed(0)
-    data = {"x": torch.randn(4096, 64, generator=draw), "y": torch.randint(0, 10, (4096,), generator=draw)}
-    return Task(model=model, loss=loss, data=Split(train=data)), {"train.batch": 64}
-
-
-def digits() -> tuple[Task, dict[str, Any]]:
-    task = find_task("digits")
-    return task, recipe_for(task).flat()
-
-
-#: name: (task and recipe, steps in a timed window)
-WORKLOADS: dict[str, tuple[Callable[[], tuple[Task, dict[str, Any]]], int]] = {
-    "tiny MLP 64-128-10": (tiny, 200),
-    "digits": (digits, 4),
+#: name: (model, data, loss, batch, steps in a timed window, steps of a run as "auto" is told)
+WORKLOADS: dict[str, tuple[Callable[[], nn.Module], Callable[[], Any], Any, int, int, int]] = {
+    "tiny MLP 64-128-128-10": (mlp, lambda: images(64), classify, 64, 400, 1_000_000),
+    "digits net": (lambda: ConvNet(dropout=0.2), lambda: images(1, 8, 8), classify, 64, 40, 276),
+    "GPT, 4 layers of 128": (lambda: GPT(vocab=96, context=64), text, next_token, 12, 10, 2000),
+}
+ARMS: dict[str, dict[str, Any]] = {
+    "off": {"compile": "off", "precision": "fp32"},
+    "step 1": {"compile": "step", "precision": "fp32", "steps_per_call": 1},
+    "step": {"compile": "step", "precision": "fp32"},
+    "auto": {},
 }
 
 
-def engine(task: Task, given: dict[str, Any], compiled: str) -> tuple[Callable[[int], None], float]:
-    """(something that takes so many steps, seconds until the first was done)."""
-    fixed = {
-        "device": "cpu",
-        "precision": "fp32",
-        "train.steps": 1_000_000,
-        "schedule.lr": "constant()",
-        "optimizer.rule": "adamw",
-        "optimizer.lr": LR,
-        "optimizer.weight_decay": DECAY,
-        "checkpoint.every": 0,
-        "evaluate.every": 0,
-        "compile": compiled,
-    }
-    resolved = resolve(task, Recipe().override({**given, **fixed}))
-    step = build(resolved.plan, resolved.model, resolved.loss, resolved.device, resolved.policy)
-    windows = resolved.feed.windows(0, 1_000_000)
-    begun = time.perf_counter()
-    step.run(next(windows))
-    first = time.perf_counter() - begun
+class Arm:
+    """One way of taking the steps of a workload.
 
-    def run(steps: int) -> None:
-        for _ in range(steps):
-            step.run(next(windows))
+    Attributes:
+        told: what it is, and the seconds that its plan and its first step took.
+    """
 
-    return run, first
+    def __init__(self, workload: str, changes: dict[str, Any], folder: Path) -> None:
+        make, make_data, loss, batch, _, steps = WORKLOADS[workload]
+        torch.manual_seed(0)
+        fixed = {
+            "device": "cpu",
+            "train.steps": steps,
+            "train.batch": batch,
+            "train.clip": CLIP,
+            "optimizer.lr": LR,
+            "optimizer.weight_decay": DECAY,
+            "schedule.lr": "cosine()",
+            "checkpoint.every": 0,
+        }
+        begun = time.perf_counter()
+        task = Task(model=make(), loss=loss, data=Split(train=make_data()))
+        resolved = resolve(task, Recipe().override({**fixed, **changes}))
+        plan = replace(resolved.plan, steps=1_000_000)  # decided for a run of few, it is timed for longer
+        step = build(plan, resolved.model, resolved.loss, resolved.device, resolved.policy)
+        lines = JsonLines(folder / "records.jsonl")
+        lines.start(plan, 0)
+        self.loop = Loop(plan, step, resolved.feed, [lines])
+        planned = time.perf_counter()
+        self.loop.run(until=1)
+        recipe = resolved.plan.recipe
+        self.told = {
+            "compile": recipe.compile,
+            "precision": recipe.precision,
+            "why": [d.reason for d in resolved.plan.decisions if d.path == "compile"][-1:],
+            "seconds to plan": planned - begun,
+            "seconds of the first step": time.perf_counter() - planned,
+        }
 
-
-def by_hand(task: Task, given: dict[str, Any]) -> Callable[[int], None]:
-    """The loop that everybody writes: AdamW(fused=True), clipping to norm 1, on the windows of the same feed."""
-    resolved = resolve(
-        task, Recipe().override({**given, "device": "cpu", "precision": "fp32", "train.steps": 1_000_000})
-    )
-    model, windows = resolved.model, resolved.feed.windows(0, 1_000_000)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=LR, weight_decay=DECAY, fused=True)
-
-    def run(steps: int) -> None:
-        for _ in range(steps):
-            for batch in next(windows):
-                value = resolved.loss(model, batch)
-                loss = value[0] / value[1] if isinstance(value, tuple) else value
-                optimizer.zero_grad()
-                loss.backward()
-            nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-            optimizer.step()
-
-    return run
+    def run(self, steps: int) -> None:
+        self.loop.run(until=self.loop.step.state.step + steps)
 
 
-def measure(name: str, pairs: int) -> dict[str, Any]:
-    make, steps = WORKLOADS[name]
-    runs: dict[str, Callable[[int], None]] = {"by hand": by_hand(*make())}
-    firsts: dict[str, float] = {}
-    for compiled in ("off", "step"):
-        runs[compiled], firsts[compiled] = engine(*make(), compiled)
-    times: dict[str, list[float]] = {arm: [] for arm in runs}
-    for run in runs.values():
-        run(steps)
-    for turn in range(pairs):
-        for arm in list(runs) if turn % 2 else list(runs)[::-1]:
-            begun = time.process_time()
-            runs[arm](steps)
-            times[arm].append((time.process_time() - begun) / steps)
+def measure(name: str, pairs: int, arms: list[str]) -> dict[str, Any]:
+    make, make_data, loss, batch, steps, _ = WORKLOADS[name]
+    torch.manual_seed(0)
+    hand = by_hand(make(), make_data(), loss, batch)
+    runs: dict[str, Callable[[int], object]] = {"by hand": lambda steps: [next(hand) for _ in range(steps)]}
+    told: dict[str, Any] = {}
+    with tempfile.TemporaryDirectory() as folder:
+        for arm in arms:
+            at = Path(folder) / arm
+            at.mkdir()
+            one = Arm(name, ARMS[arm], at)
+            runs[arm], told[arm] = one.run, one.told
+        times: dict[str, list[float]] = {arm: [] for arm in runs}
+        for run in runs.values():
+            run(steps)
+        for turn in range(pairs):
+            for arm in list(runs) if turn % 2 else list(runs)[::-1]:
+                begun = time.perf_counter()
+                runs[arm](steps)
+                times[arm].append((time.perf_counter() - begun) / steps)
     return {
         "workload": name,
         "us a step": {arm: summary([1e6 * t for t in values]) for arm, values in times.items()},
-        "step over off": summary([a / b for a, b in zip(times["off"], times["step"])]),
-        "step over by hand": summary([a / b for a, b in zip(times["by hand"], times["step"])]),
-        "seconds to the first step": firsts,
+        "over by hand": {arm: summary([a / b for a, b in zip(times["by hand"], times[arm])]) for arm in runs},
+        "arms": told,
     }
 
 
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--pairs", type=int, default=21)
-    pairs = parser.parse_args(arguments).pairs
+    parser.add_argument("--pairs", type=int, default=15)
+    parser.add_argument("--only", default="", help="workloads whose name holds this")
+    parser.add_argument("--arms", default=",".join(ARMS), help="of those, by name")
+    words = parser.parse_args(arguments)
     torch.set_num_threads(1)
-    rows = [measure(name, pairs) for name in WORKLOADS]
-    for row in rows:
-        figures = ", ".join(f"{arm} {value['median']:.0f} us" for arm, value in row["us a step"].items())
-        over, hand = row["step over off"], row["step over by hand"]
-        print(
-            f"{row['workload']:20} {figures}; step is {over['median']:.2f} [{over['low']:.2f}, {over['high']:.2f}] times off, "
-            f"{hand['median']:.2f} times by hand; {row['seconds to the first step']['step']:.1f} s to the first step"
-        )
+    rows = []
+    for name in WORKLOADS:
+        if words.only not in name:
+            continue
+        row = measure(name, words.pairs, words.arms.split(","))
+        rows.append(row)
+        print(f"{name}: by hand {row['us a step']['by hand']['median']:.0f} us a step")
+        for arm, told in row["arms"].items():
+            us, over = row["us a step"][arm]["median"], row["over by hand"][arm]
+            print(
+                f"  {arm:18} {us:8.0f} us, {over['median']:.2f} [{over['low']:.2f}, {over['high']:.2f}] times by hand; "
+                f"compile={told['compile']}, {told['precision']}; plan {told['seconds to plan']:.1f} s, "
+                f"first step {told['seconds of the first step']:.1f} s"
+            )
+    if words.only:  # the others stay as they were
+        rows += [row for row in _kept() if words.only not in row["workload"]]
     print(keep("compiled", rows, "python -m benchmarks.compiled"))
+
+
+def _kept() -> list[dict[str, Any]]:
+    path = RESULTS / "compiled.json"
+    rows = json.loads(path.read_text())["rows"] if path.exists() else []
+    return [row for row in rows if row["workload"] in WORKLOADS]
 
 
 if __name__ == "__main__":

@@ -527,7 +527,8 @@ class Checkpoint:
 
 PRECISIONS = ("fp32", "tf32", "bf16", "fp16", "bf16-pure", "fp8")
 RECOMPUTED = ("none", "blocks", "ops", "compiled")
-COMPILED = ("auto", "off", "model", "step", "captured")
+COMPILED = ("auto", "off", "model", "step", "captured", "best")
+_SWITCHED = {"true": "best", "false": "off"}  # of ``compile``, which may be given as a switch
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -549,7 +550,10 @@ class Recipe:
             activation memory budget leaves out; None: "none", unless ``memory_budget`` asks for more.
         compile: what torch.compile is given: "off"; "model": the model alone; "step": forward and backward pass, clipping and
             update as one graph; "captured": the same, and its launches recorded once and played again, where the device can;
-            "auto": what is fastest, measured where that is worth it (docs/compile.md).
+            "auto": what ends the run first, estimated or measured; "best" or true: the first of "step" and "model" that
+            works, however short the run; false: "off" (docs/compile.md).
+        steps_per_call: steps that are taken by one call of a graph (compile="step"), nothing else being due between them; "auto":
+            as many as take 10 ms, at most 16. It changes no result.
         weights: what a new run begins with: a run folder, a checkpoint, a file of torch, safetensors or Lightning, a
             Hugging Face folder; None: what the model is made with. A resumed run does not read it again.
         weights_rename: ``OLD=NEW`` names of modules or tensors in it; the first that fits a name changes it.
@@ -572,6 +576,7 @@ class Recipe:
     memory_budget: str | None = None
     recompute: str | None = None
     compile: str = "auto"
+    steps_per_call: int | str = "auto"
     weights: str | None = None
     weights_rename: tuple[str, ...] = ()
     exact_reduce: bool = False
@@ -606,6 +611,7 @@ class Recipe:
             "A seed is a whole number of 64 bits, with sign.",
             "Give one from -2**63 to 2**63 - 1, such as 0.",
         )
+        object.__setattr__(self, "compile", _SWITCHED.get(str(self.compile).lower(), self.compile))
         for name, known in (("precision", ("auto", *PRECISIONS)), ("recompute", RECOMPUTED), ("compile", COMPILED)):
             value = getattr(self, name)
             _check(
@@ -614,6 +620,12 @@ class Recipe:
                 f"{len(known)} are.",
                 did_you_mean(str(value), known),
             )
+        _check(
+            self.steps_per_call == "auto" or (isinstance(self.steps_per_call, int) and 1 <= self.steps_per_call <= 64),
+            f"steps_per_call={self.steps_per_call!r} is no number of steps.",
+            "The records of 64 steps are kept on the device.",
+            "Give 'auto' or a number from 1 to 64.",
+        )
         if self.memory_budget is not None:
             to_bytes(self.memory_budget, "memory_budget")
         for text in self.weights_rename:
@@ -658,7 +670,8 @@ class Recipe:
 
     @classmethod
     def from_dict(cls, tree: Mapping[str, Any]) -> Recipe:
-        return typing.cast(Recipe, build(cls, tree, ""))
+        switched = {**tree, "compile": str(tree["compile"])} if isinstance(tree.get("compile"), bool) else tree
+        return typing.cast(Recipe, build(cls, switched, ""))
 
     @classmethod
     def from_toml(cls, text: str, *, base: Recipe | None = None, name: str = "the recipe") -> Recipe:

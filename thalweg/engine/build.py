@@ -124,7 +124,8 @@ def build(
         return (HostStep if on_host else Step)(state, loss, policy, options, streams, again, ranks)
     from thalweg.engine.compiled_build import compiled_step  # it imports torch's compiler
 
-    return compiled_step(recipe.compile, state, loss, policy, options, streams, again, ranks, release)
+    several = recipe.steps_per_call
+    return compiled_step(recipe.compile, state, loss, policy, options, streams, again, ranks, release, several)
 
 
 def run_span(plan: Plan) -> Span:

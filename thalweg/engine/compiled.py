@@ -18,6 +18,7 @@ from thalweg.engine.compiled_backend import Compiler
 from thalweg.engine.compiled_check import FirstCheck
 from thalweg.engine.compiled_graph import FlatArena, LossOf, due_of, gradients, names_in, update
 from thalweg.engine.compiled_replay import Record, Replayed
+from thalweg.engine.compiled_several import Repeated
 from thalweg.engine.compiled_statistics import GraphStatistics
 from thalweg.engine.portions import Failure, go_through, in_update
 from thalweg.engine.step import RING, Step
@@ -33,6 +34,7 @@ class CompiledStep(Step):
 
     Attributes:
         check: of the first step of this process, until it was made.
+        repeated: how the graph is called again within ``run_several``.
     """
 
     def __init__(self, *args: Any, compiler: Compiler, **words: Any) -> None:
@@ -46,6 +48,7 @@ class CompiledStep(Step):
         self.at = torch.zeros(1, dtype=torch.int64, device=state.device.torch_device)  # the row of this step
         self.check: FirstCheck | None = FirstCheck(self)
         self.undo = Undo(state.model, state.arenas, self.sums, self.graph_statistics)
+        self.repeated = Repeated()
         self._graphs: dict[str, Callable[..., Any]] = {
             "add": compiler.graph(self._add),
             "end": compiler.graph(self._end),
@@ -59,7 +62,25 @@ class CompiledStep(Step):
 
     # ------------------------------------------------------------------ what the host does
 
+    def run_several(self, windows: Sequence[Sequence[Any]]) -> None:
+        """Torch looks at all that it has compiled for before the first step; the others run its graph again."""
+        if self.per_call == 1 or self.place is not None:
+            super().run_several(windows)
+            return
+        self.compiler.noting = True
+        try:
+            self.run(windows[0])
+            with self.policy.around(self.state.device), self.graph_statistics.taking():
+                for window in windows[1:]:
+                    self.run(window)
+        finally:
+            self.compiler.noting = False
+            self.repeated.begin()
+            self.compiler.take()
+
     def _run(self, window: Sequence[Any]) -> Tensor:
+        if self.compiler.noting and (row := self._run_again(window)) is not None:
+            return row
         state = self.state
         parts = state.limit.cut(window)
         state.timetable.turn(state.applied, state.step)
@@ -70,10 +91,31 @@ class CompiledStep(Step):
             row, ok = self._single_pass(parts) if self._is_alone(parts) else self._passes_of(parts, check)
             if check is not None and self.place is None:
                 check.compare(row[0], row[1], row[2] * (row[1] * row[5] * self.unit))
+            if self.compiler.noting and self._is_alone(parts):
+                due = due_of(self.flats, state.step)
+                self.repeated.learn(self.compiler.take(), parts[0], due, (row, ok))
         self.check, self.compiler.stepped, self.compiled_s = None, True, self.compiler.seconds
-        with torch.no_grad():
-            self.at.fill_(state.step % RING)
-            self.ring.index_copy_(0, self.at, row[None])  # to copy into a row would be another program for each
+        return self._passed(row, ok)
+
+    def _run_again(self, window: Sequence[Any]) -> Tensor | None:
+        """A step by the graph of the last one; None, and nothing done, where that would be another."""
+        state, due = self.state, due_of(self.flats, self.state.step)
+        graph = self.repeated.fitting(window[0], due) if len(window) == 1 and not state.limit.most else None
+        if graph is None:
+            return None
+        state.timetable.turn(state.applied, state.step)
+        self._seed(0, 0, window[0])
+        return self._passed(*self._moved(graph, window[0]))
+
+    def _passed(self, row: Tensor, ok: Tensor) -> Tensor:
+        """What the host notes of a step that is done."""
+        state = self.state
+        if state.device.is_host:
+            self.rows[state.step % RING][0].copy_(row)
+        else:  # to copy into a row would be another program for each
+            with torch.no_grad():
+                self.at.fill_(state.step % RING)
+                self.ring.index_copy_(0, self.at, row[None])
         state.step += 1
         if state.window is not None:
             state.window.keep(state.step, ok)

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import copy
 import os
 import time
 import warnings
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from functools import cache
 from types import FunctionType, MethodType
 from typing import Any
@@ -15,6 +17,7 @@ from torch import nn
 
 from thalweg.core import ModelError
 from thalweg.data import tensors
+from thalweg.engine.compiled_uniform import hoisting
 
 #: Another backend of torch.compile than the device's own, for tests: inductor takes 5 to 15 s a graph.
 BACKEND = "THALWEG_COMPILE_BACKEND"
@@ -36,6 +39,22 @@ def traces_autograd() -> bool:
     return hasattr(config, "trace_autograd_ops")
 
 
+@dataclass(frozen=True)
+class Ran:
+    """A compiled graph, what it was given and what it gave."""
+
+    run: Callable[..., Any]
+    args: tuple[Any, ...]
+    found: Sequence[Any]
+
+    def without(self, places: Sequence[tuple[int, int]]) -> Ran:
+        """It holds neither a batch, at these arguments, nor what came of it."""
+        left = list(self.args)
+        for place, _ in places:
+            left[place] = None
+        return replace(self, args=tuple(left), found=())
+
+
 class Compiler:
     """Makes graphs, and counts them.
 
@@ -46,6 +65,7 @@ class Compiler:
     Attributes:
         made: graphs compiled so far; ``seconds`` were spent on them.
         stepped: whether the run's first step is done.
+        noting: whether ``ran`` keeps what graph was run last, until it is taken.
         news: what is to be told of them.
     """
 
@@ -54,6 +74,8 @@ class Compiler:
         self.made = 0
         self.seconds = 0.0
         self.stepped = False
+        self.noting = False
+        self.ran: Ran | None = None
         self.news: list[str] = []
         self._shapes: dict[str, str] = {}  # of what each graph was given when it was last compiled
         self._again = 0  # graphs since the first step
@@ -98,6 +120,11 @@ class Compiler:
             text += f". More than {FEW} {TIME_LOST}: give micro-batches one shape (train.last='drop', equal lengths)"
         self.news.append(f"{text}.")
 
+    def take(self) -> Ran | None:
+        """The graph that was run last, where it was noted; it is let go of."""
+        ran, self.ran = self.ran, None
+        return ran
+
     def compile_model(self, model: nn.Module) -> None:
         """Let ``model``, when it is called, run what is made of its forward function."""
         model.compile(backend=self._backend)
@@ -106,16 +133,36 @@ class Compiler:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", DeprecationWarning)  # torch's own, of what it imports
             if self.name == "inductor":
-                import torch._inductor
-
-                made: Any = torch._inductor.compile(graph, inputs, options={"fallback_random": True, **self.options})
+                made = _by_inductor(graph, inputs, {"fallback_random": True, **self.options})
             else:
                 from torch._dynamo.backends.registry import lookup_backend
 
-                options: Any = {"options": self.options} if self.options else {}
-                made = lookup_backend(self.name)(graph, inputs, **options)
+                given: Any = {"options": self.options} if self.options else {}
+                made = lookup_backend(self.name)(graph, inputs, **given)
         self.made += 1
-        return made
+
+        def run(*args: Any) -> Any:
+            found = made(*args)
+            if self.noting:
+                self.ran = Ran(made, args, found)
+            return found
+
+        return run
+
+
+def _by_inductor(graph: Any, inputs: Sequence[Any], options: dict[str, Any]) -> Any:
+    """What inductor makes of a graph. On the CPU what calls its kernels is compiled too: in Python it takes as long as the update
+    of a small model. Shapes, which are guarded before a call, are not looked at again inside.
+    """
+    from torch._inductor import compile as by_inductor
+
+    if any(isinstance(x, torch.Tensor) and x.device.type != "cpu" for x in inputs):
+        return by_inductor(graph, inputs, options=options)
+    here = {**options, "size_asserts": False, **hoisting()}
+    try:
+        return by_inductor(copy.deepcopy(graph), inputs, options={**here, "cpp_wrapper": True})
+    except Exception:  # an operator that only Python can call
+        return by_inductor(graph, inputs, options=here)
 
 
 class _Graph:

@@ -78,6 +78,8 @@ def settle_compile(
     asked = recipe.compile
     if asked == "auto":
         return replace(recipe, compile=_auto(recipe, rows, device, take, measure, against))
+    if asked == "best":
+        return replace(recipe, compile=_best(recipe, rows, device, take, measure, against))
     if asked in WHOLE and not traces_autograd():
         return replace(recipe, compile=take("compile", "model", f"'{asked}' was asked for, but {_OLDER}"))
     if reason := why_not(recipe, rows, device, asked, against):
@@ -98,11 +100,9 @@ def _auto(
     measure: Callable[[Recipe, Sequence[str], Take], str] | None,
     against: str,
 ) -> str:
+    reasons = _reasons(recipe, rows, device, against)
     if device.graph_kind == "cpu":
-        return "off"
-    reasons = {how: why_not(recipe, rows, device, how, against) for how in ("model", *WHOLE)}
-    if not traces_autograd():
-        reasons.update({how: reasons[how] or _OLDER for how in WHOLE})
+        return "off" if reasons["step"] or measure is None else measure(recipe, ["step"], take)
     if device.graph_kind == "graph":
         if reasons["step"]:
             return str(take("compile", "off", f"not 'step': {reasons['step']}"))
@@ -114,6 +114,49 @@ def _auto(
     if measure is None or len(able) == 1:
         return str(take("compile", "off", "nothing is measured here" if len(able) > 1 else "nothing else is possible"))
     return measure(recipe, able, take)
+
+
+def _reasons(recipe: Recipe, rows: Sequence[ParameterRow], device: Device, against: str) -> dict[str, str]:
+    """Why each way is not possible, or ""."""
+    reasons = {how: why_not(recipe, rows, device, how, against) for how in ("model", *WHOLE)}
+    older = "" if traces_autograd() else _OLDER
+    return {how: reason or (older if how in WHOLE else "") for how, reason in reasons.items()}
+
+
+def _best(
+    recipe: Recipe,
+    rows: Sequence[ParameterRow],
+    device: Device,
+    take: Take,
+    measure: Callable[[Recipe, Sequence[str], Take], str] | None,
+    against: str,
+) -> str:
+    """What was asked for by ``true``: the first way that works, and what does not by name."""
+    reasons = _reasons(recipe, rows, device, against)
+    for how in ("step", "model"):
+        if reasons[how]:
+            take("compile", f"not '{how}'", reasons[how])
+    able = [how for how in ("step", "model") if not reasons[how]]
+    if not able:
+        return str(take("compile", "off", "nothing else is possible"))
+    return measure(recipe, able, take) if measure is not None else str(take("compile", able[0], "asked for"))
+
+
+def settle_several(recipe: Recipe, stream: bool, take: Take) -> Recipe:
+    """The recipe with ``steps_per_call`` as it will be, and by name what has no use for it.
+
+    Args:
+        stream: whether the data is one, whose place is known between two calls alone.
+    """
+    asked = recipe.steps_per_call
+    why = "not used: steps are several a call in a graph of a whole step alone (compile='step')"
+    if recipe.compile == "step":
+        if not stream or asked == 1:
+            return recipe
+        why = "1 is used: the place of a stream is known between two windows that are both read alone"
+    if asked not in ("auto", 1):
+        take("steps_per_call", asked, why)
+    return replace(recipe, steps_per_call=1)
 
 
 def check_model(model: nn.Module, how: str) -> None:

@@ -72,6 +72,7 @@ class FlatArena:
 
     Attributes:
         theta: the arena's parameters as one leaf that asks for a gradient; the same memory.
+        whole: whether its segments are updated apart, and joined into it.
         lengths: elements of each parameter's share, gaps included; their sum is the arena.
     """
 
@@ -87,7 +88,13 @@ class FlatArena:
         self.slots = [[[as_vector(x) for x in part] for part in s.batch.slots] for s in arena.segments]
         self.flat = [[[not x.ndim for x in part] for part in s.batch.slots] for s in arena.segments]
         self.shared = {rule: {n: as_vector(x) for n, x in found.items()} for rule, found in arena.shared.items()}
+        self.whole = self._is_whole()
         self.where = {name: k for k, name in enumerate(arena.places)}
+
+    def _is_whole(self) -> bool:
+        """Whether the segments work element by element and fill the arena, one behind the other."""
+        ends = [0, *(stop for _, stop in self.borders)]
+        return [start for start, _ in self.borders] == ends[:-1] and ends[-1] == self.theta.numel() > 0
 
     def parameters(self) -> dict[str, Tensor]:
         """The parameters by the names of the loss's module, cut out of the leaf."""
@@ -199,7 +206,12 @@ def update(
         ]
         settle_over(mine, numbers, rates=[scalars["lr"] for _, _, scalars in mine], skipped=skipped)
     for (flat, k), batch, now in zip(places, batches, due):
+        if flat.whole:  # each its own: what is written into parts of one tensor is masked, part by part, over all of it
+            batch.ps[:] = [p.clone() for p in batch.ps]
         flat.kernels[k](batch, flat.scalars(k, given), due=now)
+    for flat in flats:
+        if flat.whole:
+            flat.theta.detach().copy_(torch.cat([batch.ps[0] for at, batch in zip(places, batches) if at[0] is flat]))
 
 
 def due_of(flats: Sequence[FlatArena], tries: int) -> tuple[int, ...]:

@@ -13,6 +13,7 @@ from thalweg.data import split
 from thalweg.device.kept import same_generators
 from thalweg.engine.checks import whole_of
 from thalweg.engine.memory import Bench
+from thalweg.engine.step import Step
 
 Take = Callable[[str, Any, str], Any]
 
@@ -43,17 +44,17 @@ def fastest(bench: Bench, recipe: Recipe, able: Sequence[str], steps: int, take:
     found: dict[str, Tried] = {}
     for how in able:
         try:
-            tried = _tried(bench, replace(recipe, compile=how))
+            one = tried(bench, replace(recipe, compile=how))
         except Exception as err:
             if how == "off":
                 raise
-            take("compile", f"not '{how}'", f"it failed when it was tried: {_first_line(err)}")
+            take("compile", f"not '{how}'", f"it failed when it was tried: {first_line(err)}")
             continue
-        if how != "off" and abs(tried.norm - found["off"].norm) > _NEAR * abs(found["off"].norm):
-            text = f"its gradient has norm {tried.norm:.4g}, and that of plain operators {found['off'].norm:.4g}"
+        if how != "off" and abs(one.norm - found["off"].norm) > _NEAR * abs(found["off"].norm):
+            text = f"its gradient has norm {one.norm:.4g}, and that of plain operators {found['off'].norm:.4g}"
             take("compile", f"not '{how}'", f"it computes something else: {text}")
             continue
-        found[how] = tried
+        found[how] = one
     return choice(found, steps, take)
 
 
@@ -65,7 +66,8 @@ def choice(found: dict[str, Tried], steps: int, take: Take) -> str:
     return best
 
 
-def _tried(bench: Bench, recipe: Recipe) -> Tried:
+def tried(bench: Bench, recipe: Recipe) -> Tried:
+    """Steps of a recipe on a copy of the model, several by one call where the run would take them so."""
     window = split(bench.window, whole_of(recipe.train.micro_batch))
     with same_generators(bench.device):
         step = bench.step(recipe, compiled=True)
@@ -74,18 +76,39 @@ def _tried(bench: Bench, recipe: Recipe) -> Tried:
         bench.device.synchronize()
         first = time.perf_counter() - begun
         for _ in range(_WARM):
+            begun = time.perf_counter()
             step.run(window)
+        bench.device.synchronize()
+        windows = [window] * _in_a_call(step, time.perf_counter() - begun)
+        step.run_several(windows)
         times = []
         for _ in range(_STEPS):
             bench.device.synchronize()
             begun = time.perf_counter()
-            step.run(window)
+            step.run_several(windows)
             bench.device.synchronize()
-            times.append(time.perf_counter() - begun)
+            times.append((time.perf_counter() - begun) / len(windows))
     return Tried(first, statistics.median(times), norm)
 
 
-def _first_line(err: Exception) -> str:
+def _in_a_call(step: Step, seconds: float) -> int:
+    """Steps that a call takes where one step takes so many seconds."""
+    return max(1, min(step.per_call, int(step.call_s / seconds))) if step.call_s else step.per_call
+
+
+def first_that_works(bench: Bench, recipe: Recipe, able: Sequence[str], take: Take) -> str:
+    """The first of ``able`` that a step on a copy can be taken by; "off", with the reasons of all, where none can."""
+    for how in able:
+        try:
+            tried(bench, replace(recipe, compile=how))
+        except Exception as err:
+            take("compile", f"not '{how}'", f"it failed when it was tried: {first_line(err)}")
+            continue
+        return str(take("compile", how, "asked for, and it works on a copy of the model"))
+    return str(take("compile", "off", "nothing else works here"))
+
+
+def first_line(err: Exception) -> str:
     words = err.asked if isinstance(err, ThalwegError) else str(err).strip()
     line = (words or type(err).__name__).splitlines()[0]
     return f"{type(err).__name__}: {line[:160]}"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -67,6 +68,7 @@ class Loop:
         self._flushed_at = self._began
         self._pending: list[float] = []  # seconds of the steps whose rows are still on the device
         self._saved = -1
+        self._step_s, self._noted_at, self._noted_step = 0.0, self._began, step.state.step  # of the steps last noted
         self.owed = False  # whether this step is still to be evaluated
         self.agree: Callable[[], None] = lambda: None  # before a checkpoint: raises where ranks hold other states
         self.spent = dict.fromkeys(BESIDE, 0.0)  # seconds beside the steps
@@ -95,8 +97,11 @@ class Loop:
                         return self._end(reason)
                 elif self.owed and (reason := self._after_step()):
                     return self._end(reason)
-                for window in self._waited_for(self.feed.windows(state.step, last)):
-                    self.step.run(window)
+                for windows in self._calls(self._waited_for(self.feed.windows(state.step, last)), last, settled):
+                    if len(windows) == 1:
+                        self.step.run(windows[0])
+                    else:
+                        self._several(windows)
                     self.owed = self._evaluation_is_due()  # before what can fail: a resumed run makes up for it
                     self._note()
                     if state.limit.news and (self._alone or not self._pending):
@@ -142,6 +147,37 @@ class Loop:
             if window is None:
                 return
             yield window
+
+    def _calls(self, windows: Iterator[list[Any]], last: int, settled: int) -> Iterator[list[list[Any]]]:
+        """The windows of one call of the step at a time: of those steps that have nothing due between them."""
+        while taken := list(itertools.islice(windows, self._ahead(last, settled))):
+            yield taken
+
+    def _ahead(self, last: int, settled: int) -> int:
+        """Steps of the next call."""
+        step, now, recipe = self.step, self.step.state.step, self.plan.recipe
+        if step.per_call == 1:
+            return 1
+        most = step.per_call
+        if step.call_s:
+            most = 1 if not self._step_s else max(1, min(most, int(step.call_s / self._step_s)))
+        stops = [now + most, now + RING - len(self._pending), max(last, now + 1)]
+        stops += [settled] if settled > now else []
+        wanted = (recipe.evaluate.every, recipe.checkpoint.every, recipe.guard.every if recipe.guard.rewinding else 0)
+        stops += [now - now % every + every for every in wanted if every]
+        return min(stops) - now
+
+    def _several(self, windows: list[list[Any]]) -> None:
+        """One call; its time is shared out evenly, but for the last step, which is noted as always."""
+        began, done, num = time.perf_counter(), self.step.state.step, len(windows) - 1
+        try:
+            self.step.run_several(windows)
+        except BaseException:
+            num = self.step.state.step - done  # those before the one that broke off
+            raise
+        finally:
+            each = (time.perf_counter() - began) / len(windows)
+            self._pending += [began - self._began + each * (k + 1) for k in range(num)]
 
     def _is_due(self, every: int | None) -> bool:
         return self.step.state.step == self.plan.steps or bool(every and self.step.state.step % every == 0)
@@ -235,6 +271,8 @@ class Loop:
 
     def _note(self) -> None:
         now = time.perf_counter()
+        self._step_s = (now - self._noted_at) / max(self.step.state.step - self._noted_step, 1)
+        self._noted_at, self._noted_step = now, self.step.state.step
         self._pending.append(now - self._began)
         self.ranks.at = self.step.state.step
         due = now - self._flushed_at > _FLUSH_SECONDS if self._alone else self.step.state.step % _FLUSH_STEPS == 0

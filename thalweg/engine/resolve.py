@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from functools import partial
@@ -53,8 +53,8 @@ from thalweg.engine.checks import (
     try_shortest,
     whole_of,
 )
-from thalweg.engine.compiled_choice import IN_PARTS, settle_compile
-from thalweg.engine.compiled_measure import fastest
+from thalweg.engine.compiled_choice import IN_PARTS, settle_compile, settle_several
+from thalweg.engine.compiled_worth import measured
 from thalweg.engine.given import made_model, split_of, task_loss
 from thalweg.engine.inorder import check_exact
 from thalweg.engine.layout import Planned, fitting_layout, on_ranks, settle_layout
@@ -324,19 +324,20 @@ def _resolve(
     against = IN_PARTS if stand.shard > 1 or stand.tensor > 1 else device.against_graphs(model)
     if saved is None:
 
-        def measure(recipe: Recipe, able: Sequence[str], take: Callable[[str, Any, str], Any]) -> str:
+        def trying() -> Bench:
             first = _first_window(
                 _changed(feeding(micro_batch=recipe.train.batch, sizes=None), mix, None), steps, device
             )
-            here = bench or Bench(plan_of, model, loss, first[0], device, policy, data=data, held=prepared.held)
-            return fastest(here, recipe, able, steps, take)
+            return bench or Bench(plan_of, model, loss, first[0], device, policy, data=data, held=prepared.held)
 
+        measure = partial(measured, rows=plan_of(recipe).parameters, steps=steps, bench=trying, alone=ranks.world == 1)
         tried_here = None if planning else measure
         recipe = settle_compile(recipe, plan_of(recipe).parameters, device, decide.take, tried_here, against)
     elif recipe.compile == "auto":  # of before there was a choice
         recipe = replace(recipe, compile="off")
     elif recipe.compile != "off":  # something may have been accepted since that has no place in a graph
         recipe = settle_compile(recipe, plan_of(recipe).parameters, device, decide.take, None, against)
+    recipe = settle_several(recipe, isinstance(source, Stream), decide.take)
     tell_gradients(recipe, decide.take)
     tell_split(model, recipe, decide)
     recipe = settle_evaluation(recipe, task, test is not None, steps, decide)

@@ -78,6 +78,7 @@ class Step:
         self.state, self.loss, self.policy, self.options, self.streams = state, loss, policy, options, streams
         self.recomputation, self.ranks = recomputation, ranks
         self.news: list[str] = []  # to be told of how it runs
+        self.per_call, self.call_s = 1, 0.0  # steps of a call, and the seconds that one may take; 0: any
         self.compiled_s = 0.0  # seconds that went into compiling
         self.place = None if ranks.world == 1 else Place(ranks.rank, ranks.world, options.micro_batch)
         self.generators = state.device.generators()
@@ -104,6 +105,11 @@ class Step:
         self._seeds: dict[torch.dtype, Tensor] = {}
         self.undo = Undo(state.model, state.arenas, self.sums, state.statistics)
         self.in_order = InOrder(self) if options.exact else None
+
+    def run_several(self, windows: Sequence[Sequence[Any]]) -> None:
+        """Steps in order; nothing is asked or told between them."""
+        for window in windows:
+            self.run(window)
 
     def run(self, window: Sequence[Any]) -> Tensor:
         """One step.

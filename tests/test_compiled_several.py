@@ -1,0 +1,180 @@
+"""Several small steps by one call: the same bits and records as one by one, and nothing that is due between them is late."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from tests.models import assert_same_bits, make_step, mean_loss, mlp, points, state_bits
+from thalweg.core import Recipe, Split, Task
+from thalweg.engine import Loop, resolve
+from thalweg.engine.compiled_backend import BACKEND, Ran
+from thalweg.engine.compiled_choice import settle_several
+from thalweg.engine.compiled_several import Repeated, _Known
+from thalweg.engine.compiled_uniform import hoist
+from thalweg.watch import Memory
+
+
+@pytest.fixture(autouse=True)
+def operator_by_operator(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(BACKEND, "aot_eager")
+
+
+@pytest.fixture
+def again(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """A number for each step that torch has not looked at first."""
+    calls: list[int] = []
+    one = _Known.again
+
+    def counted(self: _Known, batch: Any, due: tuple[int, ...]) -> tuple[Tensor, Tensor]:
+        calls.append(1)
+        return one(self, batch, due)
+
+    monkeypatch.setattr(_Known, "again", counted)
+    return calls
+
+
+HELD_OUT = Split(train=points(200), test=points(8))
+
+
+def trained(
+    model: nn.Module, several: int, steps: int = 24, **changes: Any
+) -> tuple[Any, Memory, list[int], list[int]]:
+    """(step, records, steps that were evaluated, steps that were saved) of a run."""
+    torch.manual_seed(0)
+    base = {"device": "cpu", "train.batch": 60, "train.steps": steps, "compile": "step", "schedule.lr": "cosine()"}
+    step, feed = make_step(model, mean_loss, HELD_OUT, **{**base, "steps_per_call": several, **changes})
+    plan = step_plan(model, {**base, "steps_per_call": several, **changes})
+    sink, evaluated, saved = Memory(), list[int](), list[int]()
+
+    def evaluate() -> dict[str, float]:
+        evaluated.append(step.state.step)
+        return {"loss": 1.0}
+
+    loop = Loop(plan, step, feed, [sink], evaluate=evaluate, save=lambda must: saved.append(step.state.step))
+    loop.run()
+    return step, sink, evaluated, saved
+
+
+def step_plan(model: nn.Module, changes: dict[str, Any]) -> Any:
+    recipe = Recipe().override({"precision": "fp32", **changes})
+    return resolve(Task(model=model, loss=mean_loss, data=HELD_OUT), recipe).plan
+
+
+def net() -> nn.Module:
+    torch.manual_seed(0)
+    return mlp(0.3)
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute:UserWarning")
+def test_bits_records_and_what_is_due_are_those_of_steps_one_by_one(again: list[int]) -> None:
+    """Dropout, a window of another size in each epoch (200 = 60 + 60 + 60 + 20)."""
+    changes = {"evaluate.every": 7, "checkpoint.every": 10}
+    one, lone, evaluated, saved = trained(net(), 1, **changes)
+    assert not again
+    many, sink, evaluated_too, saved_too = trained(net(), 6, **changes)
+    assert len(again) >= 8 and one.compiler.made == many.compiler.made == 2
+    assert_same_bits(state_bits(one), state_bits(many))
+    assert [(r.step, r.loss, r.grad_norm, r.lr) for r in lone.records] == [
+        (r.step, r.loss, r.grad_norm, r.lr) for r in sink.records
+    ]
+    assert evaluated == evaluated_too == [7, 14, 21, 24] and saved == saved_too
+    times = [r.seconds for r in sink.records]
+    assert times == sorted(times)
+
+
+class Showing(nn.Module):
+    """It keeps what it has seen last for whoever asks."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(6, 3)
+        self.seen: Tensor | None = None
+
+    def forward(self, x: Tensor) -> Tensor:
+        out = self.layer(x)
+        self.seen = out.detach()
+        return out
+
+
+def test_a_graph_that_hands_something_to_its_model_is_not_repeated(again: list[int]) -> None:
+    found = []
+    for several in (1, 4):
+        torch.manual_seed(0)
+        model = Showing()
+        step, _, _, _ = trained(model, several, 6)
+        found.append((state_bits(step), model.seen))
+    assert not again
+    assert_same_bits(found[0][0], found[1][0])
+    assert torch.equal(found[0][1], found[1][1])
+
+
+def test_a_graph_is_repeated_once_two_calls_were_given_the_same_besides_the_batch() -> None:
+    held, row, ok = torch.zeros(2), torch.zeros(7), torch.ones(())
+    run = lambda held, x: (row + x.sum(), ok)
+    repeated, batch = Repeated(), {"x": torch.ones(3)}
+
+    def call(held: Tensor) -> None:
+        found = run(held, batch["x"])
+        repeated.learn(Ran(run, (held, batch["x"]), found), batch, (0,), found)
+
+    call(held)
+    assert repeated.fitting(batch, (0,)) is None
+    call(held)
+    graph = repeated.fitting(batch, (0,))
+    assert graph is not None and float(graph({"x": torch.full((3,), 2.0)}, (0,))[0][0]) == 6.0
+    others = {"x": torch.ones(2)}, {"x": torch.ones(3).double()}, {"x": torch.ones(6)[::2]}, {"y": torch.ones(3)}
+    assert not any(repeated.fitting(other, (0,)) for other in others) and repeated.fitting(batch, (1,)) is None
+    repeated.begin()
+    assert repeated.fitting(batch, (0,)) is None  # torch has not looked in this call
+    call(held.clone())  # a model that has another tensor of its own by now
+    assert repeated.fitting(batch, (0,)) is None
+
+
+def test_records_of_the_steps_before_one_that_breaks_off_are_kept() -> None:
+    step, feed = make_step(mlp(), mean_loss, points(), device="cpu", **{"train.batch": 32, "train.steps": 20})
+    step.per_call, run, saved = 8, step.run, list[int]()
+
+    def breaking(window: Any) -> Tensor:
+        if step.state.step == 12:
+            raise KeyError("the data")
+        return run(window)
+
+    step.run = breaking  # type: ignore[method-assign]
+    recipe = Recipe().override({"precision": "fp32", "train.batch": 32, "train.steps": 20, "device": "cpu"})
+    plan = resolve(Task(model=mlp(), loss=mean_loss, data=Split(train=points())), recipe).plan
+    sink = Memory()
+    with pytest.raises(KeyError):
+        Loop(plan, step, feed, [sink], save=lambda must: saved.append(step.state.step)).run()
+    assert [r.step for r in sink.records] == list(range(1, 13)) and saved[-1] == 12
+
+
+def test_who_has_no_use_for_several_is_told_so() -> None:
+    told: list[tuple[str, Any, str]] = []
+    take = lambda *words: told.append(words)
+    assert settle_several(Recipe(compile="off", steps_per_call=4), False, take).steps_per_call == 1
+    assert told[-1][:2] == ("steps_per_call", 4) and "compile='step'" in told[-1][2]
+    assert settle_several(Recipe(compile="step", steps_per_call=4), True, take).steps_per_call == 1
+    assert "stream" in told[-1][2] and len(told) == 2
+    assert settle_several(Recipe(compile="off"), False, take).steps_per_call == 1 and len(told) == 2
+    assert settle_several(Recipe(compile="step"), False, take).steps_per_call == "auto"
+
+
+def test_a_number_that_many_elements_use_is_computed_once() -> None:
+    from torch.fx.experimental.proxy_tensor import make_fx
+
+    def update(p: Tensor, t: Tensor) -> Tensor:
+        return p * (1 - 0.9**t) + p.sum()
+
+    p, t = torch.arange(6.0), torch.tensor(3.0, dtype=torch.float64)
+    traced = make_fx(update)(p, t)
+    for node in traced.graph.nodes:
+        assert "val" in node.meta or node.op != "call_function"
+    assert hoist(traced.graph) == 2
+    traced.recompile()
+    torch.testing.assert_close(traced(p, t), update(p, t), rtol=0, atol=0)
+    kept = [n for n in traced.graph.nodes if n.target is torch.ops._inductor_test.realize.default]
+    assert all(user.target is not torch.ops.aten.pow.Scalar for n in kept for user in n.users)

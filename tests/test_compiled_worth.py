@@ -1,0 +1,141 @@
+"""Whether compiling is repaid on a CPU: by an estimate that runs nothing, else measured once and kept."""
+
+from __future__ import annotations
+
+import os
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.models import mean_loss, mlp, points
+from thalweg.core import Recipe, RecipeError, Split, Task
+from thalweg.device import choose
+from thalweg.engine import compiled_cache, compiled_worth, resolve
+from thalweg.engine.compiled_cache import INDUCTOR
+from thalweg.engine.compiled_choice import settle_compile
+from thalweg.engine.compiled_measure import Tried
+from thalweg.engine.compiled_worth import estimate, measured
+
+
+class Measuring:
+    """In place of what times steps."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, eager: float, graph: Any) -> None:
+        self.asked: list[str] = []
+        self.eager, self.graph = eager, graph
+        monkeypatch.setattr(compiled_worth, "eager_step", self._eager)
+        monkeypatch.setattr(compiled_worth, "tried", self._tried)
+
+    def _eager(self, bench: Any, recipe: Any, steps: int) -> float:
+        self.asked.append("eager")
+        return self.eager
+
+    def _tried(self, bench: Any, recipe: Any) -> Tried:
+        self.asked.append(recipe.compile)
+        if isinstance(self.graph, Exception):
+            raise self.graph
+        return self.graph
+
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("THALWEG_CACHE", str(tmp_path))
+
+
+def chosen(steps: int, **changes: Any) -> tuple[str, str]:
+    """(what ``compile`` becomes in a run of so many steps, the last reason)."""
+    task = Task(model=mlp(), loss=mean_loss, data=Split(train=points()))
+    plan = resolve(
+        task, Recipe().override({"device": "cpu", "precision": "fp32", "train.steps": steps, **changes})
+    ).plan
+    told = [d for d in plan.decisions if d.path == "compile"]
+    return plan.recipe.compile, told[-1].reason
+
+
+def test_a_short_run_is_told_by_an_estimate_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    measuring = Measuring(monkeypatch, 1.0, Tried(1.0, 0.1, 0.0))
+    assert chosen(300)[0] == "off" and "would be saved, by an estimate for" in chosen(300)[1] and not measuring.asked
+    begun = time.perf_counter()
+    for _ in range(100):
+        measured(Recipe(), ["step"], lambda *told: told[1], rows=(), steps=300, bench=lambda: 1 / 0, alone=True)  # type: ignore
+    assert time.perf_counter() - begun < 0.05  # half a millisecond each, at the very most
+
+
+def test_a_long_run_is_measured_and_the_next_one_knows(monkeypatch: pytest.MonkeyPatch) -> None:
+    measuring = Measuring(monkeypatch, 0.002, Tried(10.0, 0.001, 0.0))
+    how, why = chosen(1_000_000)
+    assert how == "step" and measuring.asked == ["eager", "step"] and "the shortest run of 1000000 steps" in why
+    how, why = chosen(900_000)
+    assert how == "step" and measuring.asked == ["eager", "step"] and "earlier run" in why
+    chosen(1_000_000, **{"train.batch": 16})
+    assert measuring.asked == ["eager", "step"] * 2  # of another shape nothing is known
+
+
+def test_an_eager_step_that_is_short_enough_ends_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    measuring = Measuring(monkeypatch, 1e-6, Tried(10.0, 1e-7, 0.0))
+    how, why = chosen(1_000_000)
+    assert how == "off" and measuring.asked == ["eager"] and "end before a graph is repaid" in why
+
+
+def test_a_graph_that_is_slower_or_fails_is_not_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    measuring = Measuring(monkeypatch, 0.002, RuntimeError("no graph\nof this"))
+    for _ in range(2):
+        how, why = chosen(1_000_000)
+        assert how == "off" and "'step' failed when it was tried: RuntimeError: no graph" in why
+    assert measuring.asked == ["eager", "step"]
+    measuring.graph = Tried(10.0, 0.003, 0.0)
+    assert chosen(1_000_000, **{"train.batch": 16})[0] == "off"
+
+
+def test_the_estimate_is_of_tensors_and_steps() -> None:
+    rows: Any = [None] * 10
+    saved, cost = estimate(rows, 1000)
+    assert saved == pytest.approx(0.8) and cost == pytest.approx(7.0)
+
+
+def test_switches_are_words(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert Recipe.from_toml("compile = true").compile == "best" and Recipe.from_toml("compile = false").compile == "off"
+    assert Recipe().override({"compile": True}).compile == Recipe().override({"compile": "True"}).compile == "best"
+    told: list[Any] = []
+    take = lambda path, value, why: told.append((value, why)) or value
+    sharp = Recipe(compile="best").override({"regularize.sharpness": 0.1, "compile": "true"})
+    device = choose("cpu")[0]
+    assert settle_compile(sharp, (), device, take).compile == "model"
+    assert told[0][0] == "not 'step'" and "sharpness" in told[0][1]
+    assert settle_compile(Recipe(compile="best"), (), device, take, None, "it is in parts").compile == "off"
+
+
+def test_what_is_asked_for_is_tried_and_falls_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    from thalweg.engine import compiled_measure
+
+    def tried(bench: Any, recipe: Any) -> Tried:
+        if recipe.compile == "step":
+            raise RuntimeError("a branch")
+        return Tried(1.0, 1.0, 0.0)
+
+    monkeypatch.setattr(compiled_measure, "tried", tried)
+    task = Task(model=mlp(), loss=mean_loss, data=Split(train=points()))
+    plan = resolve(task, Recipe().override({"device": "cpu", "precision": "fp32", "compile": True})).plan
+    told = [d for d in plan.decisions if d.path == "compile"]
+    assert plan.recipe.compile == "model" and told[0].value == "not 'step'" and "a branch" in told[0].reason
+
+
+@pytest.mark.parametrize("bad", [0, 65, "many"])
+def test_a_number_of_steps_that_no_call_can_take(bad: Any) -> None:
+    with pytest.raises(RecipeError, match=f"steps_per_call={bad!r} is no number of steps"):
+        Recipe(steps_per_call=bad)
+
+
+def test_graphs_are_kept_in_the_users_folder_unless_another_is_named(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv(INDUCTOR, "/tmp/torchinductor")  # as torch sets it
+    monkeypatch.setattr(compiled_cache, "_GIVEN", None)
+    compiled_cache.use_cache()
+    assert os.environ[INDUCTOR] == str(compiled_cache.folder() / "inductor") and str(tmp_path) in os.environ[INDUCTOR]
+    monkeypatch.setattr(compiled_cache, "_GIVEN", "elsewhere")
+    monkeypatch.setenv(INDUCTOR, "elsewhere")
+    compiled_cache.use_cache()
+    assert os.environ[INDUCTOR] == "elsewhere"

@@ -1,0 +1,53 @@
+"""What was compiled and what was measured, kept between runs in the user's cache folder."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Mapping
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+from thalweg.optim.native import cache_folder
+
+INDUCTOR = "TORCHINDUCTOR_CACHE_DIR"
+_GIVEN = os.environ.get(
+    INDUCTOR
+)  # by the user: torch sets it too, to a folder that a restart takes, where it is first asked for
+
+
+def folder() -> Path:
+    """Beside the kernels of updates: ``THALWEG_CACHE``, or the user's cache folder."""
+    return cache_folder() / "compiled"
+
+
+def use_cache() -> None:
+    """Inductor keeps its graphs there, unless the user has named another folder."""
+    if _GIVEN is None:
+        os.environ[INDUCTOR] = str(folder() / "inductor")
+
+
+def _file(facts: Mapping[str, Any]) -> Path:
+    text = json.dumps(facts, sort_keys=True, default=str)
+    return folder() / f"{hashlib.sha256(text.encode()).hexdigest()[:32]}.json"
+
+
+def kept(facts: Mapping[str, Any]) -> dict[str, Any] | None:
+    """What ``keep`` was given for equal facts; None where it was not, or cannot be read."""
+    with suppress(OSError, ValueError):
+        found = json.loads(_file(facts).read_text(encoding="utf-8"))
+        if isinstance(found, dict):
+            return found
+    return None
+
+
+def keep(facts: Mapping[str, Any], figures: Mapping[str, Any]) -> None:
+    """Note figures for the next run; a folder that cannot be written keeps none."""
+    with suppress(OSError):
+        path = _file(facts)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        beside = path.with_suffix(f".{os.getpid()}")
+        beside.write_text(json.dumps(figures), encoding="utf-8")
+        os.replace(beside, path)

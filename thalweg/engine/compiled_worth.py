@@ -1,0 +1,155 @@
+"""On a CPU: whether the rest of a run repays what compiling its step takes.
+
+Most runs there are over before it would: they are told so by an estimate, which runs nothing. Where that leaves it open, the
+eager step is timed on a copy; only where its time leaves it open too is a step compiled on one. What was found is kept for the
+next run.
+"""
+
+from __future__ import annotations
+
+import platform
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+
+from thalweg.core import ParameterRow, Recipe
+from thalweg.data import split, tensors
+from thalweg.device.kept import same_generators
+from thalweg.engine.checks import whole_of
+from thalweg.engine.compiled_cache import keep, kept
+from thalweg.engine.compiled_measure import Take, Tried, choice, fastest, first_line, first_that_works, tried
+from thalweg.engine.memory import Bench
+
+#: Seconds that a graph saves in a step, for each trained tensor: what its operators cost (benchmarks/compiled.py).
+SAVED_S = 8e-5
+#: Seconds until a graph is compiled: at least, and for each trained tensor; of those, the share where all is in the cache.
+COMPILE_S, EACH_S, WARM = 5.0, 0.2, 0.35
+#: Of an eager step, the most that a graph may save.
+MOST_SAVED = 0.75
+#: Of the run's expected time, the most that goes into timing the eager step.
+SHARE = 0.03
+_STEPS = 8
+
+
+def estimate(rows: Sequence[ParameterRow], steps: int) -> tuple[float, float]:
+    """(seconds that a graph would save in so many steps, seconds to compile it), by the number of tensors alone."""
+    return steps * SAVED_S * len(rows), COMPILE_S + EACH_S * len(rows)
+
+
+def measured(
+    recipe: Recipe,
+    able: Sequence[str],
+    take: Take,
+    *,
+    rows: Sequence[ParameterRow],
+    steps: int,
+    bench: Callable[[], Bench],
+    alone: bool,
+) -> str:
+    """What ``compile`` becomes by trying, where a recipe leaves it open.
+
+    Args:
+        able: ways that are possible.
+        alone: whether the run has one rank.
+    """
+    if recipe.compile == "best":
+        return first_that_works(bench(), recipe, able, take)
+    if able != ["step"]:
+        return fastest(bench(), recipe, able, steps, take)
+    if not alone:
+        return str(take("compile", "off", "nothing is measured for ranks on a CPU; 'step' can be asked for"))
+    return worth(recipe, rows, steps, bench, take)
+
+
+def worth(recipe: Recipe, rows: Sequence[ParameterRow], steps: int, bench: Callable[[], Bench], take: Take) -> str:
+    """ "step" where it ends the run sooner, else "off".
+
+    Args:
+        recipe: complete but for ``compile``.
+        steps: of the run.
+        bench: makes what tries a recipe on copies of the model.
+        take: notes the choice with its reason.
+    """
+    saved, cost = estimate(rows, steps)
+    told = f"about {saved:.2g} s of {steps} steps would be saved, by an estimate for {len(rows)} tensors"
+    if saved < WARM * cost:
+        return str(take("compile", "off", f"{told}, and to compile takes {cost:.2g} s"))
+    here = bench()
+    facts = facts_of(recipe, here)
+    found = kept(facts)
+    if found is None:
+        if saved < cost:
+            return str(take("compile", "off", f"{told}, and to compile takes {cost:.2g} s"))
+        found = _measured(here, recipe, steps, cost, take)
+        if found is None:
+            return "off"
+        keep(facts, found)
+        text = ""
+    else:
+        text = " (measured in an earlier run, and kept)"
+    if found.get("failed"):
+        return str(take("compile", "off", f"'step' failed when it was tried: {found['failed']}{text}"))
+    figures = {"off": Tried(found["off"], found["off"], 0.0), "step": Tried(WARM * found["first"], found["step"], 0.0)}
+    return choice(figures, steps, lambda path, value, why: take(path, value, why + text))
+
+
+def _measured(bench: Bench, recipe: Recipe, steps: int, cost: float, take: Take) -> dict[str, Any] | None:
+    """Seconds of a step by plain operators and as a graph, and to compile it; None where the former are enough to say no."""
+    eager = eager_step(bench, recipe, steps)
+    if steps * eager * MOST_SAVED < cost:
+        take(
+            "compile", "off", f"{steps} steps of {1e3 * eager:.3g} ms end before a graph is repaid, about {cost:.2g} s"
+        )
+        return None
+    try:
+        graph = tried(bench, replace(recipe, compile="step"))
+    except Exception as err:
+        return {"failed": first_line(err)}
+    return {"off": eager, "step": graph.step, "first": graph.first}
+
+
+def eager_step(bench: Bench, recipe: Recipe, steps: int) -> float:
+    """Seconds of a step by plain operators, on a copy: of ``SHARE`` of the run's steps, at most of eight."""
+    window = split(bench.window, whole_of(recipe.train.micro_batch))
+    times = []
+    with same_generators(bench.device):
+        step = bench.step(replace(recipe, compile="off"))
+        for _ in range(1 + max(1, min(_STEPS, int(SHARE * steps) - 1))):
+            begun = time.perf_counter()
+            step.run(window)
+            bench.device.synchronize()
+            times.append(time.perf_counter() - begun)
+    return statistics.median(times[1:])
+
+
+_NO_MATTER = (
+    "seed",
+    "weights",
+    "weights_rename",
+    "checkpoint",
+    "evaluate",
+    "data",
+    "steps_per_call",
+    "compile",
+    "device",
+)
+
+
+def facts_of(recipe: Recipe, bench: Bench) -> dict[str, Any]:
+    """What the times of a step rest on."""
+    tree = {name: value for name, value in recipe.to_dict().items() if name not in _NO_MATTER}
+    train = {name: value for name, value in tree.get("train", {}).items() if name not in ("steps", "epochs")}
+    return {
+        "torch": torch.__version__,
+        "machine": [platform.machine(), platform.processor(), platform.node()],
+        "threads": torch.get_num_threads(),
+        "model": str(bench.model),
+        "loss": repr(getattr(bench.loss, "__qualname__", type(bench.loss).__name__)),
+        "parameters": [(name, list(p.shape), str(p.dtype)) for name, p in bench.model.named_parameters()],
+        "batch": [(name, list(t.shape), str(t.dtype)) for name, t in tensors(bench.window)],
+        "recipe": {**tree, "train": train},
+    }
