@@ -36,6 +36,7 @@ from thalweg.core import (
 from thalweg.core.guard import NONFINITE
 from thalweg.core.recipe import (
     COMPILED,
+    MEMORY_FORMATS,
     PRECISIONS,
     RECOMPUTED,
     RELEASES,
@@ -129,6 +130,8 @@ recipes = st.builds(
     weights_rename=st.lists(st.sampled_from(["=net", "model=", "a=b.c"]), max_size=3).map(tuple),
     recompute=maybe(st.sampled_from(RECOMPUTED)),
     compile=st.sampled_from(COMPILED),
+    memory_format=st.sampled_from(MEMORY_FORMATS),
+    threads=maybe(st.integers(1, 99)),
     exact_reduce=st.booleans(),
     parallel=st.sampled_from(["auto", "fsdp", {"data": 4, "tensor": 2}]),
     tensor_plan=options,
@@ -525,6 +528,8 @@ def test_a_value_in_the_place_of_a_table_is_refused(table: str, bad: Any) -> Non
         ("precision", "fp9"),
         ("recompute", "all"),
         ("compile", "always"),
+        ("memory_format", "nhwc"),
+        ("threads", 0),
         ("memory_budget", "12 apples"),
         ("memory_budget", "0"),
         ("train.micro_batch", "many"),

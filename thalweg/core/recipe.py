@@ -523,6 +523,7 @@ class Checkpoint:
 PRECISIONS = ("fp32", "tf32", "bf16", "fp16", "bf16-pure", "fp8")
 RECOMPUTED = ("none", "blocks", "ops", "compiled")
 COMPILED = ("auto", "off", "model", "step", "captured")
+MEMORY_FORMATS = ("auto", "contiguous", "channels_last")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -545,6 +546,10 @@ class Recipe:
         compile: what torch.compile is given: "off"; "model": the model alone; "step": forward and backward pass, clipping and
             update as one graph; "captured": the same, and its launches recorded once and played again, where the device can;
             "auto": what is fastest, measured where that is worth it (docs/compile.md).
+        memory_format: how the kernels of two-dimensional convolutions lie, and with them what flows through the model:
+            "contiguous", "channels_last"; "auto": what is faster here, on the CPU measured (docs/on-a-cpu.md).
+        threads: that torch computes with on the CPU; None: as OMP_NUM_THREADS or torch.set_num_threads say, else what is
+            fastest, measured. Sums are cut by threads, so that another number gives other bits.
         weights: what a new run begins with: a run folder, a checkpoint, a file of torch, safetensors or Lightning, a
             Hugging Face folder; None: what the model is made with. A resumed run does not read it again.
         weights_rename: ``OLD=NEW`` names of modules or tensors in it; the first that fits a name changes it.
@@ -567,6 +572,8 @@ class Recipe:
     memory_budget: str | None = None
     recompute: str | None = None
     compile: str = "auto"
+    memory_format: str = "auto"
+    threads: int | None = None
     weights: str | None = None
     weights_rename: tuple[str, ...] = ()
     exact_reduce: bool = False
@@ -601,7 +608,12 @@ class Recipe:
             "A seed is a whole number of 64 bits, with sign.",
             "Give one from -2**63 to 2**63 - 1, such as 0.",
         )
-        for name, known in (("precision", ("auto", *PRECISIONS)), ("recompute", RECOMPUTED), ("compile", COMPILED)):
+        for name, known in (
+            ("precision", ("auto", *PRECISIONS)),
+            ("recompute", RECOMPUTED),
+            ("compile", COMPILED),
+            ("memory_format", MEMORY_FORMATS),
+        ):
             value = getattr(self, name)
             _check(
                 value in known or (name == "recompute" and value is None),
@@ -609,6 +621,12 @@ class Recipe:
                 f"{len(known)} are.",
                 did_you_mean(str(value), known),
             )
+        _check(
+            self.threads is None or self.threads >= 1,
+            f"threads={self.threads} computes nothing.",
+            "It counts threads of the CPU.",
+            "Give 1 or more, or leave it out: what is fastest is measured.",
+        )
         if self.memory_budget is not None:
             to_bytes(self.memory_budget, "memory_budget")
         for text in self.weights_rename:

@@ -58,6 +58,7 @@ from thalweg.engine.compiled_measure import fastest
 from thalweg.engine.given import made_model, split_of, task_loss
 from thalweg.engine.inorder import check_exact
 from thalweg.engine.layout import Planned, fitting_layout, on_ranks, settle_layout
+from thalweg.engine.levers import as_decided, settle_levers, use_threads
 from thalweg.engine.memory import Bench, fit, predicted, settle_memory
 from thalweg.engine.memory_format import lay_out
 from thalweg.engine.padding import settle_padding
@@ -180,6 +181,12 @@ def _resolve(
         recipe = replace(recipe, device=decide.take("device", str(device.torch_device), why))
     if recipe.precision != "auto":
         policy_for(recipe.precision, device)
+    if saved is not None:
+        as_decided(recipe, saved.decisions, device)
+    elif device.is_host:
+        use_threads(recipe)
+    elif recipe.threads is not None:
+        decide.take("threads", recipe.threads, f"not used: {device.kind} computes, not the host")
     split = split_of(task, recipe)
     source = as_source(split.train)
     test = None if split.test is None else as_source(split.test)
@@ -207,7 +214,10 @@ def _resolve(
     model = device.move(model)
     for told in device.mend(model):
         decide.take(*told)
-    lay_out(model, device, decide.take)
+    in_parts = saved is not None or stand.shard > 1 or stand.tensor > 1
+    if in_parts and recipe.memory_format == "auto" and device.is_host:  # a plan of before there was a choice, too
+        recipe = replace(recipe, memory_format="contiguous")
+    recipe = lay_out(model, device, decide.take, recipe)
     if ranks.world > 1:
         check_layers(model, ranks.world)
     if stand.shard > 1:
@@ -260,6 +270,8 @@ def _resolve(
     span = span_of(recipe, steps, per_step, why_not, samples=samples, sequence=whole)
     check_values(moved, span)
     with recomputed(model, recipe.recompute or "none"):
+        if saved is None:
+            recipe = settle_levers(recipe, model, loss, first, device, decide.take, steps=steps)
         recipe, policy, prepared = settle_precision(recipe, model, loss, first, device, decide.take, early)
 
     undo.callback(prepared.undo)

@@ -32,7 +32,7 @@ from thalweg.core import (
 )
 from thalweg.core.changes import accepted
 from thalweg.device import Device
-from thalweg.engine import Loop, Resolved, Step, build, evaluate, resolve
+from thalweg.engine import Loop, Resolved, Step, build, evaluate, levers, resolve
 from thalweg.engine.agree import check_forward
 from thalweg.engine.memory import PeakWatch, begun
 from thalweg.engine.signals import Asked, asked_to_end
@@ -167,6 +167,7 @@ class _Run:
         self.news: list[tuple[str, str]] = []  # to be told when the run begins: name and text of an event
         self.given_sinks = list(sinks) if ranks.is_first else []
 
+    @levers.kept()
     def go(self, resume: Resume = False, accept: Sequence[str] = ()) -> Result:
         ranks = self.ranks
         earlier = ranks.together(lambda: self._open(resume, accept))
