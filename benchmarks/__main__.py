@@ -27,6 +27,7 @@ NAMES = (
     "ranks",
     "forms",
     "compiled",
+    "levers",
 )
 
 for name in sys.argv[1:] or NAMES:

@@ -16,13 +16,13 @@ from typing import Any
 import torch
 from torch import nn
 
-from thalweg.core import Decision, Recipe, human_bytes
+from thalweg.core import Decision, Plan, Recipe, human_bytes
 from thalweg.data import batch_size, split
 from thalweg.device import Device, allocator, threads
+from thalweg.device.race import race, simplest
 from thalweg.engine.losses import sum_and_weight
 from thalweg.engine.memory_format import FORMATS, convolutions, put
 from thalweg.engine.preflight import ModelLoss, untouched
-from thalweg.engine.race import race, simplest
 from thalweg.optim import named_trainable
 from thalweg.precision import POLICIES
 
@@ -35,6 +35,8 @@ _PART, _LEAST_S, _MOST_S = 0.02, 0.03, 1.5
 _WORTH_FLOPS = 5e8
 #: Fresh pages of a pass below which the C library's thresholds are not worth a word.
 _WORTH_BYTES = 1 << 20
+#: The first pass of all takes so many at least where later ones take any: it also loads what it needs.
+_MANY_BYTES = 16 << 20
 _FEW = 8  # samples of a pass that is cut short to be measured
 
 
@@ -110,6 +112,7 @@ def settle_levers(
     take: Take,
     *,
     steps: int,
+    fresh: int = 0,
     process: bool = True,
 ) -> Recipe:
     """Fill ``precision``, ``memory_format`` and ``threads`` where they are open, on the host; elsewhere they are settled otherwise.
@@ -118,37 +121,38 @@ def settle_levers(
         batch: the first micro-batch.
         take: notes decisions.
         steps: of the run, which measuring must be worth.
+        fresh: bytes of fresh pages that the first pass of all took.
         process: whether threads and thresholds, which are the whole process's, may be changed.
     """
     if not device.is_host:
         return recipe
-    open_threads = process and recipe.threads is None and not threads.given()
+    trial, counts = _Trial(model, loss, batch, device), [torch.get_num_threads()]
+    if process and recipe.threads is None and not threads.given():
+        counts = threads.numbers()
+    lies = bool(trial.layers) and recipe.memory_format == "auto"
+    kept = process and _may_keep(recipe) and fresh >= _MANY_BYTES
+    if not (recipe.precision == "auto" or lies or len(counts) > 1 or kept):
+        return recipe
     plain = Way(
         "fp32" if recipe.precision == "auto" else recipe.precision,
         "contiguous" if recipe.memory_format == "auto" else recipe.memory_format,
-        torch.get_num_threads(),
+        counts[0],
     )
-    trial = _Trial(model, loss, batch, device)
+    best, told = plain, ""
     with untouched(model, device, recipe.seed):
         with trial.flops() as found:
-            first, seen = trial.run(plain), trial.fresh
-        pays = bool(trial.layers) and found[0] >= _WORTH_FLOPS
+            first = trial.run(plain)
+        pays = lies and found[0] >= _WORTH_FLOPS
         precisions = [p for p in ("fp32", "tf32", "bf16") if p in device.precisions]
-        ways = [
-            Way(*parts)
-            for parts in product(
-                precisions if recipe.precision == "auto" else [plain.precision],
-                [*FORMATS] if recipe.memory_format == "auto" and pays else [plain.memory_format],
-                threads.numbers() if open_threads else [plain.threads],
-            )
-        ]
-        best, told = plain, ""
+        formats = [*FORMATS] if pays else [plain.memory_format]
+        halves = precisions if recipe.precision == "auto" else [plain.precision]
+        ways = [Way(*parts) for parts in product(halves, formats, counts)]
         if len(ways) > 1:
             best, told = _fastest(trial, ways, plain, first, steps)
         trial.put(best)
-        if process and seen >= _WORTH_BYTES:  # the first pass takes what later ones take, and more
-            _settle_allocator(recipe, trial, best, take)
-    return _settled(recipe, best, told, bool(trial.layers), pays, open_threads and len(ways) > 1, take)
+        if kept:
+            _settle_allocator(trial, best, take)
+    return _settled(recipe, best, told, lies, pays, len(counts) > 1, take)
 
 
 def _fastest(trial: _Trial, ways: Sequence[Way], plain: Way, first: float, steps: int) -> tuple[Way, str]:
@@ -172,26 +176,26 @@ def _fastest(trial: _Trial, ways: Sequence[Way], plain: Way, first: float, steps
 
 
 def _settled(recipe: Recipe, best: Way, told: str, lies: bool, pays: bool, many: bool, take: Take) -> Recipe:
-    why, once = (
-        f"measured here, {told}; what is faster is taken from {GAIN:g} times on",
-        "measured together with precision",
-    )
+    why = f"measured here, {told}; what is faster is taken from {GAIN:g} times on"
     if recipe.precision == "auto":
         recipe = replace(recipe, precision=take("precision", best.precision, why if told else "this CPU has no other"))
-        why = once
-    if recipe.memory_format == "auto" and lies:
+        why = "measured together with precision"
+    if lies:
         small = "the convolutions are too small for it to matter"
         recipe = replace(recipe, memory_format=take("memory_format", best.memory_format, why if pays else small))
-        why = once if pays else why
+        why = "measured together with memory_format" if pays and told in why else why
     if many:
         recipe = replace(recipe, threads=take("threads", best.threads, why))
     return recipe
 
 
-def _settle_allocator(recipe: Recipe, trial: _Trial, way: Way, take: Take) -> None:
-    """Freed memory stays with the process where a pass would take it anew, and nobody counts bytes."""
-    if recipe.memory_budget is not None or recipe.train.micro_batch == "auto" or allocator.is_raised():
-        return
+def _may_keep(recipe: Recipe) -> bool:
+    """Whether nobody counts bytes, and it is not so already."""
+    return recipe.memory_budget is None and recipe.train.micro_batch != "auto" and not allocator.is_raised()
+
+
+def _settle_allocator(trial: _Trial, way: Way, take: Take) -> None:
+    """Freed memory stays with the process where a pass would take it anew."""
     seconds, fresh = trial.run(way), trial.fresh
     if fresh < _WORTH_BYTES:
         return
@@ -221,6 +225,20 @@ def as_decided(recipe: Recipe, decisions: Sequence[Decision], device: Device) ->
     use_threads(recipe)
     if any(made.path == "allocator" and made.value == KEEPS for made in decisions):
         allocator.raise_thresholds()
+
+
+def told_threads(before: Plan, now: Plan, device: Device) -> list[tuple[str, str]]:
+    """(name, text) of what a person should know of the threads that a run goes on with."""
+    began, goes_on = before.machine.get("threads"), now.machine["threads"]
+    if not device.is_host or began is None:
+        return []
+    if began != goes_on:
+        text = f"The run began on {began} threads, and goes on with {goes_on}: torch cuts sums by its threads."
+        return [("threads", f"{text} The last digits may differ from those of a run that was not stopped.")]
+    if goes_on > threads.cores():
+        text = f"The run goes on with {goes_on} threads, as it began, on {threads.cores()} processors: the same bits, slower."
+        return [("threads", text)]
+    return []
 
 
 @contextmanager

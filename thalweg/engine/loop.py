@@ -10,12 +10,13 @@ from typing import Any
 import torch
 
 from thalweg.core import Evaluation, Event, Feed, Plan, Record, Sink, StopReason
-from thalweg.core.goodput import BESIDE
+from thalweg.core.goodput import BESIDE, WAITING
 from thalweg.device import ran_out
 from thalweg.engine.evaluate import Interrupted
 from thalweg.engine.guard import Tripped, Warden
 from thalweg.engine.memory.measured import STEPS
 from thalweg.engine.portions import Failure, in_update, spoken
+from thalweg.engine.stall import Stall, advice
 from thalweg.engine.step import FIELDS, RING, Step
 from thalweg.engine.stopping import EarlyStop
 from thalweg.parallel import ALONE, Ranks
@@ -64,7 +65,9 @@ class Loop:
         self.guard = Warden(step, feed, self.tell, plan.recipe.guard)
         self._began = time.perf_counter()
         self._flushed_at = self._began
-        self._pending: list[float] = []  # seconds of the steps whose rows are still on the device
+        # (seconds, of which it waited for data) of the steps whose rows are still on the device
+        self._pending: list[tuple[float, float]] = []
+        self.stall = Stall()
         self._saved = -1
         self.owed = False  # whether this step is still to be evaluated
         self.agree: Callable[[], None] = lambda: None  # before a checkpoint: raises where ranks hold other states
@@ -92,7 +95,7 @@ class Loop:
                         return self._end(reason)
                 elif self.owed and (reason := self._after_step()):
                     return self._end(reason)
-                for window in self._waited_for(self.feed.windows(state.step, last)):
+                for window in self.stall.timed(self.feed.windows(state.step, last)):
                     self.step.run(window)
                     self.owed = self._evaluation_is_due()  # before what can fail: a resumed run makes up for it
                     self._note()
@@ -130,15 +133,6 @@ class Loop:
             yield
         finally:
             self.spent[what] += time.perf_counter() - began
-
-    def _waited_for(self, windows: Iterator[list[Any]]) -> Iterator[list[Any]]:
-        """The same windows, and the time that each was waited for."""
-        while True:
-            with self.spending("waiting for data"):
-                window = next(windows, None)
-            if window is None:
-                return
-            yield window
 
     def _is_due(self, every: int | None) -> bool:
         return self.step.state.step == self.plan.steps or bool(every and self.step.state.step % every == 0)
@@ -213,7 +207,15 @@ class Loop:
             self.gave_up |= self.streak >= self.plan.recipe.guard.patience
         for sink in self.sinks:
             sink.steps(records)
+        self._count_waits()
         self.guard.after()
+
+    def _count_waits(self) -> None:
+        """What steps waited for data so far is known to all that ask, and told where it is much."""
+        self.spent[WAITING] = self.stall.waited
+        beside = sum(self.spent.values()) - self.stall.waited
+        if text := self.stall.news(beside, lambda: advice(self.feed, self.plan.recipe)):
+            self.tell("data", text, {"waited": round(self.stall.waited, 4)})
 
     def tell(self, name: str, text: str, detail: dict[str, Any] | None = None, step: int | None = None) -> None:
         """Something that a person should know goes to every sink; of ``step``, or of the last one."""
@@ -229,13 +231,13 @@ class Loop:
 
     def _note(self) -> None:
         now = time.perf_counter()
-        self._pending.append(now - self._began)
+        self._pending.append((now - self._began, self.stall.last))
         self.ranks.at = self.step.state.step
         due = now - self._flushed_at > _FLUSH_SECONDS if self._alone else self.step.state.step % _FLUSH_STEPS == 0
         if due or len(self._pending) == RING:
             self.flush()
 
-    def _record(self, step: int, row: list[float], seconds: float) -> Record:
+    def _record(self, step: int, row: list[float], times: tuple[float, float]) -> Record:
         value = dict(zip(FIELDS, row))
         weight = value["weight"]
         told = self.step.state.timetable.told
@@ -249,7 +251,8 @@ class Loop:
             applied=int(value["applied"]) + (not value["skipped"]),
             skipped=bool(value["skipped"]),
             scale=value["scale"],
-            seconds=round(seconds, 4),
+            seconds=round(times[0], 4),
+            waited=round(times[1], 4),
             values={name: number * scale for (name, scale), number in zip(told.items(), row[len(FIELDS) :])},
         )
 

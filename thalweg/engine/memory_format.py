@@ -7,7 +7,7 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from thalweg.core import Recipe
 from thalweg.device import Device
@@ -28,19 +28,33 @@ def put(layers: Sequence[nn.Module], memory_format: str) -> None:
     activations would lie channel after channel.
     """
     for layer in layers:
-        layer.weight.data = layer.weight.data.to(memory_format=FORMATS[memory_format])  # type: ignore[operator, union-attr]
+        kernel: Tensor = layer.weight.data  # type: ignore[assignment]
+        layer.weight.data = kernel.to(memory_format=FORMATS[memory_format])
 
 
-def lay_out(model: nn.Module, device: Device, take: Callable[[str, Any, str], Any], recipe: Recipe) -> Recipe:
+def _lies_last(layer: nn.Module) -> bool:
+    kernel: Tensor = layer.weight  # type: ignore[assignment]
+    return kernel.is_contiguous(memory_format=torch.channels_last) and not kernel.is_contiguous()
+
+
+def lay_out(
+    model: nn.Module,
+    device: Device,
+    take: Callable[[str, Any, str], Any],
+    recipe: Recipe,
+    *,
+    measured: bool = True,
+) -> Recipe:
     """Put kernels of two-dimensional convolutions as the recipe or the device wants them, in place.
 
     Names, shapes and values stay; checkpoints know nothing of it.
 
     Args:
         take: notes the decision.
+        measured: whether it is measured on the host later (``levers.py``), where it is open; else it stays "contiguous".
 
     Returns:
-        The recipe; its ``memory_format`` is still "auto" on the host, where it is measured (``levers.py``).
+        The recipe; its ``memory_format`` is still "auto" where it will be measured, or matters to nothing.
     """
     layers, wanted = convolutions(model), recipe.memory_format
     if not layers:
@@ -50,6 +64,10 @@ def lay_out(model: nn.Module, device: Device, take: Callable[[str, Any, str], An
     if wanted == "auto" and device.capabilities.channels_last:
         told = f"{len(layers)} convolutions: the products of {device.kind} read channels side by side"
         wanted = take("memory_format", "channels_last", told)
+    elif wanted == "auto" and not measured:
+        wanted = "contiguous"
+    elif wanted == "auto" and all(_lies_last(layer) for layer in layers):
+        wanted = take("memory_format", "channels_last", "the model's kernels lie so already")
     elif wanted == "auto" and not device.is_host:
         wanted = take("memory_format", "contiguous", f"nothing is known of {device.kind} that would want another")
     if wanted != "auto":

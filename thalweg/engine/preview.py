@@ -70,10 +70,10 @@ def preview_of_task(task: Task, recipe: Recipe) -> list[Curve]:
     if isinstance(task.model, nn.Module):  # what a recipe puts into a model goes into a copy
         task = replace(task, model=copy.deepcopy(task.model))
     # Nothing here hangs on these, and they would be measured.
-    open_ = {"precision": "fp32", "memory_format": "contiguous"}
-    recipe = replace(recipe, **{name: value for name, value in open_.items() if getattr(recipe, name) == "auto"})
+    settled = {"precision": "fp32", "memory_format": "contiguous", "threads": torch.get_num_threads()}
+    recipe = recipe.override({name: v for name, v in settled.items() if getattr(recipe, name) in ("auto", None)})
     with levers.kept():
-        resolved = resolve(task, replace(recipe, threads=recipe.threads or torch.get_num_threads()))
+        resolved = resolve(task, recipe)
     plan, loss = resolved.plan, resolved.loss
     recipe, span = plan.recipe, run_span(plan)
     known = loss.known if isinstance(loss, TaskLoss) else None

@@ -37,10 +37,11 @@ from thalweg.data import (
     sequence_length,
     shortened,
     to_device,
+    told_of_loader,
 )
 from thalweg.data import split as split_batch
 from thalweg.data.padded import StaticFeed
-from thalweg.device import Device, choose, facts
+from thalweg.device import Device, allocator, choose, facts
 from thalweg.engine.begin import take_weights
 from thalweg.engine.checks import (
     check_average,
@@ -203,21 +204,16 @@ def _resolve(
     if isinstance(source, Stream) and source.iterable is split.train and source.stateful:
         decide.take("data", type(split.train).__name__, "a resumed run goes on through its state_dict()")
     elif isinstance(split.train, DataLoader):
-        decide.take(
-            "data",
-            "DataLoader",
-            "its data set and collate function are used; batch, order and workers are the recipe's",
-        )
+        told = told_of_loader(split.train, recipe.train.batch, recipe.data.workers)
+        decide.take("data", "DataLoader", told)
     model = made_model(task, recipe)
     if begins:
         take_weights(model, recipe, decide.take, saved)
     model = device.move(model)
-    for told in device.mend(model):
-        decide.take(*told)
-    in_parts = saved is not None or stand.shard > 1 or stand.tensor > 1
-    if in_parts and recipe.memory_format == "auto" and device.is_host:  # a plan of before there was a choice, too
-        recipe = replace(recipe, memory_format="contiguous")
-    recipe = lay_out(model, device, decide.take, recipe)
+    for mended in device.mend(model):
+        decide.take(*mended)
+    in_parts = stand.shard > 1 or stand.tensor > 1
+    recipe = lay_out(model, device, decide.take, recipe, measured=saved is None and not in_parts)
     if ranks.world > 1:
         check_layers(model, ranks.world)
     if stand.shard > 1:
@@ -259,7 +255,9 @@ def _resolve(
     with joined(recipe, model, device):
         changes = changed_model(model, loss, first, device, recipe, decide)
         with tried(model, recipe.recompute, decide.take), watch_batch(model, batch_size(first)) as values:
+            fresh = allocator.fresh_bytes()
             probe = preflight(model, loss, first, source, device, recipe.seed, mixed=mix is not None)
+            fresh = allocator.fresh_bytes() - fresh
         if ranks.world > 1:
             check_buffers(model, loss, first, device, recipe, ranks.world)
         if lengths is not None:
@@ -271,7 +269,7 @@ def _resolve(
     check_values(moved, span)
     with recomputed(model, recipe.recompute or "none"):
         if saved is None:
-            recipe = settle_levers(recipe, model, loss, first, device, decide.take, steps=steps)
+            recipe = settle_levers(recipe, model, loss, first, device, decide.take, steps=steps, fresh=fresh)
         recipe, policy, prepared = settle_precision(recipe, model, loss, first, device, decide.take, early)
 
     undo.callback(prepared.undo)

@@ -217,6 +217,8 @@ class _Run:
         if self.ranks.world > 1 and (text := check_forward(step, resolved.tried, self.ranks)):
             self.news.append(("ranks", text))
         check_end(plan, step.state.step)  # a plan with fewer epochs knows its end only now
+        if earlier.plan is not None:
+            self.news += levers.told_threads(earlier.plan, plan, resolved.device)
         news = self._begun(plan, earlier, step.state.step)
         sinks = self._sinks(earlier.snapshot, new=earlier.plan is None)
         precise = self._precise(resolved, step)

@@ -9,8 +9,9 @@ from typing import TypeVar
 Way = TypeVar("Way", bound=Hashable)
 
 _MOST_ROUNDS = 25
-#: A way is given up when it is this many times slower than the best: after its first run, its second, and later ones.
-_GIVEN_UP = (2.5, 1.5, 1.25)
+#: A way is given up when it is this many times slower than the best: after its first run, which may have to build what it
+#: needs, after its second, and after later ones.
+_GIVEN_UP = (20.0, 1.6, 1.25)
 
 
 def race(ways: Sequence[Way], run: Callable[[Way], float], budget_s: float) -> dict[Way, float]:
@@ -43,5 +44,5 @@ def _typical(seconds: list[float]) -> float:
 def simplest(found: dict[Way, float], changes: Callable[[Way], int], gain: float) -> Way:
     """The way with the fewest ``changes`` that no other is ``gain`` times as fast as; among equals the fastest."""
     best = min(found.values())
-    near = [way for way, seconds in found.items() if seconds <= gain * best]
+    near = [way for way, seconds in found.items() if seconds == best or seconds / best < gain]
     return min(near, key=lambda way: (changes(way), found[way]))
