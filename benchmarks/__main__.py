@@ -29,6 +29,7 @@ NAMES = (
     "compiled",
     "speed",
     "sizes",
+    "levers",
 )
 
 for name in sys.argv[1:] or NAMES:

@@ -36,6 +36,7 @@ from thalweg.core import (
 from thalweg.core.guard import NONFINITE
 from thalweg.core.recipe import (
     COMPILED,
+    MEMORY_FORMATS,
     PRECISIONS,
     RECOMPUTED,
     RELEASES,
@@ -130,6 +131,8 @@ recipes = st.builds(
     recompute=maybe(st.sampled_from(RECOMPUTED)),
     compile=st.sampled_from(COMPILED),
     steps_per_call=st.one_of(st.just("auto"), st.integers(1, 64)),
+    memory_format=st.sampled_from(MEMORY_FORMATS),
+    threads=maybe(st.integers(1, 99)),
     exact_reduce=st.booleans(),
     parallel=st.sampled_from(["auto", "fsdp", {"data": 4, "tensor": 2}]),
     tensor_plan=options,
@@ -532,6 +535,8 @@ def test_a_value_in_the_place_of_a_table_is_refused(table: str, bad: Any) -> Non
         ("recompute", "all"),
         ("compile", "always"),
         ("steps_per_call", 0),
+        ("memory_format", "nhwc"),
+        ("threads", 0),
         ("memory_budget", "12 apples"),
         ("memory_budget", "0"),
         ("train.micro_batch", "many"),

@@ -92,7 +92,7 @@ def weights_of(folder: Path, step: int) -> dict[str, bytes]:
 def steps_of(folder: Path) -> list[dict[str, Any]]:
     """All lines of the records but what two equal runs do not share: times."""
     lines = [line for line in read_lines(folder / "records.jsonl") if line["kind"] != "event"]
-    return [{k: v for k, v in line.items() if k != "seconds"} for line in lines]
+    return [{k: v for k, v in line.items() if k not in ("seconds", "waited")} for line in lines]
 
 
 def go(

@@ -56,7 +56,7 @@ def told(folder: Path) -> list[dict[str, Any]]:
 
 def steps_of(folder: Path) -> list[dict[str, Any]]:
     lines = [line for line in read_lines(folder / "records.jsonl") if line["kind"] != "event"]
-    return [{k: v for k, v in line.items() if k != "seconds"} for line in lines]
+    return [{k: v for k, v in line.items() if k not in ("seconds", "waited")} for line in lines]
 
 
 @pytest.fixture(scope="module")

@@ -421,7 +421,7 @@ def test_precision_is_not_measured_for_a_drawing(monkeypatch: pytest.MonkeyPatch
     def refuse(*_: object) -> None:
         raise AssertionError("measured")
 
-    monkeypatch.setattr(importlib.import_module("thalweg.engine.precision"), "gain_of", refuse)
+    monkeypatch.setattr(importlib.import_module("thalweg.engine.levers"), "race", refuse)
     assert preview_of_task(small_task(), small(precision="auto"))
 
 

@@ -110,7 +110,11 @@ class Ended:
         facts = json.loads((where / "state.json").read_text())
         length = facts.pop("records_bytes")
         assert (folder / "records.jsonl").stat().st_size >= length, "the records are shorter than the checkpoint says"
-        told = [{k: v for k, v in line.items() if k != "seconds"} for line in lines(folder) if line["kind"] != "event"]
+        told = [
+            {k: v for k, v in line.items() if k not in ("seconds", "waited")}
+            for line in lines(folder)
+            if line["kind"] != "event"
+        ]
         return cls(files, facts, told)
 
     def same_as(self, other: Ended) -> None:

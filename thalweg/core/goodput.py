@@ -12,7 +12,8 @@ from typing import Any
 from thalweg.core.units import human_seconds
 
 #: What the time between two steps may go into, beside the steps.
-BESIDE = ("evaluating", "saving", "waiting for data", "compiling")
+WAITING = "waiting for data"
+BESIDE = ("evaluating", "saving", WAITING, "compiling")
 
 
 @dataclass(frozen=True)

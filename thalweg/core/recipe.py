@@ -529,6 +529,7 @@ PRECISIONS = ("fp32", "tf32", "bf16", "fp16", "bf16-pure", "fp8")
 RECOMPUTED = ("none", "blocks", "ops", "compiled")
 COMPILED = ("auto", "off", "model", "step", "captured", "best")
 _SWITCHED = {"true": "best", "false": "off"}  # of ``compile``, which may be given as a switch
+MEMORY_FORMATS = ("auto", "contiguous", "channels_last")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -554,6 +555,10 @@ class Recipe:
             works, however short the run; false: "off" (docs/compile.md).
         steps_per_call: steps that are taken by one call of a graph (compile="step"), nothing else being due between them; "auto":
             as many as take 10 ms, at most 16. It changes no result.
+        memory_format: how the kernels of two-dimensional convolutions lie, and with them what flows through the model:
+            "contiguous", "channels_last"; "auto": what is faster here, on the CPU measured (docs/on-a-cpu.md).
+        threads: that torch computes with on the CPU; None: as OMP_NUM_THREADS or torch.set_num_threads say, else what is
+            fastest, measured. Sums are cut by threads, so that another number gives other bits.
         weights: what a new run begins with: a run folder, a checkpoint, a file of torch, safetensors or Lightning, a
             Hugging Face folder; None: what the model is made with. A resumed run does not read it again.
         weights_rename: ``OLD=NEW`` names of modules or tensors in it; the first that fits a name changes it.
@@ -577,6 +582,8 @@ class Recipe:
     recompute: str | None = None
     compile: str = "auto"
     steps_per_call: int | str = "auto"
+    memory_format: str = "auto"
+    threads: int | None = None
     weights: str | None = None
     weights_rename: tuple[str, ...] = ()
     exact_reduce: bool = False
@@ -612,7 +619,12 @@ class Recipe:
             "Give one from -2**63 to 2**63 - 1, such as 0.",
         )
         object.__setattr__(self, "compile", _SWITCHED.get(str(self.compile).lower(), self.compile))
-        for name, known in (("precision", ("auto", *PRECISIONS)), ("recompute", RECOMPUTED), ("compile", COMPILED)):
+        for name, known in (
+            ("precision", ("auto", *PRECISIONS)),
+            ("recompute", RECOMPUTED),
+            ("compile", COMPILED),
+            ("memory_format", MEMORY_FORMATS),
+        ):
             value = getattr(self, name)
             _check(
                 value in known or (name == "recompute" and value is None),
@@ -625,6 +637,12 @@ class Recipe:
             f"steps_per_call={self.steps_per_call!r} is no number of steps.",
             "The records of 64 steps are kept on the device.",
             "Give 'auto' or a number from 1 to 64.",
+        )
+        _check(
+            self.threads is None or self.threads >= 1,
+            f"threads={self.threads} computes nothing.",
+            "It counts threads of the CPU.",
+            "Give 1 or more, or leave it out: what is fastest is measured.",
         )
         if self.memory_budget is not None:
             to_bytes(self.memory_budget, "memory_budget")

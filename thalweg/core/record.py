@@ -66,8 +66,9 @@ class Record:
         applied: updates applied so far; smaller than ``step`` by the number of skipped steps.
         skipped: whether this step was not applied, because its loss or gradient was not finite, or a spike (``guard``).
         scale: the loss scale; 1 but for fp16.
-        seconds: wall time since the run (this attempt) began; the one field that two equal runs do not share.
+        seconds: wall time since the run (this attempt) began; with ``waited`` the only fields that two equal runs do not share.
         values: what else is scheduled, by name.
+        waited: seconds that this step waited for its data.
     """
 
     step: int
@@ -81,9 +82,10 @@ class Record:
     scale: float
     seconds: float
     values: dict[str, float] = field(default_factory=dict)
+    waited: float = 0.0
 
     def to_dict(self) -> dict[str, Any]:
-        told = {k: v for k, v in vars(self).items() if k != "values"}
+        told = {k: v for k, v in vars(self).items() if k != "values" and (k != "waited" or v)}
         return {"kind": "step", **_jsonable(told), **({"values": _jsonable(self.values)} if self.values else {})}
 
 

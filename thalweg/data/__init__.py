@@ -4,7 +4,7 @@ from thalweg.data.changed import ChangedFeed, SharedFeed, sequence_length, short
 from thalweg.data.feeds import Augment, held_out, make_feed
 from thalweg.data.order import Order, permute, uniforms
 from thalweg.data.share import WHOLE, Share, micro_batches
-from thalweg.data.sources import Items, Source, Stream, Tensors, TokenWindows, as_source
+from thalweg.data.sources import Items, Source, Stream, Tensors, TokenWindows, as_source, told_of_loader
 from thalweg.data.trees import batch_size, split, tensors, to_device, tree_map
 
 __all__ = [
@@ -30,6 +30,7 @@ __all__ = [
     "split",
     "tensors",
     "to_device",
+    "told_of_loader",
     "tree_map",
     "uniforms",
 ]

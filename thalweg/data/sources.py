@@ -8,7 +8,14 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, IterableDataset, RandomSampler, SequentialSampler, default_collate
+from torch.utils.data import (
+    BatchSampler,
+    DataLoader,
+    IterableDataset,
+    RandomSampler,
+    SequentialSampler,
+    default_collate,
+)
 
 from thalweg.core import DataError, Gather
 from thalweg.data.standing import Standing, standing_of
@@ -132,13 +139,13 @@ def as_source(data: Any) -> Source:
     if isinstance(data, (Tensors, TokenWindows, Items, Stream)):
         return data
     if isinstance(data, DataLoader):
-        collate = data.collate_fn if data.batch_size is not None else default_collate
+        collate = data.collate_fn if data.batch_sampler is not None else default_collate
         if isinstance(data.dataset, IterableDataset):
             return Stream(data, default_collate) if _gives_samples(data) else Stream(data.dataset, collate)
-        if not isinstance(data.sampler, (SequentialSampler, RandomSampler)):
+        if own := _own_order(data):
             raise DataError(
                 "The DataLoader has a sampler of its own, and the order of the data is the run's.",
-                f"Its sampler is a {type(data.sampler).__name__}.",
+                f"Its {own}.",
                 "Give the data set itself; weigh samples in the loss: Loss(total, weight).",
             )
         return Items(data.dataset, collate)
@@ -171,6 +178,43 @@ def as_source(data: Any) -> Source:
         f"Got {type(data).__name__}.",
         "Give a dict of tensors, a torch Dataset or DataLoader, or an iterable of samples.",
     )
+
+
+def _own_order(loader: DataLoader[Any]) -> str:
+    """What of a loader over a map-style data set says which samples are taken; "" where each is taken once an epoch."""
+    sampler, batches = loader.sampler, loader.batch_sampler
+    if batches is not None and not _is_of(batches, BatchSampler):
+        return f"batch_sampler is a {type(batches).__name__}"
+    if loader.batch_size is None and batches is not None:
+        sampler = batches.sampler
+    if not _is_of(sampler, SequentialSampler, RandomSampler):
+        return f"sampler is a {type(sampler).__name__}"
+    if isinstance(sampler, RandomSampler) and (sampler.replacement or sampler.num_samples != len(loader.dataset)):  # type: ignore[arg-type]
+        drawn = "with" if sampler.replacement else "without"
+        return f"sampler draws {sampler.num_samples} samples {drawn} replacement"
+    return ""
+
+
+def _is_of(sampler: Any, *kinds: type) -> bool:
+    """Whether it is one of these as torch or torchdata has it, and no class of the user's over it."""
+    return isinstance(sampler, kinds) and type(sampler).__module__.split(".")[0] in ("torch", "torchdata")
+
+
+def told_of_loader(loader: DataLoader[Any], batch: int, workers: int) -> str:
+    """What of a ``DataLoader`` is used, and what the recipe says instead.
+
+    Args:
+        batch, workers: the recipe's.
+    """
+    not_used = []
+    if loader.batch_size not in (None, batch):
+        not_used.append(f"its batch_size={loader.batch_size} (train.batch={batch})")
+    if loader.num_workers != workers:
+        not_used.append(f"its num_workers={loader.num_workers} (data.workers={workers})")
+    if loader.worker_init_fn is not None:
+        not_used.append("its worker_init_fn (samples draw from streams named by seed, epoch and sample)")
+    rest = f"; not used: {', '.join(not_used)}" if not_used else ""
+    return f"its data set and collate function are used; batch, order and workers are the recipe's{rest}"
 
 
 def _is_stateful(data: Any) -> bool:

@@ -1,6 +1,6 @@
 """Devices: what this machine has and what each can do. The only room that names a backend."""
 
-from thalweg.device import memory
+from thalweg.device import allocator, memory, threads
 from thalweg.device.backend import HOST_RANKS, Device, choose, exact_dtype, facts
 from thalweg.device.capabilities import KNOWN, Capabilities, known
 from thalweg.device.draws import seeded
@@ -31,4 +31,6 @@ __all__ = [
     "ran_out",
     "seeded",
     "memory",
+    "allocator",
+    "threads",
 ]

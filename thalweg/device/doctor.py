@@ -13,6 +13,7 @@ from torch import nn
 from thalweg.core import human_bytes
 from thalweg.device.backend import FP8_FROM, TF32_FROM, Device, choose, facts
 from thalweg.device.chips import Chip, chip_here
+from thalweg.device.host import levers
 from thalweg.device.measure import half_precision_gain, peak_rates
 
 _DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
@@ -43,6 +44,8 @@ def examine(asked: str = "auto") -> Iterator[tuple[str, str]]:
     for half in ("bf16", "fp16"):
         yield half, _half(device, half)
     yield "fp8", _fp8(device)
+    if device.is_host:
+        yield from levers(device)
     yield from _abilities(device)
     yield "compiler", _compiler()
 

@@ -11,12 +11,13 @@ from typing import Any
 import torch
 
 from thalweg.core import Evaluation, Event, Feed, Plan, Record, Sink, StopReason
-from thalweg.core.goodput import BESIDE
+from thalweg.core.goodput import BESIDE, WAITING
 from thalweg.device import ran_out
 from thalweg.engine.evaluate import Interrupted
 from thalweg.engine.guard import Tripped, Warden
 from thalweg.engine.memory.measured import STEPS
 from thalweg.engine.portions import Failure, in_update, spoken
+from thalweg.engine.stall import Stall, advice
 from thalweg.engine.step import FIELDS, RING, Step
 from thalweg.engine.stopping import EarlyStop, Target
 from thalweg.parallel import ALONE, Ranks
@@ -66,7 +67,10 @@ class Loop:
         self.guard = Warden(step, feed, self.tell, plan.recipe.guard)
         self._began = time.perf_counter()
         self._flushed_at = self._began
-        self._pending: list[float] = []  # seconds of the steps whose rows are still on the device
+        # (seconds, of which it waited for data) of the steps whose rows are still on the device
+        self._pending: list[tuple[float, float]] = []
+        self.stall = Stall()
+        self._waits: list[float] = []  # for the windows of one call
         self._saved = -1
         self._step_s, self._noted_at, self._noted_step = 0.0, self._began, step.state.step  # of the steps last noted
         self.owed = False  # whether this step is still to be evaluated
@@ -97,7 +101,7 @@ class Loop:
                         return self._end(reason)
                 elif self.owed and (reason := self._after_step()):
                     return self._end(reason)
-                for windows in self._calls(self._waited_for(self.feed.windows(state.step, last)), last, settled):
+                for windows in self._calls(self.stall.timed(self.feed.windows(state.step, last)), last, settled):
                     if len(windows) == 1:
                         self.step.run(windows[0])
                     else:
@@ -139,18 +143,16 @@ class Loop:
         finally:
             self.spent[what] += time.perf_counter() - began
 
-    def _waited_for(self, windows: Iterator[list[Any]]) -> Iterator[list[Any]]:
-        """The same windows, and the time that each was waited for."""
-        while True:
-            with self.spending("waiting for data"):
-                window = next(windows, None)
-            if window is None:
-                return
-            yield window
-
     def _calls(self, windows: Iterator[list[Any]], last: int, settled: int) -> Iterator[list[list[Any]]]:
         """The windows of one call of the step at a time: of those steps that have nothing due between them."""
-        while taken := list(itertools.islice(windows, self._ahead(last, settled))):
+        while True:
+            taken: list[list[Any]] = []
+            self._waits = []
+            for window in itertools.islice(windows, self._ahead(last, settled)):
+                taken.append(window)
+                self._waits.append(self.stall.last)
+            if not taken:
+                return
             yield taken
 
     def _ahead(self, last: int, settled: int) -> int:
@@ -177,7 +179,7 @@ class Loop:
             raise
         finally:
             each = (time.perf_counter() - began) / len(windows)
-            self._pending += [began - self._began + each * (k + 1) for k in range(num)]
+            self._pending += [(began - self._began + each * (k + 1), self._waits[k]) for k in range(num)]
 
     def _is_due(self, every: int | None) -> bool:
         return self.step.state.step == self.plan.steps or bool(every and self.step.state.step % every == 0)
@@ -255,7 +257,15 @@ class Loop:
             self.gave_up |= self.streak >= self.plan.recipe.guard.patience
         for sink in self.sinks:
             sink.steps(records)
+        self._count_waits()
         self.guard.after()
+
+    def _count_waits(self) -> None:
+        """What steps waited for data so far is known to all that ask, and told where it is much."""
+        self.spent[WAITING] = self.stall.waited
+        beside = sum(self.spent.values()) - self.stall.waited
+        if text := self.stall.news(beside, lambda: advice(self.feed, self.plan.recipe)):
+            self.tell("data", text, {"waited": round(self.stall.waited, 4)})
 
     def tell(self, name: str, text: str, detail: dict[str, Any] | None = None, step: int | None = None) -> None:
         """Something that a person should know goes to every sink; of ``step``, or of the last one."""
@@ -273,13 +283,13 @@ class Loop:
         now = time.perf_counter()
         self._step_s = (now - self._noted_at) / max(self.step.state.step - self._noted_step, 1)
         self._noted_at, self._noted_step = now, self.step.state.step
-        self._pending.append(now - self._began)
+        self._pending.append((now - self._began, self.stall.last))
         self.ranks.at = self.step.state.step
         due = now - self._flushed_at > _FLUSH_SECONDS if self._alone else self.step.state.step % _FLUSH_STEPS == 0
         if due or len(self._pending) == RING:
             self.flush()
 
-    def _record(self, step: int, row: list[float], seconds: float) -> Record:
+    def _record(self, step: int, row: list[float], times: tuple[float, float]) -> Record:
         value = dict(zip(FIELDS, row))
         weight = value["weight"]
         told = self.step.state.timetable.told
@@ -293,7 +303,8 @@ class Loop:
             applied=int(value["applied"]) + (not value["skipped"]),
             skipped=bool(value["skipped"]),
             scale=value["scale"],
-            seconds=round(seconds, 4),
+            seconds=round(times[0], 4),
+            waited=round(times[1], 4),
             values={name: number * scale for (name, scale), number in zip(told.items(), row[len(FIELDS) :])},
         )
 

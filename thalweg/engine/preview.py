@@ -6,9 +6,11 @@ import copy
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
 
+import torch
 from torch import nn
 
 from thalweg.core import Plan, Recipe, RecipeError, Task
+from thalweg.engine import levers
 from thalweg.engine.build import run_span
 from thalweg.engine.regularizers import TaskLoss, check_values
 from thalweg.engine.resolve import resolve
@@ -67,9 +69,11 @@ def preview_of_task(task: Task, recipe: Recipe) -> list[Curve]:
     _check_length(recipe)
     if isinstance(task.model, nn.Module):  # what a recipe puts into a model goes into a copy
         task = replace(task, model=copy.deepcopy(task.model))
-    if recipe.precision == "auto":
-        recipe = replace(recipe, precision="fp32")  # nothing here hangs on it, and it would be measured
-    resolved = resolve(task, recipe)
+    # Nothing here hangs on these, and they would be measured.
+    settled = {"precision": "fp32", "memory_format": "contiguous", "threads": torch.get_num_threads()}
+    recipe = recipe.override({name: v for name, v in settled.items() if getattr(recipe, name) in ("auto", None)})
+    with levers.kept():
+        resolved = resolve(task, recipe)
     plan, loss = resolved.plan, resolved.loss
     recipe, span = plan.recipe, run_span(plan)
     known = loss.known if isinstance(loss, TaskLoss) else None

@@ -37,10 +37,11 @@ from thalweg.data import (
     sequence_length,
     shortened,
     to_device,
+    told_of_loader,
 )
 from thalweg.data import split as split_batch
 from thalweg.data.padded import StaticFeed
-from thalweg.device import Device, choose, facts
+from thalweg.device import Device, allocator, choose, facts
 from thalweg.engine.begin import take_weights
 from thalweg.engine.checks import (
     check_average,
@@ -58,6 +59,7 @@ from thalweg.engine.compiled_worth import measured
 from thalweg.engine.given import made_model, split_of, task_loss
 from thalweg.engine.inorder import check_exact
 from thalweg.engine.layout import Planned, fitting_layout, on_ranks, settle_layout
+from thalweg.engine.levers import as_decided, settle_levers, use_threads
 from thalweg.engine.memory import Bench, fit, predicted, settle_memory
 from thalweg.engine.memory_format import lay_out
 from thalweg.engine.padding import settle_padding
@@ -180,6 +182,12 @@ def _resolve(
         recipe = replace(recipe, device=decide.take("device", str(device.torch_device), why))
     if recipe.precision != "auto":
         policy_for(recipe.precision, device)
+    if saved is not None:
+        as_decided(recipe, saved.decisions, device)
+    elif device.is_host:
+        use_threads(recipe)
+    elif recipe.threads is not None:
+        decide.take("threads", recipe.threads, f"not used: {device.kind} computes, not the host")
     split, recipe = split_of(task, recipe, decide.take)
     source = as_source(split.train)
     test = None if split.test is None else as_source(split.test)
@@ -196,18 +204,16 @@ def _resolve(
     if isinstance(source, Stream) and source.iterable is split.train and source.stateful:
         decide.take("data", type(split.train).__name__, "a resumed run goes on through its state_dict()")
     elif isinstance(split.train, DataLoader):
-        decide.take(
-            "data",
-            "DataLoader",
-            "its data set and collate function are used; batch, order and workers are the recipe's",
-        )
+        told = told_of_loader(split.train, recipe.train.batch, recipe.data.workers)
+        decide.take("data", "DataLoader", told)
     model = made_model(task, recipe)
     if begins:
         take_weights(model, recipe, decide.take, saved)
     model = device.move(model)
-    for told in device.mend(model):
-        decide.take(*told)
-    lay_out(model, device, decide.take)
+    for mended in device.mend(model):
+        decide.take(*mended)
+    in_parts = stand.shard > 1 or stand.tensor > 1
+    recipe = lay_out(model, device, decide.take, recipe, measured=saved is None and not in_parts)
     if ranks.world > 1:
         check_layers(model, ranks.world)
     if stand.shard > 1:
@@ -249,7 +255,9 @@ def _resolve(
     with joined(recipe, model, device):
         changes = changed_model(model, loss, first, device, recipe, decide)
         with tried(model, recipe.recompute, decide.take), watch_batch(model, batch_size(first)) as values:
+            fresh = allocator.fresh_bytes()
             probe = preflight(model, loss, first, source, device, recipe.seed, mixed=mix is not None)
+            fresh = allocator.fresh_bytes() - fresh
         if ranks.world > 1:
             check_buffers(model, loss, first, device, recipe, ranks.world)
         if lengths is not None:
@@ -260,6 +268,8 @@ def _resolve(
     span = span_of(recipe, steps, per_step, why_not, samples=samples, sequence=whole)
     check_values(moved, span)
     with recomputed(model, recipe.recompute or "none"):
+        if saved is None:
+            recipe = settle_levers(recipe, model, loss, first, device, decide.take, steps=steps, fresh=fresh)
         recipe, policy, prepared = settle_precision(recipe, model, loss, first, device, decide.take, early)
 
     undo.callback(prepared.undo)

@@ -19,6 +19,7 @@ from thalweg.engine.build import build
 from thalweg.engine.compiled_backend import TIME_LOST
 from thalweg.engine.compiled_choice import settle_compile
 from thalweg.engine.given import task_loss
+from thalweg.engine.levers import settle_levers, use_threads
 from thalweg.engine.memory import Bench, fit, settle_memory
 from thalweg.engine.memory_format import lay_out
 from thalweg.engine.portions import spoken
@@ -38,6 +39,7 @@ from thalweg.precision import policy_for
 from thalweg.regularize import set_factors
 from thalweg.regularize.moments import alone
 
+_MANY_STEPS = 1000  # that measuring should be worth, where nobody says how many there will be
 _WHY_NOT = dict.fromkeys(("examples", "tokens", "epochs"), "TrainStep does not see the data ahead of it.")
 
 
@@ -153,7 +155,8 @@ class TrainStep:
         self.model = self.device.move(model)
         for told in self.device.mend(self.model):
             self._decide.take(*told)
-        lay_out(self.model, self.device, self._decide.take)
+        use_threads(self.recipe)
+        self.recipe = lay_out(self.model, self.device, self._decide.take, self.recipe)
         self.rows = parameter_table(model, optimizer=self.recipe.optimizer, schedule=self.recipe.schedule)
         span = span_of(self.recipe, self.steps or 1, {}, _WHY_NOT)
         check_values(moved, span)
@@ -267,8 +270,18 @@ class TrainStep:
             with tried(self.model, self.recipe.recompute, self._decide.take):
                 probe = preflight(self.model, self.loss, window[0], None, self.device, seed)
         with recomputed(self.model, self.recipe.recompute or "none"):
+            recipe = settle_levers(
+                self.recipe,
+                self.model,
+                self.loss,
+                window[0],
+                self.device,
+                self._decide.take,
+                steps=self.steps or _MANY_STEPS,
+                process=False,
+            )
             recipe, policy, self.prepared = settle_precision(
-                self.recipe, self.model, self.loss, window[0], self.device, self._decide.take, early
+                recipe, self.model, self.loss, window[0], self.device, self._decide.take, early
             )
         undo.callback(self.prepared.undo)
         recipe = replace(recipe, train=replace(recipe.train, steps=steps))

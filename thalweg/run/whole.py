@@ -32,7 +32,7 @@ from thalweg.core import (
 )
 from thalweg.core.changes import accepted
 from thalweg.device import Device
-from thalweg.engine import Loop, Resolved, Step, build, evaluate, resolve
+from thalweg.engine import Loop, Resolved, Step, build, evaluate, levers, resolve
 from thalweg.engine.agree import check_forward
 from thalweg.engine.memory import PeakWatch, begun
 from thalweg.engine.signals import Asked, asked_to_end
@@ -167,6 +167,7 @@ class _Run:
         self.news: list[tuple[str, str]] = []  # to be told when the run begins: name and text of an event
         self.given_sinks = list(sinks) if ranks.is_first else []
 
+    @levers.kept()
     def go(self, resume: Resume = False, accept: Sequence[str] = ()) -> Result:
         ranks = self.ranks
         earlier = ranks.together(lambda: self._open(resume, accept))
@@ -216,6 +217,8 @@ class _Run:
         if self.ranks.world > 1 and (text := check_forward(step, resolved.tried, self.ranks)):
             self.news.append(("ranks", text))
         check_end(plan, step.state.step)  # a plan with fewer epochs knows its end only now
+        if earlier.plan is not None:
+            self.news += levers.told_threads(earlier.plan, plan, resolved.device)
         news = self._begun(plan, earlier, step.state.step)
         sinks = self._sinks(earlier.snapshot, new=earlier.plan is None)
         precise = self._precise(resolved, step)

@@ -18,6 +18,7 @@ from thalweg.core import (
 )
 from thalweg.core.parallel import layout_of
 from thalweg.device import memory, ran_out
+from thalweg.engine import levers
 from thalweg.engine.checks import whole_of
 from thalweg.engine.memory.bench import Bench
 from thalweg.engine.memory.forms import Way, forms_of, pick, rank_ledger, tell_form
@@ -28,6 +29,7 @@ from thalweg.engine.settle import Decisions
 from thalweg.engine.together import check_ranks, settle_micro_batch
 
 
+@levers.kept()
 def plan_here(task: Task, recipe: Recipe, *, most: int | None = None, timed: bool = True, ranks: int = 1) -> Forecast:
     """The plan of a run on this machine; steps are timed on copies of the model, and nothing is trained.
 
