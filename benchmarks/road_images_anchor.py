@@ -52,8 +52,9 @@ def train(
     seed: int,
     heard: Callable[[dict[str, Any]], bool],
     best_form: bool = False,
+    a_pass: int = 4,
 ) -> None:
-    """Train and evaluate four times an epoch.
+    """Train and evaluate, ``a_pass`` times an epoch.
 
     Args:
         data: "train" and "test": uint8 images (n, channels, side, side), labels (n,).
@@ -67,16 +68,16 @@ def train(
     model = net(images.shape[1], images.shape[-1])
     if best_form:
         model = model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-    batch, a_pass = 128, len(images) // 128
-    steps, every = int(epochs * a_pass), max(1, a_pass // 4)
+    batch, whole = 128, len(images) // 128
+    steps, every = int(epochs * whole), max(1, whole // a_pass)
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3, weight_decay=0.02)
     rates = torch.optim.lr_scheduler.OneCycleLR(optimizer, 3e-3, total_steps=steps)
     trained, began = 0.0, time.perf_counter()
     order = torch.empty(0)
     for step in range(steps):
-        if step % a_pass == 0:
+        if step % whole == 0:
             order = torch.randperm(len(images))
-        taken = order[(step % a_pass) * batch :][:batch]
+        taken = order[(step % whole) * batch :][:batch]
         x = moved(images[taken], -mean / deviation)
         if best_form:
             x = x.contiguous(memory_format=torch.channels_last)

@@ -256,6 +256,8 @@ def _resolve(
     first = _part(window[0], sized)
     num_parts = len(window) if sized else -(-batch_size(window[0]) // batch_size(first))
     with joined(recipe, model, device):
+        if pixels is not None:  # they may be the first: before all that takes the model at its word
+            try_smallest(model, loss, raw, min(pixels), task.inputs, device, recipe.seed)
         changes = changed_model(model, loss, first, device, recipe, decide)
         with tried(model, recipe.recompute, decide.take), watch_batch(model, batch_size(first)) as values:
             probe = preflight(model, loss, first, source, device, recipe.seed, mixed=mix is not None)
@@ -263,8 +265,6 @@ def _resolve(
             check_buffers(model, loss, first, device, recipe, ranks.world)
         if lengths is not None:
             try_shortest(model, loss, raw, min(lengths), device, recipe.seed)
-        if pixels is not None:
-            try_smallest(model, loss, raw, min(pixels), task.inputs, device, recipe.seed)
     common = first if ranks.world > 1 else None
     del raw  # a run holds one window at a time
     per_step, why_not = _units(task, recipe, samples, probe, batch_size(first), whole)

@@ -49,7 +49,7 @@ def _file(name: str, sha256: str) -> Path:
     return data_file(
         f"cifar10_jpg/{name}",
         what="CIFAR-10",
-        source="cs.toronto.edu/~kriz/cifar.html, as JPEG files in a row (docs/recipes/cifar10.md says how)",
+        source="cs.toronto.edu/~kriz/cifar.html, as JPEG files in a row (docs/image-tasks.md says how)",
         sha256=sha256,
     )
 

@@ -44,6 +44,8 @@ class QuickNet(nn.Module):
         deviation: float | Sequence[float] = 0.25,
     ) -> None:
         super().__init__()
+        self.mean: Tensor
+        self.deviation: Tensor
         if not widths:
             raise ModelError(
                 "QuickNet has no block.", "widths is empty.", "Give the channels of each, such as [64, 128]."
@@ -62,7 +64,8 @@ class QuickNet(nn.Module):
         x = self.stem((x - self.mean) / self.deviation)
         x = nn.functional.gelu(nn.functional.max_pool2d(x, 2) if self.pooled else x)
         x = self.blocks(x)
-        return self.head(x.amax((2, 3))) * self.scale
+        logits: Tensor = self.head(x.amax((2, 3)))
+        return logits * self.scale
 
 
 class Block(nn.Module):
