@@ -51,7 +51,7 @@ def data(limit: int = 0) -> Split:
 
 TASK = Task(
     name="fashion_mnist",
-    about="a small convolutional net on Fashion-MNIST, to 93 % in three epochs",
+    about="a small net on Fashion-MNIST, to 93 % in three epochs",
     unit="images",
     model=model,
     loss=loss,
