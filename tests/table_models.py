@@ -208,6 +208,7 @@ REGULARIZERS: dict[str, Entry] = {
         f"augment: {name}": Entry({"regularize.augment": [text]})
         for name, text in {
             "flip": "flip",
+            "alternating flip": "flip(alternate=1)",
             "crop": "crop(1)",
             "random_resized_crop": "random_resized_crop(0.5)",
             "cutout": "cutout(3)",
@@ -326,6 +327,7 @@ SCHEDULES: dict[str, Entry] = {
         }
     ),
     "batch": Entry({"schedule.batch": "linear(to=1.0) * warmup(3)"}),
+    "image size": Entry({"schedule.image_size": "constant(2, value=0.5) >> constant(value=1)"}),
     "sequence": Entry({"schedule.sequence": "warmup(3)", "regularize.by_sample": True}, tokens=True),
     "dropout": Entry(
         {

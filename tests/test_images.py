@@ -18,7 +18,7 @@ from torch import Tensor
 from tests.conftest import three_parts
 from thalweg.core import DataError, RecipeError, seed_for
 from thalweg.data import uniforms
-from thalweg.data.feeds import make_feed
+from thalweg.data.feeds import _Draw, make_feed
 from thalweg.data.sources import as_source
 from thalweg.regularize import TRANSFORMS, pipeline
 from thalweg.regularize import images as ops
@@ -27,6 +27,7 @@ from thalweg.regularize.policies import OPERATIONS, parse
 #: One use of every transform; that each registered name is in it is a test.
 TEXTS = (
     "flip",
+    "flip(alternate=1)",
     "crop(2)",
     "crop(2, reflect=true)",
     "random_resized_crop(0.3)",
@@ -53,15 +54,7 @@ TEXTS = (
 
 def draws(samples: Any, key: int = 7) -> Callable[[int], Tensor]:
     """As a feed gives them: a function of (key, sample, place)."""
-    done = 0
-
-    def draw(num: int) -> Tensor:
-        nonlocal done
-        numbers = uniforms(key, np.asarray(samples, dtype=np.int64), num, skip=done)
-        done += num
-        return torch.from_numpy(numbers)
-
-    return draw
+    return _Draw(key, np.asarray(samples, dtype=np.int64), 0, key + 100)
 
 
 def some(
@@ -238,6 +231,41 @@ def test_flip_is_of_columns_half_of_the_time() -> None:
     turned = torch.tensor([bool(torch.equal(o, i.flip(-1))) for o, i in zip(out, images, strict=True)])
     same = torch.tensor([bool(torch.equal(o, i)) for o, i in zip(out, images, strict=True)])
     assert (turned | same).all() and abs(int(turned.sum()) - 500) < 70
+
+
+def test_alternating_flips_show_each_image_both_ways_in_two_epochs() -> None:
+    images = some(400, 1, (2, 3))
+    transform = parse("flip(alternate=1)")
+    first, second, third = (transform(images, _Draw(epoch, np.arange(400), epoch, 5)) for epoch in range(3))
+    assert torch.equal(first, third) and torch.equal(second, first.flip(-1))
+    turned = (first != images).flatten(1).any(1)
+    assert abs(int(turned.sum()) - 200) < 50
+    seldom = parse("flip(0.1, alternate=1)")(images, _Draw(0, np.arange(400), 0, 5))
+    assert int((seldom != images).flatten(1).any(1).sum()) < 80
+
+
+def test_alternating_flips_follow_the_epochs_of_a_run() -> None:
+    source, seen = as_source({"images": some(8), "place": torch.arange(8)}), []
+    feed = make_feed(
+        source,
+        batch=8,
+        micro_batch=4,
+        seed=3,
+        keep_last=True,
+        device=torch.device("cpu"),
+        augment=pipeline(["flip(alternate=1)"]),
+    )
+    for window in feed.windows(0, 2):
+        batch = {name: torch.cat([part[name] for part in window]) for name in window[0]}
+        seen.append(batch["images"][batch["place"].argsort()])
+    assert torch.equal(seen[1], seen[0].flip(-1)) and not torch.equal(seen[0], some(8))
+
+
+def test_alternating_flips_need_the_epoch() -> None:
+    with pytest.raises(DataError) as err:
+        parse("flip(alternate=1)")(some(2), lambda num: torch.zeros(2, num))
+    assert "has to know the epoch" in err.value.asked and "a function" in err.value.numbers
+    assert "regularize.augment" in err.value.remedy
 
 
 MATRICES: dict[str, tuple[Callable[[Tensor], Tensor], Callable[[float], Any]]] = {

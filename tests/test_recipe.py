@@ -34,6 +34,7 @@ from thalweg.core import (
     human_seconds,
 )
 from thalweg.core.guard import NONFINITE
+from thalweg.core.initialise import Initialise
 from thalweg.core.recipe import (
     COMPILED,
     MEMORY_FORMATS,
@@ -153,6 +154,7 @@ recipes = st.builds(
     ),
     schedule=st.builds(Schedule, lr=plain_texts),
     regularize=st.builds(Regularize, average=st.floats(0, 1, exclude_max=True)),
+    initialise=st.builds(Initialise, whiten_samples=st.integers(1, 9), gain=st.floats(0.1, 9)),
     data=st.builds(Data, workers=counts, timeout=st.floats(0, 1e9), folder=maybe(words), options=options),
     evaluate=st.builds(
         Evaluate,

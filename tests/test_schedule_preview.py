@@ -48,6 +48,7 @@ clip = "hold(50%) >> constant(value=0.5)"
 average = "warmup(10, start=0.9) >> hold()"
 batch = "warmup(50%, start=0.25) >> hold()"
 sequence = "linear(to=0.5)"
+image_size = "constant(50%, value=0.5) >> constant(value=1)"
 dropout = "linear()"
 stochastic_depth = "hold()"
 
@@ -76,6 +77,7 @@ FIGURES = {
     "average": ("0.909 at update 1", "0.99 at update 10", "0.99 at update 100"),
     "batch": ("16 at step 1", "64 at step 42", "64 at step 100"),
     "sequence": ("1 at step 1", "1 at step 1", "0.5 at step 100"),
+    "image_size": ("0.5 at step 1", "1 at step 51", "1 at step 100"),
     "dropout": ("1 at update 1", "1 at update 1", "0 at update 100"),
     "stochastic_depth": ("0.2 at update 1", "0.2 at update 1", "0.2 at update 100"),
     "options.b1": ("0.9 at update 1", "0.9 at update 1", "0.8 at update 100"),
@@ -211,6 +213,7 @@ def test_every_value_is_drawn_with_its_figures(folder: Path, capsys: pytest.Capt
         "penalties.l1",
         "batch",
         "sequence",
+        "image_size",
     ]
     for name, (first, peak, last) in FIGURES.items():
         assert re.search(rf"first {first}, peak {peak}, (least .*)?last {last}$", blocks[name], flags=re.MULTILINE)

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 import thalweg
 from tests.conftest import run_cli, three_parts
 from thalweg.core import Loss, Recipe, RecipeError, Split, StopReason, Task, ThalwegError
+from thalweg.data import resized
 from thalweg.data.order import Order
 from thalweg.engine import evaluate as _evaluate  # noqa: F401 - the room must import
 from thalweg.engine.feedback import HEARD, listen
@@ -220,6 +221,54 @@ def test_sequences_grow() -> None:
     result = thalweg.train(net, loss, {"tokens": tokens}, {"precision": "fp32", **recipe})
     assert [r.weight for r in result.records] == [8 * 7, 8 * 7, 8 * 16, 8 * 16]
     assert {s[1] for s in shapes} == {8, 17}
+
+
+def image_run(changes: dict[str, Any], images: Tensor, side: int = 1) -> list[tuple[Any, ...]]:
+    """(height, width, dtype) of what the loss of each training step sees."""
+    shapes: list[tuple[Any, ...]] = []
+
+    def loss(net: nn.Module, batch: dict[str, Tensor]) -> Tensor:
+        if torch.is_grad_enabled():
+            shapes.append((*batch["images"].shape[2:], batch["images"].dtype))
+        pixels = batch["images"].float() / 255
+        return net(nn.functional.adaptive_avg_pool2d(pixels, side) if side else pixels).square().mean()
+
+    net = nn.Sequential(nn.Flatten(), nn.LazyLinear(1))
+    net(torch.zeros(1, 1, side or images.shape[2], side or images.shape[3]))
+    recipe = {"train.steps": 3, "train.batch": 4, "precision": "fp32", "compile": "off", "optimizer.lr": 0.0, **changes}
+    thalweg.train(net, loss, Split(train={"images": images}, test={"images": images}), recipe)
+    return shapes[-3:]
+
+
+def test_images_grow_by_their_schedule_and_keep_their_kind() -> None:
+    images = torch.randint(0, 256, (8, 1, 20, 28), dtype=torch.uint8)
+    growing = {"schedule.image_size": "constant(2, value=0.5) >> constant(value=1)"}
+    byte = torch.uint8
+    assert image_run(growing, images) == [(8, 16, byte), (8, 16, byte), (20, 28, byte)]
+    assert image_run(growing, images.float())[0] == (8, 16, torch.float32)
+    assert image_run({"schedule.image_size": "constant(value=0.01)"}, images)[0][:2] == (4, 4)
+
+
+def test_small_images_are_means_of_what_they_cover() -> None:
+    images = torch.arange(16, dtype=torch.float32).view(1, 1, 4, 4).repeat_interleave(3, 2).repeat_interleave(3, 3)
+    (batch,) = resized([(4, 4)], 0)(0, [(images, torch.zeros(1))])
+    inner, wanted = batch[0][0, 0, 1:3, 1:3], torch.tensor([[5.0, 6.0], [9.0, 10.0]])
+    torch.testing.assert_close(inner, wanted, rtol=0, atol=1e-4)
+    whole = (images, torch.zeros(1))
+    assert resized([(12, 12)], 0)(5, [whole])[0] is whole
+
+
+def test_a_model_that_takes_one_size_alone_is_refused_before_the_run() -> None:
+    images = torch.randint(0, 256, (8, 1, 20, 28), dtype=torch.uint8)
+    with pytest.raises(thalweg.core.DataError) as err:
+        image_run({"schedule.image_size": "constant(2, value=0.5) >> constant(value=1)"}, images, side=0)
+    asked, numbers, remedy = three_parts(err.value)
+    assert "8 x 16 pixels" in asked and "RuntimeError" in numbers and "schedule.image_size" in remedy
+
+
+def test_images_do_not_grow_beyond_their_size() -> None:
+    with pytest.raises(RecipeError, match="rises above the size of the images"):
+        image_run({"schedule.image_size": "constant(value=1.5)"}, torch.zeros(8, 1, 20, 28))
 
 
 def test_lengths_in_examples_tokens_and_epochs_are_counted_from_the_data() -> None:
@@ -562,6 +611,7 @@ BAD = {
     "a batch counted in epochs": {"schedule.batch": "warmup(1 epochs, start=0.5) >> hold()"},
     "a batch that listens": {"schedule.batch": "plateau()"},
     "sequences of data without": {"schedule.sequence": "constant(value=0.5)", "data": {"x": torch.zeros(8), "y": torch.zeros(8)}},
+    "images of data without": {"schedule.image_size": "constant(value=0.5)"},
     "a group's unknown value": {"optimizer.groups": {"0.*": {"schedule": {"b2": "linear()"}}}},
     "a group's schedule that is none": {"optimizer.groups": {"0.*": {"schedule": {"lr": "linar()"}}}},
     "no number": {"schedule.options": {"momentum": 0.5}},

@@ -133,7 +133,16 @@ def _changed(plan: Plan, at: int, applied: int, steps: int, then: Schedule) -> P
     schedule = recipe.schedule
     simple: dict[str, Any] = {
         name: kept(getattr(schedule, name), at if name in BY_STEPS else applied, hold())
-        for name in ("weight_decay", "clip", "average", "batch", "sequence", "dropout", "stochastic_depth")
+        for name in (
+            "weight_decay",
+            "clip",
+            "average",
+            "batch",
+            "sequence",
+            "image_size",
+            "dropout",
+            "stochastic_depth",
+        )
     }
     tables: dict[str, Any] = {name: kept_all(getattr(schedule, name)) for name in ("options", "loss", "penalties")}
     lr = kept(schedule.lr, applied, then)

@@ -20,7 +20,7 @@ from thalweg.core.guard import Guard
 from thalweg.core.ledger import Change, Forecast, Form, Ledger, ModuleBytes
 from thalweg.core.parallel import Layout
 from thalweg.core.plan import Decision, ParameterRow, Plan
-from thalweg.core.protocols import Feed, FeedState, Gather, Loss, Sink, Split, Task, Tell
+from thalweg.core.protocols import Feed, FeedState, Gather, LastingDraw, Loss, Sink, Split, Task, Tell
 from thalweg.core.recipe import Recipe, divisors
 from thalweg.core.record import Evaluation, Event, Record, StopReason, read_lines
 from thalweg.core.registry import Registry
@@ -45,6 +45,7 @@ __all__ = [
     "Guard",
     "Layout",
     "Ledger",
+    "LastingDraw",
     "Loss",
     "LossError",
     "MissingExtra",

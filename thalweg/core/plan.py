@@ -70,6 +70,7 @@ class Plan:
         per_step: what a whole batch takes of each unit that schedules count in: "examples", "tokens", "epochs".
         why_not: for a unit that is not known, why.
         sequence: tokens of a whole sequence; 0 where the data has none.
+        image: height and width of the data's images; empty where it has none.
         changes: what was changed in the model, such as layers of dropout that were put in, a line each.
         ledger: what training takes in memory, predicted; None where nothing predicted it.
         layout: how the ranks that made this plan stand, as ``Layout`` has it; empty for one.
@@ -88,6 +89,7 @@ class Plan:
     per_step: dict[str, float] = field(default_factory=dict)
     why_not: dict[str, str] = field(default_factory=dict)
     sequence: int = 0
+    image: tuple[int, ...] = ()
     changes: tuple[str, ...] = ()
     ledger: Ledger | None = None
     layout: dict[str, int] = field(default_factory=dict)
@@ -107,6 +109,7 @@ class Plan:
             "per_step": self.per_step,
             "why_not": self.why_not,
             "sequence": self.sequence,
+            "image": self.image,
             "changes": list(self.changes),
             "ledger": None if self.ledger is None else self.ledger.to_dict(),
             "layout": self.layout,
@@ -134,6 +137,7 @@ class Plan:
             per_step=tree.get("per_step", {}),
             why_not=tree.get("why_not", {}),
             sequence=tree.get("sequence", 0),
+            image=tuple(tree.get("image", ())),
             changes=tuple(tree.get("changes", ())),
             ledger=Ledger.from_dict(tree["ledger"]) if tree.get("ledger") else None,
             layout=tree.get("layout", {}),

@@ -94,6 +94,22 @@ class Gather(Protocol):
         """
 
 
+@runtime_checkable
+class LastingDraw(Protocol):
+    """The ``draw`` of in-memory data: it knows the epoch, and has numbers that stay from epoch to epoch.
+
+    Attributes:
+        epoch: that the samples are of, from 0.
+    """
+
+    epoch: int
+
+    def __call__(self, num: int) -> Any: ...
+
+    def lasting(self, num: int) -> Any:
+        """As a call, but a function of (seed, sample) alone; each call goes on."""
+
+
 #: ``tell(name, text, detail)``: something that a person should know, as ``Event`` has it.
 Tell = Callable[[str, str, dict[str, Any]], None]
 

@@ -15,6 +15,7 @@ from typing import Any
 
 from thalweg.core.errors import RecipeError, did_you_mean
 from thalweg.core.guard import Guard
+from thalweg.core.initialise import Initialise
 from thalweg.core.parallel import check_parallel
 from thalweg.core.tree import build, check_options, merge, plain, set_path, walk
 from thalweg.core.units import to_bytes
@@ -237,6 +238,7 @@ class Schedule:
         average: the decay of the weight average, from ``regularize.average``.
         batch: of ``train.batch``; counted in steps, skipped or not, like ``sequence``.
         sequence: of the length of sequences: they are cut.
+        image_size: of height and width of the images: they are made smaller; counted in steps too.
         dropout, stochastic_depth: of the rate of each layer.
         options: the rule's own, by name: {b1: "warmup(300, start=0.85)"}.
         loss: of arguments of the task's loss, by name: {label_smoothing: "linear()"}.
@@ -249,6 +251,7 @@ class Schedule:
     average: str | None = None
     batch: str | None = None
     sequence: str | None = None
+    image_size: str | None = None
     dropout: str | None = None
     stochastic_depth: str | None = None
     options: dict[str, Any] = field(default_factory=dict)
@@ -595,6 +598,7 @@ class Recipe:
     optimizer: Optimizer = field(default_factory=Optimizer)
     schedule: Schedule = field(default_factory=Schedule)
     regularize: Regularize = field(default_factory=Regularize)
+    initialise: Initialise = field(default_factory=Initialise)
     data: Data = field(default_factory=Data)
     evaluate: Evaluate = field(default_factory=Evaluate)
     checkpoint: Checkpoint = field(default_factory=Checkpoint)

@@ -1,6 +1,6 @@
 """Data: order as a pure function, sources in memory or not, windows of micro-batches."""
 
-from thalweg.data.changed import ChangedFeed, SharedFeed, sequence_length, shortened
+from thalweg.data.changed import ChangedFeed, SharedFeed, image_size, resized, sequence_length, shortened
 from thalweg.data.feeds import Augment, held_out, make_feed
 from thalweg.data.order import Order, permute, uniforms
 from thalweg.data.share import WHOLE, Share, micro_batches
@@ -25,6 +25,8 @@ __all__ = [
     "make_feed",
     "micro_batches",
     "permute",
+    "image_size",
+    "resized",
     "sequence_length",
     "shortened",
     "split",

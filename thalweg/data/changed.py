@@ -6,6 +6,10 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
 from thalweg.core import Feed, FeedState, Tell
 from thalweg.data.share import Share, Window
 from thalweg.data.trees import tensors, tree_map
@@ -96,6 +100,41 @@ def shortened(lengths: Sequence[int]) -> Callable[[int, list[Any]], list[Any]]:
 def sequence_length(batch: Any) -> int:
     """The second dimension of the first tensor that has two or more; 0 where none has."""
     return next((t.shape[1] for _, t in tensors(batch) if t.ndim >= 2), 0)
+
+
+def resized(sizes: Sequence[tuple[int, int]], inputs: str | int) -> Callable[[int, list[Any]], list[Any]]:
+    """A change for ``ChangedFeed``: images get the height and width ``sizes[step]``, by antialiased bilinear samples.
+
+    Args:
+        inputs: where a batch has its images, (samples, channels, height, width), uint8 or floats; the kind stays.
+    """
+
+    def change(step: int, window: list[Any]) -> list[Any]:
+        size = sizes[min(step, len(sizes) - 1)]
+        return [_resize(batch, inputs, size) for batch in window]
+
+    return change
+
+
+def image_size(batch: Any, inputs: str | int) -> tuple[int, int] | None:
+    """(height, width) of the images of a batch; None where it has none under that name."""
+    try:
+        images = batch[inputs]
+    except (KeyError, IndexError, TypeError):
+        return None
+    return (images.shape[2], images.shape[3]) if isinstance(images, Tensor) and images.ndim == 4 else None
+
+
+def _resize(batch: Any, inputs: str | int, size: tuple[int, int]) -> Any:
+    images = batch[inputs]
+    if tuple(images.shape[2:]) == size:
+        return batch
+    small = F.interpolate(images.float(), size, mode="bilinear", antialias=True, align_corners=False)
+    small = small.round().clamp(0, 255).to(torch.uint8) if images.dtype == torch.uint8 else small.to(images.dtype)
+    if isinstance(batch, dict):
+        return {**batch, inputs: small}
+    entries = [small if place == inputs else entry for place, entry in enumerate(batch)]
+    return type(batch)(*entries) if hasattr(batch, "_fields") else type(batch)(entries)
 
 
 def _cut_sequences(batch: Any, length: int) -> Any:

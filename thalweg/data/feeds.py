@@ -144,7 +144,7 @@ class MemoryFeed:
         batch = self.source.gather(torch.from_numpy(indices))
         if self.augment is not None:
             key = seed_for(self.seed, "augment", epoch)
-            batch = self.augment(batch, _Draw(key, indices))
+            batch = self.augment(batch, _Draw(key, indices, epoch, seed_for(self.seed, "augment")))
         batch = to_device(batch, self.device)
         for portion, part in zip(cut(batch, [len(part) for part in parts]), parts):
             yield (
@@ -157,14 +157,20 @@ class MemoryFeed:
 
 
 class _Draw:
-    """Uniform numbers for each sample of a batch; each call goes on where the one before ended."""
+    """Uniform numbers for each sample of a batch; each call goes on where the one before ended (``core.LastingDraw``)."""
 
-    def __init__(self, key: int, indices: Indices) -> None:
+    def __init__(self, key: int, indices: Indices, epoch: int, lasts: int) -> None:
         self.key, self.indices, self.drawn = key, indices, 0
+        self.epoch, self.lasts, self.kept = epoch, lasts, 0
 
     def __call__(self, num: int) -> Tensor:
         numbers = uniforms(self.key, self.indices, num, skip=self.drawn)
         self.drawn += num
+        return torch.from_numpy(numbers)
+
+    def lasting(self, num: int) -> Tensor:
+        numbers = uniforms(self.lasts, self.indices, num, skip=self.kept)
+        self.kept += num
         return torch.from_numpy(numbers)
 
 

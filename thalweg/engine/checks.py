@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from thalweg.core import DataError, Plan, Recipe, RecipeError, Task, did_you_mean
-from thalweg.data import Order, Source, held_out, shortened, tensors
+from thalweg.data import Order, Source, held_out, resized, shortened, tensors
 from thalweg.device import Device
 from thalweg.engine.preflight import ModelLoss, as_written, in_evaluation_mode, untouched
 from thalweg.engine.scheduled import Scheduled, average_lengths
@@ -112,6 +112,22 @@ def try_shortest(model: nn.Module, loss: ModelLoss, batch: Any, length: int, dev
             f"The model or the loss does not take sequences of {length}.",
             f"{type(err).__name__}: {err}"[:300],
             "Raise the least length of schedule.sequence, or leave it out.",
+        ) from err
+
+
+def try_smallest(
+    model: nn.Module, loss: ModelLoss, batch: Any, size: tuple[int, int], inputs: str | int, device: Device, seed: int
+) -> None:
+    """The smallest images of the run go through the model now, not in the middle of it."""
+    (small,) = resized([size], inputs)(0, [batch])
+    try:
+        with untouched(model, device, seed), torch.no_grad(), as_written():
+            loss(model, small)
+    except (RuntimeError, ValueError, IndexError) as err:
+        raise DataError(
+            f"The model does not take images of {size[0]} x {size[1]} pixels.",
+            f"{type(err).__name__}: {err}"[:300],
+            "Raise the least factor of schedule.image_size, let the model pool over whatever is left, or leave it out.",
         ) from err
 
 

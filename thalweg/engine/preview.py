@@ -14,7 +14,7 @@ from thalweg.engine import levers
 from thalweg.engine.build import run_span
 from thalweg.engine.regularizers import TaskLoss, check_values
 from thalweg.engine.resolve import resolve
-from thalweg.engine.scheduled import Scheduled, batch_sizes, by_steps, scheduled, sequence_lengths, span_of
+from thalweg.engine.scheduled import Scheduled, batch_sizes, by_steps, image_sizes, scheduled, sequence_lengths, span_of
 from thalweg.engine.settle import Decisions, settle_optimizer
 from thalweg.schedules import Span, parse
 from thalweg.schedules.curve import Curve
@@ -57,6 +57,10 @@ def preview(recipe: Recipe) -> list[Curve]:
         values = by_steps(recipe.schedule.sequence, "sequence", steps)
         about = "factor on the length of sequences, which the data has (--task)"
         found.append(_by_steps("sequence", recipe.schedule.sequence, values, about))
+    if recipe.schedule.image_size is not None:
+        values = by_steps(recipe.schedule.image_size, "image_size", steps)
+        about = "factor on height and width of the images, which the data has (--task)"
+        found.append(_by_steps("image_size", recipe.schedule.image_size, values, about))
     return found
 
 
@@ -83,6 +87,10 @@ def preview_of_task(task: Task, recipe: Recipe) -> list[Curve]:
     if lengths is not None:
         about = f"tokens of a sequence, of {plan.sequence}"
         found.append(_by_steps("sequence", str(recipe.schedule.sequence), lengths, about))
+    if recipe.schedule.image_size is not None and plan.image:
+        heights = [height for height, _ in image_sizes(recipe, plan.steps, plan.image) or []]
+        about = f"pixels of an image's height, of {plan.image[0]}"
+        found.append(_by_steps("image_size", recipe.schedule.image_size, heights, about))
     return found
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from functools import partial
@@ -33,7 +33,9 @@ from thalweg.data import (
     Tensors,
     as_source,
     batch_size,
+    image_size,
     make_feed,
+    resized,
     sequence_length,
     shortened,
     to_device,
@@ -52,11 +54,13 @@ from thalweg.engine.checks import (
     check_smallest_batch,
     tell_guard,
     try_shortest,
+    try_smallest,
     whole_of,
 )
 from thalweg.engine.compiled_choice import IN_PARTS, settle_compile, settle_several
 from thalweg.engine.compiled_worth import measured
 from thalweg.engine.given import made_model, split_of, task_loss
+from thalweg.engine.initialise import initialise
 from thalweg.engine.inorder import check_exact
 from thalweg.engine.layout import Planned, fitting_layout, on_ranks, settle_layout
 from thalweg.engine.levers import as_decided, settle_levers, use_threads
@@ -84,6 +88,7 @@ from thalweg.engine.regularizers import (
 from thalweg.engine.release import check_release
 from thalweg.engine.scheduled import (
     batch_sizes,
+    image_sizes,
     scheduled,
     sequence_lengths,
     span_of,
@@ -247,12 +252,18 @@ def _resolve(
     lengths = sequence_lengths(recipe, steps, whole)
     if lengths is not None:
         check_sequences(task, raw)
-    if mix is not None or lengths is not None:
-        feed = _changed(feed, mix, lengths)
+    image = image_size(raw, task.inputs)
+    pixels = image_sizes(recipe, steps, image)
+    initialise(model, loss, partial(_windows, feed, steps, device), recipe, device, decide.take, begins=begins)
+    shrink = _shrinking(lengths, pixels, task.inputs)
+    if mix is not None or shrink:
+        feed = _changed(feed, mix, shrink)
         window = _first_window(feed, steps, device)
     first = _part(window[0], sized)
     num_parts = len(window) if sized else -(-batch_size(window[0]) // batch_size(first))
     with joined(recipe, model, device):
+        if pixels is not None:  # they may be the first: before all that takes the model at its word
+            try_smallest(model, loss, raw, min(pixels), task.inputs, device, recipe.seed)
         changes = changed_model(model, loss, first, device, recipe, decide)
         with tried(model, recipe.recompute, decide.take), watch_batch(model, batch_size(first)) as values:
             fresh = allocator.fresh_bytes()
@@ -289,6 +300,7 @@ def _resolve(
             per_step=per_step,
             why_not=why_not,
             sequence=whole,
+            image=image or (),
             changes=tuple(map(str, changes)),
             layout=stand.to_dict() if ranks.world > 1 else {},
         )
@@ -302,19 +314,19 @@ def _resolve(
     ledger, bench = None if saved is None else saved.ledger, None
     data = _bytes_near(source, device)
     if planning or not sized or (recipe.memory_budget is not None and saved is None):
-        if sized or sizes is not None or lengths is not None:  # the whole, and the longest, there will be
+        if sized or sizes is not None or shrink:  # the whole, and the longest, there will be
             window = _first_window(
-                _changed(feeding(micro_batch=recipe.train.batch, sizes=None), mix, None), steps, device
+                _changed(feeding(micro_batch=recipe.train.batch, sizes=None), mix, []), steps, device
             )
         bench = Bench(plan_of, model, loss, window[0], device, policy, check=check, data=data, held=prepared.held)
         recipe, ledger = fit(recipe, bench, decide.take, most, planning=planning)
-        feed = _changed(feeding(micro_batch=whole_of(recipe.train.micro_batch)), mix, lengths)
+        feed = _changed(feeding(micro_batch=whole_of(recipe.train.micro_batch)), mix, shrink)
     else:
         recipe = settle_memory(recipe)
         if saved is None:
-            if sizes is not None or lengths is not None:
+            if sizes is not None or shrink:
                 largest = feeding(micro_batch=whole_of(recipe.train.micro_batch), sizes=None)
-                first = _first_window(_changed(largest, mix, None), steps, device)[0]
+                first = _first_window(_changed(largest, mix, []), steps, device)[0]
             ledger = predicted(
                 plan_of(recipe), model, loss, first, device, policy, decide.take, data=data, held=prepared.held
             )
@@ -335,9 +347,7 @@ def _resolve(
     if saved is None:
 
         def trying() -> Bench:
-            first = _first_window(
-                _changed(feeding(micro_batch=recipe.train.batch, sizes=None), mix, None), steps, device
-            )
+            first = _first_window(_changed(feeding(micro_batch=recipe.train.batch, sizes=None), mix, []), steps, device)
             return bench or Bench(plan_of, model, loss, first[0], device, policy, data=data, held=prepared.held)
 
         measure = partial(measured, rows=plan_of(recipe).parameters, steps=steps, bench=trying, alone=ranks.world == 1)
@@ -365,7 +375,7 @@ def _resolve(
         device,
         decide.take,
         targets=task.targets,
-        changing=sizes is not None or lengths is not None,
+        changing=sizes is not None or bool(shrink),
     )
     if recipe.train.steps != steps and saved is None:
         recipe = replace(recipe, train=replace(recipe.train, steps=steps))
@@ -375,7 +385,7 @@ def _resolve(
     prepared.keep()
     if ranks.world > 1:
         micro = whole_of(recipe.train.micro_batch)
-        feed = _shared(partial(feeding, micro_batch=micro), mix, lengths, (stand.feed_of(ranks.rank), stand.feeds))
+        feed = _shared(partial(feeding, micro_batch=micro), mix, shrink, (stand.feed_of(ranks.rank), stand.feeds))
     if device.static_shapes:
         feed = StaticFeed(feed, device.torch_device, padding)
     return Resolved(plan, model, loss, feed, test, device, policy, prepared, bench, common)
@@ -428,17 +438,30 @@ def _first_window(feed: Feed, steps: int, device: Device) -> list[Any]:
     raise DataError("The data holds no sample.", "The first window is empty.", "Give at least one sample.")
 
 
-def _changed(feed: Feed, mix: WindowChange | None, lengths: list[int] | None) -> Feed:
+def _windows(feed: Feed, steps: int, device: Device) -> Iterator[list[Any]]:
+    """The windows of a run from its first step on, where the model is."""
+    for window in feed.windows(0, steps):
+        yield [to_device(part, device.torch_device) for part in window] if device.static_shapes else window
+
+
+def _shrinking(
+    lengths: list[int] | None, pixels: list[tuple[int, int]] | None, inputs: str | int
+) -> list[WindowChange]:
+    """What makes samples smaller, by the schedules that go by steps."""
+    return [*([] if lengths is None else [shortened(lengths)]), *([] if pixels is None else [resized(pixels, inputs)])]
+
+
+def _changed(feed: Feed, mix: WindowChange | None, shrink: list[WindowChange]) -> Feed:
     """The feed with what is done to whole windows."""
-    changes = [*([] if mix is None else [mix]), *([] if lengths is None else [shortened(lengths)])]
+    changes = [*([] if mix is None else [mix]), *shrink]
     return ChangedFeed(feed, changes) if changes else feed
 
 
-def _shared(feeding: Callable[..., Feed], mix: WindowChange | None, lengths: list[int] | None, share: Share) -> Feed:
+def _shared(feeding: Callable[..., Feed], mix: WindowChange | None, shrink: list[WindowChange], share: Share) -> Feed:
     """A rank's share of the windows; those that are mixed are read whole first."""
     if mix is None:
-        return _changed(feeding(share=share), None, lengths)
-    return SharedFeed(_changed(feeding(share=WHOLE), mix, lengths), share)
+        return _changed(feeding(share=share), None, shrink)
+    return SharedFeed(_changed(feeding(share=WHOLE), mix, shrink), share)
 
 
 def changed_model(

@@ -15,8 +15,9 @@ from thalweg.schedules import Schedule, Span, parse
 from thalweg.schedules.span import is_length
 
 #: Values that must be known to the host before a step, and so go by steps attempted.
-BY_STEPS = ("batch", "sequence")
+BY_STEPS = ("batch", "sequence", "image_size")
 _SEQUENCE_UNIT = 8  # tokens; lengths of sequences are whole multiples of it
+_IMAGE_UNIT = 4  # pixels; heights and widths are whole multiples of it
 
 
 @dataclass(frozen=True)
@@ -248,6 +249,36 @@ def sequence_lengths(recipe: Recipe, steps: int, whole: int) -> list[int] | None
     unit = min(_SEQUENCE_UNIT, whole)
     factors = by_steps(text, "sequence", steps)
     return [whole if f >= 1 else min(whole, max(1, round(whole * f / unit)) * unit) for f in factors]
+
+
+def image_sizes(recipe: Recipe, steps: int, whole: Sequence[int] | None) -> list[tuple[int, int]] | None:
+    """(height, width) of the images at each step, where they change: multiples of 4 pixels, at least one of them.
+
+    Args:
+        whole: of the data's own images; None: a batch has none where the task says.
+    """
+    text = recipe.schedule.image_size
+    if text is None:
+        return None
+    if whole is None:
+        raise RecipeError(
+            "schedule.image_size makes images smaller, and this data has none.",
+            "A batch has no (samples, channels, height, width) under the task's inputs.",
+            "Give Task(inputs=...) their name, or leave schedule.image_size out.",
+        )
+    factors = by_steps(text, "image_size", steps)
+    if max(factors) > 1:
+        raise RecipeError(
+            "schedule.image_size rises above the size of the images.",
+            f"It reaches {max(factors):g} times {whole[0]} x {whole[1]} pixels.",
+            "Schedule factors up to 1.",
+        )
+
+    def scaled(side: int, factor: float) -> int:
+        unit = min(_IMAGE_UNIT, side)
+        return side if factor >= 1 else min(side, max(1, round(side * factor / unit)) * unit)
+
+    return [(scaled(whole[0], f), scaled(whole[1], f)) for f in factors]
 
 
 def by_steps(text: str, name: str, steps: int) -> list[float]:

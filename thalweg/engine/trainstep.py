@@ -49,6 +49,10 @@ def _check_in_reach(recipe: Recipe) -> None:
     asked = {
         "schedule.batch": schedule.batch,
         "schedule.sequence": schedule.sequence,
+        "schedule.image_size": schedule.image_size,
+        "initialise.whiten": recipe.initialise.whiten,
+        "initialise.dirac": recipe.initialise.dirac,
+        "initialise.orthogonal": recipe.initialise.orthogonal,
         "regularize.mixup": wanted.mixup,
         "regularize.cutmix": wanted.cutmix,
         "regularize.augment": wanted.augment,

@@ -8,7 +8,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from thalweg.core import DataError, RecipeError, Registry
+from thalweg.core import DataError, LastingDraw, RecipeError, Registry
 from thalweg.regularize import images as ops
 
 #: ``draw(num)``: (samples, num) float32 in [0, 1), on the CPU, a function of (seed, epoch, sample); each call goes on.
@@ -52,10 +52,28 @@ def _whole_below(uniform: Tensor, num: Tensor | int) -> Tensor:
 
 
 @named
-def flip(p: float = 0.5) -> Transform:
-    """Left and right change places with probability ``p``."""
+def flip(p: float = 0.5, alternate: float = 0) -> Transform:
+    """Left and right change places with probability ``p``.
+
+    Args:
+        alternate: true: which images those are is drawn once, for the first epoch; in the second it is the others, and so on,
+            so that two epochs show each image both ways (airbench, arXiv:2404.00498).
+    """
     in_range("p", p, 0, 1)
-    return lambda images, draw: ops.flipped(images, _drawn(images, draw, 1)[0] < p)
+    if not alternate:
+        return lambda images, draw: ops.flipped(images, _drawn(images, draw, 1)[0] < p)
+
+    def apply(images: Tensor, draw: Draw) -> Tensor:
+        if not isinstance(draw, LastingDraw):
+            raise DataError(
+                "flip(alternate=true) has to know the epoch of its samples.",
+                f"The draw that it was given, a {type(draw).__name__}, has numbers for one epoch alone.",
+                "Use it in a recipe's regularize.augment on data in memory, or flip() here.",
+            )
+        first = draw.lasting(1)[:, 0] < p
+        return ops.flipped(images, (first ^ bool(draw.epoch % 2)).to(images.device, non_blocking=True))
+
+    return apply
 
 
 @named

@@ -36,6 +36,7 @@ SCHEDULED = (
     ("schedule.average", "value", "the decay of the weight average; a warm-up rises to regularize.average"),
     ("schedule.batch", "factor", "train.batch, in whole micro-batches; up to 1; counted in steps"),
     ("schedule.sequence", "factor", "the length of sequences, in multiples of 8; counted in steps"),
+    ("schedule.image_size", "factor", "height and width of the images, in multiples of 4; counted in steps"),
     ("schedule.dropout", "factor", "the rate of each layer of dropout"),
     ("schedule.stochastic_depth", "factor", "the rate of each layer of stochastic depth"),
     ("schedule.options.NAME", "value", "the rule's own, such as b1; a warm-up rises to optimizer.options.NAME"),
