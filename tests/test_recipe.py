@@ -158,6 +158,7 @@ recipes = st.builds(
         batch=maybe(st.integers(1, 1000)),
         best=words,
         goal=st.sampled_from([None, "min", "max"]),
+        target=maybe(finite),
     ),
     checkpoint=st.builds(
         Checkpoint, every=maybe(counts), keep_last=st.integers(1, 99), keep_best=counts, keep_every=counts

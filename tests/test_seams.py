@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -183,12 +184,43 @@ def test_a_run_that_stopped_early_is_at_its_end_and_another_may_go_on(tmp_path: 
     assert len(on.records) == 5
 
 
+def test_a_run_ends_at_the_first_evaluation_as_good_as_its_target(tmp_path: Path) -> None:
+    task = Task(model=model, loss=mse, data=HELD)
+    recipe = Recipe().override({**LIST, "train.steps": 12, "evaluate.every": 2, "checkpoint.keep_best": 0})
+    whole = [e.metrics["loss"] for e in train_task(task, recipe).evaluations]
+    wanted, further = whole[1], min(whole[:5])
+    at = whole.index(further)
+    assert whole[0] > wanted > further and at < 5
+    recipe = recipe.override({"evaluate.target": wanted})
+    reached = train_task(task, recipe, folder=tmp_path / "a")
+    assert reached.reason is StopReason.REACHED and reached.records[-1].step == 4
+    assert [e.metrics["loss"] for e in reached.evaluations] == whole[:2]
+    assert json.loads((tmp_path / "a" / "outcome.json").read_text())["reason"] == "target reached"
+    again = train_task(task, recipe, folder=tmp_path / "a", resume=True)
+    assert again.reason is StopReason.REACHED and not again.records
+    later = recipe.override({"evaluate.target": further})
+    gone = train_task(task, later, folder=tmp_path / "a", resume=True, accept=["target"])
+    assert gone.reason is StopReason.REACHED and gone.records[-1].step == 2 * at + 2
+    assert [e.metrics["loss"] for e in gone.evaluations] == whole[2 : at + 1], "to the bit as if it had not ended"
+    on = thalweg.continue_run(task, tmp_path / "a", tmp_path / "b", steps=4, then="hold()")
+    assert len(on.records) == 4 and on.plan.recipe.evaluate.target is None
+    assert ("evaluate.target", None) in [(d.path, d.value) for d in on.plan.decisions]
+
+
+def test_a_target_at_the_end_and_one_that_no_number_reaches() -> None:
+    changes = {"train.steps": 4, "evaluate.every": 4, "evaluate.target": 1e9}
+    assert train(changes, data=HELD).reason is StopReason.FINISHED
+    assert train({**changes, "evaluate.every": 2, "evaluate.goal": "max"}, data=HELD).reason is StopReason.FINISHED
+    assert "not a finite number" in refused(train, {"evaluate.target": float("inf")}, data=HELD)
+
+
 # --- what would never act is refused ------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
     "changes",
-    [{"schedule.lr": "plateau()"}, {"evaluate.patience": 2}, {"schedule.lr": "hold(3) >> 0.5 * repeat(plateau(), times=2)"}],
+    [{"schedule.lr": "plateau()"}, {"evaluate.patience": 2}, {"evaluate.target": 0.1},
+     {"schedule.lr": "hold(3) >> 0.5 * repeat(plateau(), times=2)"}],
     ids=repr,
 )  # fmt: skip
 def test_what_follows_evaluations_needs_some(changes: dict[str, Any]) -> None:

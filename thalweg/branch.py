@@ -71,12 +71,20 @@ def _begun(source: Path, folder: Path, steps: int, then: Schedule, at: int | Non
     at = _checkpoint(other.store, at)
     snapshot = other.store.load(at)
     check_snapshot(snapshot, other.path)
-    best = snapshot.facts["early"][0]
-    snapshot = replace(snapshot, facts={**snapshot.facts, "early": [best, 0.0]})  # patience begins anew
+    best, reached = snapshot.facts["early"][0], snapshot.facts.get("reached")
+    snapshot = replace(
+        snapshot, facts={**snapshot.facts, "early": [best, 0.0], "reached": None}
+    )  # patience begins anew
     applied = int(snapshot.groups["state"]["applied"][0])
     changed = _changed(plan, at, applied, steps, then)
+    met = reached is not None and changed.recipe.evaluate.target is not None
+    if met:
+        changed = replace(
+            changed, recipe=replace(changed.recipe, evaluate=replace(changed.recipe.evaluate, target=None))
+        )
     reason = f"goes on from {source} at step {at}, where {applied} updates had been applied"
     made = [Decision("train.steps", at + steps, reason)]
+    made += [Decision("evaluate.target", None, f"reached by {reached:g}: the run goes on beyond it")] if met else []
     if changed.recipe.checkpoint.store:  # which is the other run's
         here = replace(changed.recipe, checkpoint=replace(changed.recipe.checkpoint, store=""))
         changed = replace(changed, recipe=here)

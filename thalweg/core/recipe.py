@@ -457,6 +457,7 @@ class Evaluate:
         patience: evaluations in a row without a better ``best`` after which the run stops, and its best weights are
             taken; 0: it goes to its end.
         min_delta: better means: by more than this.
+        target: the value of ``best`` at whose first evaluation the run ends; None: it goes to its end.
     """
 
     every: int | None = None
@@ -465,6 +466,7 @@ class Evaluate:
     goal: str | None = None
     patience: int = 0
     min_delta: float = 0.0
+    target: float | None = None
 
     def __post_init__(self) -> None:
         _check(

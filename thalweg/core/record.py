@@ -16,6 +16,7 @@ class StopReason(enum.Enum):
 
     FINISHED = "finished"
     STOPPED_EARLY = "stopped early"
+    REACHED = "target reached"
     INTERRUPTED = "interrupted"
     DIVERGED = "diverged"
     UNSAVED = "not saved"
@@ -26,6 +27,7 @@ class StopReason(enum.Enum):
         return {
             StopReason.FINISHED: "All steps are done.",
             StopReason.STOPPED_EARLY: "Evaluations stopped improving (evaluate.patience); the model is the best of them.",
+            StopReason.REACHED: "An evaluation is as good as evaluate.target; the model is that of this step.",
             StopReason.INTERRUPTED: "Stopped between two steps. With a run folder, the state is saved and --resume goes on.",
             StopReason.DIVERGED: "There were more steps that are not finite or far out of line than the recipe's guard allows, "
             "and none of those steps was applied. Lower optimizer.lr, lengthen the warm-up, or look for NaN or infinity in the "
@@ -38,7 +40,15 @@ class StopReason(enum.Enum):
     @property
     def exit_code(self) -> int:
         """For a command line; a run that a signal ended says which: 128 and its number (``Result.exit_code``)."""
-        codes = {"finished": 0, "stopped early": 0, "interrupted": 130, "diverged": 3, "not saved": 4, "failed": 1}
+        codes = {
+            "finished": 0,
+            "stopped early": 0,
+            "target reached": 0,
+            "interrupted": 130,
+            "diverged": 3,
+            "not saved": 4,
+            "failed": 1,
+        }
         return codes[self.value]
 
 

@@ -76,6 +76,7 @@ def check_heard(moved: list[Scheduled], recipe: Recipe, held_out: bool) -> None:
     """What follows evaluations needs some."""
     wants = [f"schedule.{one.name} has a plateau" for one in moved if "evaluation" in one.schedule.feedback]
     wants += ["evaluate.patience is given"] if recipe.evaluate.patience else []
+    wants += ["evaluate.target is given"] if recipe.evaluate.target is not None else []
     if wants and not (held_out and recipe.evaluate.every):
         why = "The task has no held-out data." if not held_out else "evaluate.every=0: there is one, at the end."
         raise RecipeError(

@@ -17,7 +17,7 @@ from thalweg.engine.guard import Tripped, Warden
 from thalweg.engine.memory.measured import STEPS
 from thalweg.engine.portions import Failure, in_update, spoken
 from thalweg.engine.step import FIELDS, RING, Step
-from thalweg.engine.stopping import EarlyStop
+from thalweg.engine.stopping import EarlyStop, Target
 from thalweg.parallel import ALONE, Ranks
 
 _FLUSH_SECONDS = 0.25
@@ -57,6 +57,7 @@ class Loop:
         self._alone = ranks.world == 1 or not plan.recipe.guard.trips
         wanted = plan.recipe.evaluate
         self.early = EarlyStop(wanted.patience, wanted.goal or "min", wanted.min_delta)
+        self.target = Target(wanted.target, wanted.goal or "min")
         self.ranking: list[tuple[float, int]] = []  # (value of the chosen metric, step), best first
         self.streak = 0  # bad steps in a row
         # Whether they have ever been too many: good ones after them, read together with them, change nothing.
@@ -78,6 +79,8 @@ class Loop:
         settled, tripped = state.step + STEPS, None
         if self.early.is_over():  # a run that stopped early is at its end
             return self._end(StopReason.STOPPED_EARLY)
+        if self.target.is_reached() and state.step < last:  # likewise
+            return self._end(StopReason.REACHED)
         for limit in state.limits():
             if limit.most:
                 self.tell("out of memory", f"Memory ran out earlier: a {limit.what} has at most {limit.most} samples.")
@@ -161,6 +164,9 @@ class Loop:
         if self.early.is_over() and going_on:
             self._save(must=True)
             return StopReason.STOPPED_EARLY
+        if self.target.is_reached() and going_on:
+            self._save(must=True)
+            return StopReason.REACHED
         diverged, asked, unsaved = self._wishes()
         if diverged:
             return StopReason.DIVERGED
@@ -270,6 +276,7 @@ class Loop:
         if wanted.every and now % wanted.every == 0:  # the one at a run's end comes out of turn, and is not counted
             self._listen(value if wanted.goal == "min" else -value)
             self.early.tell(value)
+            self.target.tell(value)
         self.owed = False  # it has been taken note of: whoever fails to hear of it, it does not count twice
         evaluation = Evaluation(now, metrics, self.best_steps()[:1] == [now], seconds)
         if evaluation.best:

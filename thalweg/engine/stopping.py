@@ -1,4 +1,4 @@
-"""Early stopping: a rule over evaluations."""
+"""Rules over evaluations that end a run: nothing becomes better any more, or what was wanted is reached."""
 
 from __future__ import annotations
 
@@ -44,3 +44,35 @@ class EarlyStop:
     def restore(self, facts: list[float]) -> None:
         self.best = facts[0] if facts[0] < 1e308 else math.inf
         self.bad = int(facts[1])
+
+
+@dataclass
+class Target:
+    """Ends a run at the first evaluation that is as good as ``value``.
+
+    >>> target = Target(value=0.9, goal="max")
+    >>> target.tell(0.8), target.tell(float("nan")), target.tell(0.9), target.is_reached()
+    (False, False, True, True)
+
+    Attributes:
+        by: the evaluation that was.
+    """
+
+    value: float | None
+    goal: str
+    by: float | None = None
+
+    def tell(self, value: float) -> bool:
+        """Take note of an evaluation; whether the run should end now."""
+        if not self.is_reached() and self._is_met(value):
+            self.by = value
+        return self.is_reached()
+
+    def is_reached(self) -> bool:
+        """Whether the run has ended by this rule; another target, accepted on resuming, may be further off."""
+        return self.by is not None and self._is_met(self.by)
+
+    def _is_met(self, value: float) -> bool:
+        if self.value is None:
+            return False
+        return value <= self.value if self.goal == "min" else value >= self.value

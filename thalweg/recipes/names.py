@@ -7,7 +7,8 @@ EMBEDDED = {
 }
 
 #: likewise, of tasks whose data lie in a folder that is named by ``--data`` or the environment variable THALWEG_DATA.
-FROM_FOLDER: dict[str, tuple[str, str]] = {
+FROM_FOLDER = {
+    "characters": ("thalweg.recipes.characters", "a small GPT on tiny-shakespeare, by characters"),
     "california": ("thalweg.recipes.california", "a perceptron on California's housing (20,640 rows)"),
     "adult": ("thalweg.recipes.adult", "a perceptron on UCI's census income (48,842 rows)"),
     "sst2": ("thalweg.recipes.sst2", "a pre-trained encoder, fine-tuned to tell praise from blame in 9,613 sentences"),

@@ -18,7 +18,13 @@ def header(run: Run) -> str:
     """Task, run folder and how the run ended."""
     reason = run.outcome.get("reason", "not finished")
     advice = run.outcome.get("advice", "The folder has no outcome: the run goes on, or was cut off.")
-    pills = {"finished": "finished", "stopped early": "finished", "interrupted": "interrupted", "diverged": "diverged"}
+    pills = {
+        "finished": "finished",
+        "stopped early": "finished",
+        "target reached": "finished",
+        "interrupted": "interrupted",
+        "diverged": "diverged",
+    }
     known = pills.get(reason, "open")
     ended = tag("span", reason, class_=f"pill {known}")
     title = wrap("h1", tag("span", run.plan.task) + " " + tag("small", f"run folder {run.name}"))

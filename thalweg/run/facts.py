@@ -29,6 +29,9 @@ def check_snapshot(snapshot: Snapshot, folder: Path) -> None:
         raise _not_ours(folder, f"ranking is {str(ranking)[:60]!r}")
     if not _is_pair(facts.get("early")):
         raise _not_ours(folder, f"early is {str(facts.get('early'))[:60]!r}")
+    reached = facts.get("reached")
+    if reached is not None and not _is_pair([reached, 0]):
+        raise _not_ours(folder, f"reached is {str(reached)[:60]!r}")
     if not isinstance(most, dict) or not all(map(_is_count, most.values())):
         raise _not_ours(folder, f"most_samples is {str(most)[:60]!r}")
     guard = facts.get("guard", {"rewinds": 0, "steps": {}})

@@ -77,6 +77,7 @@ class Saving:
         facts = {
             "ranking": list(loop.ranking),
             "early": loop.early.facts(),
+            "reached": loop.target.by,
             "streak": loop.streak,
             "owed": loop.owed,
             "records_bytes": self.lines.length,

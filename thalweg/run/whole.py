@@ -354,6 +354,7 @@ class _Run:
         if before == now:
             loop.ranking = [(value, at) for value, at in facts["ranking"]]
             loop.early.restore(facts["early"])
+            loop.target.by = facts.get("reached")
         else:
             loop.step.state.timetable.feedback.forget("evaluation")
             text = f"Evaluations are compared by {now} from here on; those before, compared by {before}, count no more."
