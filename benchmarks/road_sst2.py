@@ -103,7 +103,7 @@ def theirs(encoder: str, seed: int, limit: int) -> Row:
 
 
 def race(encoder: str, seeds: int, limit: int) -> list[Row]:
-    size = {"data.options.limit": limit}
+    size = {"data.options.limit": limit, **({"evaluate.every": 0} if limit else {})}
     arms = {
         "thalweg": lambda seed: ours(encoder, seed, size),
         "Hugging Face Trainer": lambda seed: theirs(encoder, seed, limit),
