@@ -155,7 +155,9 @@ recipes = st.builds(
     schedule=st.builds(Schedule, lr=plain_texts),
     regularize=st.builds(Regularize, average=st.floats(0, 1, exclude_max=True)),
     initialise=st.builds(Initialise, whiten_samples=st.integers(1, 9), gain=st.floats(0.1, 9)),
-    data=st.builds(Data, workers=counts, timeout=st.floats(0, 1e9), folder=maybe(words), options=options),
+    data=st.builds(
+        Data, workers=counts, timeout=st.floats(0, 1e9), bucket=counts, folder=maybe(words), options=options
+    ),
     evaluate=st.builds(
         Evaluate,
         every=maybe(counts),
@@ -344,6 +346,8 @@ def test_an_option_of_None_is_kept_or_refused_but_never_dropped() -> None:
         ("regularize.average", "0.999", 0.999),
         ("data.workers", "2", 2),
         ("data.timeout", "90", 90.0),
+        ("data.bucket", "50", 50),
+        ("optimizer.unfreeze", "30%", "30%"),
         ("data.options.context", "128", 128),
         ("data.options.names", '["a", "b"]', ["a", "b"]),
         ("evaluate.best", "accuracy", "accuracy"),
@@ -517,6 +521,7 @@ def test_a_value_in_the_place_of_a_table_is_refused(table: str, bad: Any) -> Non
         ("regularize.average", 1.5),
         ("data.workers", -1),
         ("data.timeout", -1),
+        ("data.bucket", -1),
         ("data.timeout", float("inf")),
         ("evaluate.every", -1),
         ("evaluate.batch", 0),

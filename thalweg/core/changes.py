@@ -15,7 +15,7 @@ from thalweg.core.recipe import Recipe
 #: How a run is saved and read, and how its ranks share it, and nothing of what it is: these may always differ.
 FREE = ("checkpoint", "data.workers", "data.timeout", "data.folder", "parallel", "tensor_plan", "steps_per_call")
 #: These decide which samples have been seen, and by which name random numbers are drawn: a run cannot go on without them.
-FIXED = ("seed", "train.batch", "train.last", "schedule.batch", "data.options")
+FIXED = ("seed", "train.batch", "train.last", "schedule.batch", "data.bucket", "data.options")
 
 
 @dataclass(frozen=True)

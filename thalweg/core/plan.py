@@ -36,6 +36,7 @@ class ParameterRow:
         fold: how more than two dimensions become matrices: "batch" (the last two are one) or "flatten" (the first
             against the others).
         moves: what a schedule moves for it ("lr", "weight_decay", an option), and the name of that schedule.
+        thaws: updates before it begins to train (``optimizer.unfreeze``).
     """
 
     name: str
@@ -49,6 +50,7 @@ class ParameterRow:
     options: dict[str, Any] = field(default_factory=dict)
     fold: str = "batch"
     moves: dict[str, str] = field(default_factory=dict)
+    thaws: int = 0
 
 
 @dataclass(frozen=True)

@@ -156,6 +156,8 @@ class Optimizer:
             {pattern: {rule, lr, lr_scale, weight_decay, options, fold, schedule}}.
             A pattern is of names ("blocks.*.attn.*"), or "type:Embedding", "ndim:1", "shape:10x*".
         layer_decay: factor on the rate for each layer further from the output; 1 switches it off.
+        unfreeze: a length in the schedule language, such as "30%": the layers begin to train one after the other, the output
+            at once and the one furthest from it after that length; until then they cost no backward pass. None: all at once.
         stages: what combines with the rule, with its options: {"cautious": {}, "clip_update_rms": {"most": 1.0}}.
         slots: how the rule's memory is kept: "full", "bf16", "bf16+error" or "int8"; None: "full", unless
             ``memory_budget`` asks for less.
@@ -178,6 +180,7 @@ class Optimizer:
     otherwise_lr: float | None = None
     groups: dict[str, Any] = field(default_factory=dict)
     layer_decay: float = 1.0
+    unfreeze: str | None = None
     stages: dict[str, Any] = field(default_factory=dict)
     slots: str | None = None
     release_gradients: str | None = None
@@ -412,12 +415,14 @@ class Data:
     Args:
         workers: processes that read a ``Dataset``; 0 reads in this one. In-memory data needs none.
         timeout: seconds after which a worker that is waited for counts as hung; it is ended and started again once. 0: never.
+        bucket: windows whose samples are sorted by their length together, so that little is padded; 0: none are sorted.
         folder: where the files lie that a task reads and that no package holds; None: the environment variable THALWEG_DATA.
         options: arguments for the task's data function.
     """
 
     workers: int = 0
     timeout: float = 600.0
+    bucket: int = 0
     folder: str | None = None
     options: dict[str, Any] = field(default_factory=dict)
 
@@ -427,6 +432,12 @@ class Data:
             f"data.timeout={self.timeout} is no number of seconds.",
             "It is how long a worker may take over one micro-batch.",
             "Give 600, or more for slow data; 0 waits for ever.",
+        )
+        _check(
+            self.bucket >= 0,
+            f"data.bucket={self.bucket} is negative.",
+            "It counts windows that are sorted together.",
+            "Give such as 50, or 0 to sort none.",
         )
         _check(
             self.workers >= 0,

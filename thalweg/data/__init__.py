@@ -3,6 +3,7 @@
 from thalweg.data.changed import ChangedFeed, SharedFeed, image_size, resized, sequence_length, shortened
 from thalweg.data.feeds import Augment, held_out, make_feed
 from thalweg.data.order import Order, permute, uniforms
+from thalweg.data.ragged import Ragged, lengths_of
 from thalweg.data.share import WHOLE, Share, micro_batches
 from thalweg.data.sources import Items, Source, Stream, Tensors, TokenWindows, as_source, told_of_loader
 from thalweg.data.trees import batch_size, split, tensors, to_device, tree_map
@@ -12,6 +13,7 @@ __all__ = [
     "ChangedFeed",
     "Items",
     "Order",
+    "Ragged",
     "Share",
     "SharedFeed",
     "Source",
@@ -22,6 +24,7 @@ __all__ = [
     "as_source",
     "batch_size",
     "held_out",
+    "lengths_of",
     "make_feed",
     "micro_batches",
     "permute",

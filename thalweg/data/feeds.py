@@ -14,6 +14,7 @@ from thalweg.core import DataError, Feed, FeedState, Gather, Tell, seed_for
 from thalweg.data.items import ItemFeed, Reader
 from thalweg.data.order import Indices, Order, uniforms
 from thalweg.data.quiet import never, quiet
+from thalweg.data.ragged import lengths_of
 from thalweg.data.share import WHOLE, Share, micro_batches, shared
 from thalweg.data.sources import Items, Source, Stream
 from thalweg.data.streams import StreamFeed, read_stream
@@ -35,6 +36,7 @@ def make_feed(
     timeout: float = 600.0,
     augment: Augment | None = None,
     sizes: Sequence[int] | None = None,
+    bucket: int = 0,
     share: Share = WHOLE,
 ) -> Feed:
     """The feed for a source. Equal arguments give equal windows, from whatever step they are asked.
@@ -42,6 +44,7 @@ def make_feed(
     Args:
         timeout: seconds after which a worker that gives nothing is started again; 0: never.
         sizes: samples in the window of each step, where they change; none is larger than ``batch``.
+        bucket: windows whose samples are sorted by length together; 0: none.
         share: which micro-batches of each window are read; a window may have none of them.
 
     Raises:
@@ -64,7 +67,8 @@ def make_feed(
             sizes=sizes,
             share=share,
         )
-    order = Order(len(source), batch, seed=seed, keep_last=keep_last, sizes=sizes)
+    lengths = lengths_of(source)
+    order = Order(len(source), batch, seed=seed, keep_last=keep_last, sizes=sizes, lengths=lengths, bucket=bucket)
     if isinstance(source, Items):
         return ItemFeed(
             source,
@@ -141,19 +145,24 @@ class MemoryFeed:
         if not len(indices):
             yield from ([] for _ in parts)
             return
+        if lengths_of(self.source) is not None:  # each micro-batch is as long as its own longest sample
+            for part in parts:
+                cuts = range(0, len(part), self.micro_batch)
+                yield [self._gathered(epoch, part[at : at + self.micro_batch]) for at in cuts]
+            return
+        batch = self._gathered(epoch, indices)
+        for portion, part in zip(cut(batch, [len(part) for part in parts]), parts):
+            if len(part) > self.micro_batch:
+                yield split(portion, self.micro_batch)
+            else:
+                yield [portion] if len(part) else []
+
+    def _gathered(self, epoch: int, indices: Indices) -> Any:
         batch = self.source.gather(torch.from_numpy(indices))
         if self.augment is not None:
             key = seed_for(self.seed, "augment", epoch)
             batch = self.augment(batch, _Draw(key, indices, epoch, seed_for(self.seed, "augment")))
-        batch = to_device(batch, self.device)
-        for portion, part in zip(cut(batch, [len(part) for part in parts]), parts):
-            yield (
-                []
-                if not len(part)
-                else [portion]
-                if len(part) <= self.micro_batch
-                else split(portion, self.micro_batch)
-            )
+        return to_device(batch, self.device)
 
 
 class _Draw:

@@ -80,16 +80,28 @@ class Order:
         seed: the run's seed.
         keep_last: whether an epoch's short last window is a step.
         sizes: samples in the window of each step, where they change; ``batch`` is then the largest of them.
+        lengths, bucket: of each sample; so many windows at a time are sorted by them (``bucketed``).
 
     >>> order = Order(10, 4, seed=0, keep_last=True)
     >>> order.steps_per_epoch, [len(order.window(s)[1]) for s in range(4)]
     (3, [4, 4, 2, 4])
     """
 
-    def __init__(self, num: int, batch: int, *, seed: int, keep_last: bool, sizes: Sequence[int] | None = None) -> None:
+    def __init__(
+        self,
+        num: int,
+        batch: int,
+        *,
+        seed: int,
+        keep_last: bool,
+        sizes: Sequence[int] | None = None,
+        lengths: Indices | None = None,
+        bucket: int = 0,
+    ) -> None:
         self.num, self.batch, self.seed = num, batch, seed
         self.steps_per_epoch = max(1, -(-num // batch) if keep_last else num // batch)
-        self._block = max(1, 65536 // batch) * batch  # whole windows, so that one lies in one block
+        self._lengths = lengths if bucket else None
+        self._block = (bucket or max(1, 65536 // batch)) * batch  # whole windows, so that one lies in one block
         self._places = None if sizes is None else _places(num, sizes, keep_last)
         self._cached: tuple[tuple[int, int], Indices] | None = None
 
@@ -117,8 +129,31 @@ class Order:
         if self._cached is None or self._cached[0] != (epoch, block):
             start = block * self._block
             positions = np.arange(start, min(start + self._block, self.num), dtype=np.int64)
-            self._cached = ((epoch, block), permute(self.num, seed_for(self.seed, "order", epoch), positions))
+            found = permute(self.num, seed_for(self.seed, "order", epoch), positions)
+            if self._lengths is not None:
+                found = bucketed(found, self._lengths, self.batch, seed_for(self.seed, "bucket", epoch, block))
+            self._cached = ((epoch, block), found)
         return self._cached[1]
+
+
+def bucketed(samples: Indices, lengths: Indices, batch: int, key: int) -> Indices:
+    """The same samples, so that those of a window are of about one length; which window comes when is shuffled.
+
+    Those behind the last whole window stay where they are: they are no longer or shorter than others.
+
+    Args:
+        lengths: of all samples, by index.
+        key: names the order of the windows.
+
+    >>> bucketed(np.array([0, 1, 2, 3, 4]), np.array([9, 1, 8, 2, 5]), 2, 0).reshape(-1)[:4].tolist()
+    [1, 3, 2, 0]
+    """
+    whole = len(samples) // batch * batch
+    if not whole:
+        return samples
+    by_length = samples[:whole][np.argsort(lengths[samples[:whole]], kind="stable")].reshape(-1, batch)
+    turns = permute(len(by_length), key, np.arange(len(by_length), dtype=np.int64))
+    return np.concatenate([by_length[turns].reshape(-1), samples[whole:]])
 
 
 def _places(num: int, sizes: Sequence[int], keep_last: bool) -> list[tuple[int, int, int]]:

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from thalweg.core import DataError, Plan, Recipe, RecipeError, Task, did_you_mean
-from thalweg.data import Order, Source, held_out, resized, shortened, tensors
+from thalweg.data import Order, Source, held_out, lengths_of, resized, shortened, tensors
 from thalweg.device import Device
 from thalweg.engine.preflight import ModelLoss, as_written, in_evaluation_mode, untouched
 from thalweg.engine.scheduled import Scheduled, average_lengths
@@ -41,6 +41,24 @@ def check_metric(task: Task, recipe: Recipe, model: nn.Module, test: Source, dev
             f"evaluate.best='{recipe.evaluate.best}' is no metric of this task.",
             f"It has {len(names)}.",
             did_you_mean(recipe.evaluate.best, names),
+        )
+
+
+def check_bucket(recipe: Recipe, source: Source) -> None:
+    """Samples are sorted by length where there are lengths, and where windows are of one size."""
+    if not recipe.data.bucket:
+        return
+    if lengths_of(source) is None:
+        raise RecipeError(
+            f"data.bucket={recipe.data.bucket} sorts samples by length, and this data says none.",
+            f"It is a {type(source).__name__}.",
+            "Give thalweg.data.Ragged, or an object with gather and lengths (a numpy array), or leave data.bucket out.",
+        )
+    if recipe.schedule.batch is not None:
+        raise RecipeError(
+            f"data.bucket={recipe.data.bucket} does not go with schedule.batch.",
+            "What is sorted together is cut into windows of one size.",
+            "Leave one of the two out.",
         )
 
 

@@ -36,6 +36,7 @@ def suits(recipe: Recipe, policy: Policy, device: Device, ranks: Ranks) -> bool:
         and ranks.world == 1
         and recipe.compile in ("off", "auto")
         and recipe.optimizer.release_gradients in (None, "off")
+        and not recipe.optimizer.unfreeze
         and not (policy.scaled or policy.islands or guard.active or recipe.exact_reduce)
         and not (train.clip_history or regularize.sharpness)
     )

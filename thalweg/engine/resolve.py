@@ -47,6 +47,7 @@ from thalweg.device import Device, allocator, choose, facts
 from thalweg.engine.begin import take_weights
 from thalweg.engine.checks import (
     check_average,
+    check_bucket,
     check_heard,
     check_metric,
     check_same_data,
@@ -96,6 +97,7 @@ from thalweg.engine.scheduled import (
 from thalweg.engine.settle import Decisions, settle_evaluation, settle_length, settle_optimizer
 from thalweg.engine.tensor_plan import tensor_cuts
 from thalweg.engine.together import check_buffers, check_layers, check_parts, check_ranks, tell_parts
+from thalweg.engine.unfreeze import IN_TURN, check_unfreeze, tell_unfreeze, thaw_of
 from thalweg.optim import parameter_table
 from thalweg.parallel import ALONE, Ranks
 from thalweg.precision import Policy, Prepared, policy_for
@@ -198,6 +200,7 @@ def _resolve(
     test = None if split.test is None else as_source(split.test)
     recipe, steps, samples = settle_length(recipe, source, decide)
     sizes = batch_sizes(recipe, steps)
+    check_bucket(recipe, source)
     if saved is not None:
         check_same_data(saved, samples, split.facts)
     if recipe.data.workers and not isinstance(source, Items):
@@ -243,6 +246,7 @@ def _resolve(
         timeout=recipe.data.timeout,
         augment=augmentation(recipe, task, split.augment),
         sizes=sizes,
+        bucket=recipe.data.bucket,
     )
     sized = recipe.train.micro_batch != "auto"
     feed = feeding(micro_batch=whole_of(recipe.train.micro_batch) if sized else recipe.train.batch)
@@ -278,6 +282,7 @@ def _resolve(
     per_step, why_not = _units(task, recipe, samples, probe, batch_size(first), whole)
     span = span_of(recipe, steps, per_step, why_not, samples=samples, sequence=whole)
     check_values(moved, span)
+    thaw = thaw_of(recipe, span)
     with recomputed(model, recipe.recompute or "none"):
         if saved is None:
             recipe = settle_levers(recipe, model, loss, first, device, decide.take, steps=steps, fresh=fresh)
@@ -293,7 +298,7 @@ def _resolve(
             steps=steps,
             samples=samples,
             loss_divisor=loss_divisor(probe, num_parts),
-            parameters=parameter_table(model, optimizer=recipe.optimizer, schedule=recipe.schedule),
+            parameters=parameter_table(model, optimizer=recipe.optimizer, schedule=recipe.schedule, thaw=thaw),
             unit=task.unit,
             sizes={},
             machine={**facts(device, recipe.precision), "data": split.facts, "first_loss": probe.loss},
@@ -307,6 +312,7 @@ def _resolve(
 
     def check(recipe: Recipe) -> None:
         check_exact(recipe, device)
+        check_unfreeze(recipe, stand)
         if ranks.world > 1:
             check_ranks(recipe, stand.feeds)
         check_smallest_batch(model, recipe, samples, sizes, values)
@@ -344,6 +350,8 @@ def _resolve(
         tell_parts(recipe, stand, decide.take)
     check_release(recipe, device.kind, plan_of(recipe).parameters, decide.take)
     against = IN_PARTS if stand.shard > 1 or stand.tensor > 1 else device.against_graphs(model)
+    tell_unfreeze(plan_of(recipe).parameters, recipe, decide.take)
+    against = IN_TURN if thaw else against
     if saved is None:
 
         def trying() -> Bench:

@@ -22,6 +22,7 @@ from thalweg.engine.spikes import JUDGED
 from thalweg.engine.state import State
 from thalweg.engine.together import Place
 from thalweg.engine.undo import Undo
+from thalweg.engine.unfreeze import waiting
 from thalweg.optim.arena import update
 from thalweg.optim.history import excess
 from thalweg.optim.norm import global_norm
@@ -105,6 +106,7 @@ class Step:
         self._seeds: dict[torch.dtype, Tensor] = {}
         self.undo = Undo(state.model, state.arenas, self.sums, state.statistics)
         self.in_order = InOrder(self) if options.exact else None
+        self.waiting = waiting(state.arenas)
 
     def run_several(self, windows: Sequence[Sequence[Any]]) -> None:
         """Steps in order; nothing is asked or told between them."""
@@ -267,6 +269,8 @@ class Step:
     def _begin(self) -> None:
         self.sums.zero_()
         self.state.timetable.turn(self.state.applied, self.state.step)
+        if self.waiting is not None:
+            self.waiting.turn(self.state.step)
         for arena in self.state.arenas:
             arena.clear_gradients()
         if self.state.statistics.layers:

@@ -36,6 +36,7 @@ class Treatment:
     Attributes:
         lr: factor on the scheduled rate.
         moves: (what, name in the timetable) of what a schedule moves: "lr", "weight_decay", or an option.
+        thaws: updates that leave it alone; its own are counted from there.
     """
 
     rule: str
@@ -46,6 +47,7 @@ class Treatment:
     decay_form: str
     fold: str
     moves: tuple[tuple[str, str], ...] = ()
+    thaws: int = 0
 
 
 @dataclass(frozen=True)
@@ -269,6 +271,10 @@ class Arena:
         table = numbers.pop("moved", None) or {}
         moved = {what: table[name] for what, name in treatment.moves}
         lr, decay = moved.pop("lr", numbers["lr"]), moved.pop("weight_decay", None)
+        if treatment.thaws:
+            waits = (numbers["t"] <= treatment.thaws).to(numbers["skipped"].dtype)
+            numbers["skipped"] = torch.maximum(numbers["skipped"], waits)
+            numbers["t"] = (numbers["t"] - treatment.thaws).clamp(min=1)
         return {
             **numbers,
             "lr": lr if treatment.lr == 1 else lr * treatment.lr,
@@ -292,14 +298,19 @@ class Arena:
             given: numbers of the step, as for ``update``.
             due: steps attempted before this one: what periodic work is timed by.
         """
+        waiting = False
         for segment in self.segments:
-            self.run_one(segment, self.scalars(segment, given), due=due)
-        self.updated()
+            thaws = segment.treatment.thaws
+            if due < thaws:  # updates are at most as many as steps: it waits for certain
+                waiting = True
+                continue
+            self.run_one(segment, self.scalars(segment, given), due=due - thaws)
+        self.updated(waiting=waiting)
 
-    def updated(self) -> None:
-        """An update has come to its end."""
+    def updated(self, *, waiting: bool = False) -> None:
+        """An update has come to its end; ``waiting``: a segment was left alone."""
         self.torn = False
-        if all(segment.program.clear for segment in self.segments):
+        if not waiting and all(segment.program.clear for segment in self.segments):
             self.left_clear()
 
     def run_one(self, segment: Segment, scalars: Mapping[str, Any], *, due: int) -> None:
@@ -499,4 +510,4 @@ def treatment_of(row: ParameterRow, optimizer: Any) -> Treatment:
     stages = tuple((name, tuple(sorted(given.items()))) for name, given in optimizer.stages.items())
     decay = row.weight_decay if row.decays else 0.0
     moves = tuple(row.moves.items())
-    return Treatment(row.rule, tuple(options.items()), stages, row.lr, decay, form, row.fold, moves)
+    return Treatment(row.rule, tuple(options.items()), stages, row.lr, decay, form, row.fold, moves, row.thaws)

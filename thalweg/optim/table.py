@@ -99,6 +99,7 @@ def parameter_table(
     *,
     optimizer: Optimizer | None = None,
     schedule: Schedule | None = None,
+    thaw: int = 0,
 ) -> tuple[ParameterRow, ...]:
     """A row for each trainable parameter: its shape, rule, rate and decay, and what decided them.
 
@@ -106,6 +107,7 @@ def parameter_table(
         no_decay: the words "bias", "norm", "1d", "embedding", "token", or patterns; None: the optimizer's.
         optimizer: a recipe's optimizer section, its options and rates settled; None: the default one.
         schedule: a recipe's schedule section: what moves is noted in each row.
+        thaw: updates before the layer furthest from the output begins to train; those between wait evenly less.
 
     Raises:
         RecipeError: for a pattern that matches no parameter, a parameter that two groups match, or a group that says
@@ -119,6 +121,7 @@ def parameter_table(
     _check_patterns(found, "optimizer.groups", list(optimizer.groups))
     groups = {pattern: _group(pattern, given) for pattern, given in optimizer.groups.items()}
     depths, top = _depths(model, found)
+    furthest = max(1, top - min(depths.values()))
     last = _output_layer(model, found)
     rows = []
     for one in found:
@@ -134,7 +137,9 @@ def parameter_table(
         row = _with_rule(row, one, optimizer, last)
         row = _with_group(row, one, groups, optimizer)
         row = replace(row, moves={**_moves(row, schedule or Schedule(), optimizer), **row.moves})
-        rows.append(replace(row, lr=row.lr * optimizer.layer_decay ** (top - depths[one.name])))
+        below = top - depths[one.name]
+        row = replace(row, lr=row.lr * optimizer.layer_decay**below, thaws=round(thaw * below / furthest))
+        rows.append(row)
     return tuple(rows)
 
 

@@ -11,6 +11,9 @@ FROM_FOLDER = {
     "characters": ("thalweg.recipes.characters", "a small GPT on tiny-shakespeare, by characters"),
     "fashion_mnist": ("thalweg.recipes.fashion_mnist", "a small net on Fashion-MNIST, to 93 % in three epochs"),
     "cifar10": ("thalweg.recipes.cifar10", "airbench94's net and schedule on CIFAR-10"),
+    "california": ("thalweg.recipes.california", "a perceptron on California's housing (20,640 rows)"),
+    "adult": ("thalweg.recipes.adult", "a perceptron on UCI's census income (48,842 rows)"),
+    "sst2": ("thalweg.recipes.sst2", "a pre-trained encoder, fine-tuned to tell praise from blame in 9,613 sentences"),
 }
 
 SHIPPED = {**EMBEDDED, **FROM_FOLDER}

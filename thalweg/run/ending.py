@@ -48,6 +48,8 @@ def give_back(step: Step) -> None:
     """The model is the user's again, however the run has ended; its layers draw from torch's generator."""
     if step.recomputation is not None:
         step.recomputation.release()
+    if step.waiting is not None:
+        step.waiting.release()
     if step.state.fully is not None:
         step.state.fully.release(together=False)  # where the run came to its end, it is done already
     if step.streams is not None:

@@ -1,0 +1,73 @@
+"""Sequences of different lengths in memory: a batch is padded to its own longest one."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from thalweg.core import DataError
+
+
+class Ragged:
+    """Token sequences of any length, and one row a sample of whatever belongs to them.
+
+    A micro-batch is padded to the longest of its own sequences, so that with ``data.bucket`` hardly anything is padded.
+
+    Args:
+        sequences: the tokens of each sample, at least one; they lie in one flat tensor afterwards.
+        rows: further tensors by name, such as labels, one row a sample.
+        pad: what stands behind the end of a short sequence.
+        multiple: lengths of batches are rounded up to multiples of it, where every length costs something of its own.
+
+    Attributes:
+        lengths: int64, of each sample.
+
+    >>> texts = Ragged([[5, 6, 7], [8]], {"labels": torch.tensor([1, 0])})
+    >>> texts.gather(torch.tensor([1, 0]))["tokens"].tolist()
+    [[8, 0, 0], [5, 6, 7]]
+    """
+
+    def __init__(
+        self, sequences: Any, rows: Mapping[str, Tensor] | None = None, *, pad: int = 0, multiple: int = 1
+    ) -> None:
+        self.rows, self.pad, self.multiple = dict(rows or {}), pad, multiple
+        self.lengths: NDArray[np.int64] = np.array([len(one) for one in sequences], dtype=np.int64)
+        if not len(self.lengths) or not self.lengths.min():
+            raise DataError(
+                "A sequence of the data holds no token." if len(self.lengths) else "The data holds no sample.",
+                f"Lengths: {self.lengths[:8].tolist()}.",
+                "Give at least one sample, and each at least one token.",
+            )
+        if other := {name: len(t) for name, t in self.rows.items() if len(t) != len(self.lengths)}:
+            raise DataError(
+                "The tensors of the data differ in length.",
+                f"tokens: {len(self.lengths)}, {', '.join(f'{name}: {n}' for name, n in other.items())}.",
+                "Give each tensor one row a sample.",
+            )
+        self.flat = torch.cat([torch.as_tensor(one, dtype=torch.int32) for one in sequences])
+        self._starts = torch.from_numpy(np.cumsum(self.lengths) - self.lengths)
+        self._lengths = torch.from_numpy(self.lengths)
+
+    def __len__(self) -> int:
+        return len(self.lengths)
+
+    def gather(self, indices: Tensor) -> dict[str, Tensor]:
+        """The rows, and "tokens": int64 (batch, longest), padded behind."""
+        lengths = self._lengths[indices]
+        longest = -(-int(lengths.max()) // self.multiple) * self.multiple
+        places = torch.arange(longest)
+        inside = places < lengths.unsqueeze(1)
+        where = (self._starts[indices].unsqueeze(1) + places).clamp(max=len(self.flat) - 1)
+        tokens = torch.where(inside, self.flat[where].long(), self.pad)
+        return {"tokens": tokens, **{name: t[indices] for name, t in self.rows.items()}}
+
+
+def lengths_of(source: Any) -> NDArray[np.int64] | None:
+    """The lengths of a source's samples, where it says them."""
+    found = getattr(source, "lengths", None)
+    return found if isinstance(found, np.ndarray) else None
