@@ -35,11 +35,11 @@ CASES: dict[str, tuple[Any, Any, Any, dict[str, Any]]] = {
         points(70),
         {
             "train.batch": 16,
-            "train.micro_batch": 6,
+            "train.micro_batch": 4,
             "regularize.average": 0.9,
             "optimizer.weight_decay": 0.1,
             "schedule.lr": "warmup(3) >> cosine()",
-            "schedule.clip": "linear(start=0.5, end=2)",
+            "schedule.clip": "linear(to=0.1)",
         },
     ),
     "statistics, a clip that cuts": (
@@ -71,7 +71,7 @@ CASES: dict[str, tuple[Any, Any, Any, dict[str, Any]]] = {
         mlp,
         mean_loss,
         points(),
-        {"train.batch": 16, "train.clip": 0, "regularize.average_form": "window", "regularize.average": 0.5},
+        {"train.batch": 16, "train.clip": 0, "regularize.average_form": "window"},
     ),
 }
 

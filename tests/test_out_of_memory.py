@@ -31,10 +31,9 @@ from tests.models import (
 from thalweg.core import CheckpointError, Loss, OutOfMemoryError, Split, read_lines
 from thalweg.device import memory, ran_out
 from thalweg.engine import evaluate
-from thalweg.engine import step as step_module
 from thalweg.engine.portions import TRIES, evenly, uncuttable
 from thalweg.engine.undo import Undo
-from thalweg.optim import Arena
+from thalweg.optim.bound import Bound
 from thalweg.run import RunFolder
 from thalweg.watch import Memory
 
@@ -454,15 +453,15 @@ def test_a_portion_too_small_for_the_model_says_so() -> None:
 
 
 def test_a_failure_in_the_update_is_not_saved_as_a_good_state(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    whole, calls = Arena.run, iter(range(10**6))
+    whole, calls = Bound.__call__, iter(range(10**6))
 
-    def run(self: Arena, *words: Any, **named: Any) -> None:
+    def run(self: Bound, due: int) -> None:
         if next(calls) == 4:
-            next(iter(self.places.values()))[1].data.add_(1)  # half of it
+            next(iter(self.arenas[0].places.values()))[1].data.add_(1)  # half of it
             raise torch.OutOfMemoryError("CUDA out of memory.")
-        whole(self, *words, **named)
+        whole(self, due)
 
-    monkeypatch.setattr(Arena, "run", run)
+    monkeypatch.setattr(Bound, "__call__", run)
     seen = Memory()
     with pytest.raises(OutOfMemoryError) as err:
         thalweg.train(mlp, mean_loss, points(), BASE, folder=tmp_path / "run", sinks=[seen])
@@ -487,7 +486,7 @@ def test_a_step_after_a_half_moved_update_is_refused_until_a_state_is_loaded(mon
     def broken(*words: Any, **named: Any) -> None:
         raise MemoryError
 
-    monkeypatch.setattr(step_module, "update", broken)
+    monkeypatch.setattr(Bound, "__call__", broken)
     with pytest.raises(OutOfMemoryError):
         step.run(second)
     monkeypatch.undo()
@@ -506,10 +505,10 @@ def test_memory_that_runs_out_before_the_update_moves_nothing(monkeypatch: pytes
     step.run(first)
     before = state_bits(step)
 
-    def broken(gs: Any) -> None:
+    def broken(*words: Any, **named: Any) -> None:
         raise MemoryError
 
-    monkeypatch.setattr(step_module, "global_norm", broken)
+    monkeypatch.setattr(torch.linalg, "vector_norm", broken)
     with pytest.raises(OutOfMemoryError) as err:
         step.run(second)
     assert "nothing of this step has been applied" in three_parts(err.value)[2]

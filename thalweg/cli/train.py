@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from thalweg.cli import checkpoint
+from thalweg.cli.quick import imported_at_once
 from thalweg.cli.words import add_data, data_change, pair, recipe_of, whole
 from thalweg.core import RanksError, RecipeError, ThalwegError
 
@@ -88,7 +89,11 @@ def _train(asked: argparse.Namespace) -> int:
         from thalweg.parallel import launch
 
         return launch(asked.words, num, restarts)
-    from thalweg.parallel import Agent, join, left_to
+    with imported_at_once():
+        import thalweg.recipes
+        import thalweg.run
+        import thalweg.watch  # noqa: F401
+        from thalweg.parallel import Agent, join, left_to
 
     left = Agent().left()
     if left.code:
