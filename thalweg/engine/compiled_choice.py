@@ -103,8 +103,8 @@ def _auto(
     if (
         device.graph_kind == "cpu"
     ):  # whether this torch can is asked where a graph is worth it: to ask imports its compiler
-        able = not why_not(recipe, rows, device, "step", against)
-        return measure(recipe, ["step"], take) if able and measure is not None else "off"
+        possible = not why_not(recipe, rows, device, "step", against)
+        return measure(recipe, ["step"], take) if possible and measure is not None else "off"
     reasons = _reasons(recipe, rows, device, against)
     if device.graph_kind == "graph":
         if reasons["step"]:
