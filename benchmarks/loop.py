@@ -86,6 +86,7 @@ def by_hand(model: nn.Module, data: dict[str, torch.Tensor], loss: Any, batch: i
 def ours(model: nn.Module, data: dict[str, torch.Tensor], loss: Any, batch: int, folder: Path) -> Loop:
     changes = {
         "precision": "fp32",
+        "compile": "off",
         "train.steps": STEPS,
         "train.batch": batch,
         "train.clip": CLIP,
