@@ -60,6 +60,7 @@ def loop_of(task: Task, changes: dict[str, Any], folder: Path) -> Loop:
     fixed = {
         "precision": "fp32",
         "train.steps": STEPS,
+        "compile": "off",
         "checkpoint.every": 0,
         "evaluate.every": 0,
         "schedule.lr": "constant()",

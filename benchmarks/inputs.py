@@ -42,6 +42,7 @@ def ours(data: dict[str, Tensor], *, everything: bool) -> Callable[[], object]:
     changes: dict[str, Any] = {
         "precision": "fp32",
         "train.steps": STEPS,
+        "compile": "off",
         "train.batch": BATCH,
         "train.clip": CLIP,
         "optimizer.lr": LR,

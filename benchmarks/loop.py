@@ -99,6 +99,7 @@ def by_hand(model: nn.Module, data: dict[str, torch.Tensor], work: Workload) -> 
 def ours(model: nn.Module, data: dict[str, torch.Tensor], work: Workload, folder: Path) -> Loop:
     changes = {
         "precision": "bf16" if work.bf16 else "fp32",
+        "compile": "off",
         "train.steps": STEPS,
         "train.batch": work.batch * work.accumulate,
         "train.micro_batch": work.batch,

@@ -150,7 +150,7 @@ class Compiler:
         return run
 
 
-def _by_inductor(graph: Any, inputs: Sequence[Any], options: dict[str, Any]) -> Any:
+def _by_inductor(graph: Any, inputs: list[Any], options: dict[str, Any]) -> Any:
     """What inductor makes of a graph. On the CPU what calls its kernels is compiled too: in Python it takes as long as the update
     of a small model. Shapes, which are guarded before a call, are not looked at again inside.
     """

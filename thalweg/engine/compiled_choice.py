@@ -15,7 +15,7 @@ from thalweg.rules import RULES
 
 Take = Callable[[str, Any, str], Any]
 
-_OLDER = "this torch cannot trace a backward pass into the graph of its forward pass; torch 2.13 can"
+OLDER = "this torch cannot trace a backward pass into the graph of its forward pass; torch 2.13 can"
 
 #: Against any graph of a model whose parameters are spread over ranks.
 IN_PARTS = "parameters are spread over ranks, and gathered block by block while a pass runs"
@@ -81,7 +81,7 @@ def settle_compile(
     if asked == "best":
         return replace(recipe, compile=_best(recipe, rows, device, take, measure, against))
     if asked in WHOLE and not traces_autograd():
-        return replace(recipe, compile=take("compile", "model", f"'{asked}' was asked for, but {_OLDER}"))
+        return replace(recipe, compile=take("compile", "model", f"'{asked}' was asked for, but {OLDER}"))
     if reason := why_not(recipe, rows, device, asked, against):
         raise RecipeError(
             f"compile='{asked}' is not possible in this run.",
@@ -100,9 +100,12 @@ def _auto(
     measure: Callable[[Recipe, Sequence[str], Take], str] | None,
     against: str,
 ) -> str:
+    if (
+        device.graph_kind == "cpu"
+    ):  # whether this torch can is asked where a graph is worth it: to ask imports its compiler
+        possible = not why_not(recipe, rows, device, "step", against)
+        return measure(recipe, ["step"], take) if possible and measure is not None else "off"
     reasons = _reasons(recipe, rows, device, against)
-    if device.graph_kind == "cpu":
-        return "off" if reasons["step"] or measure is None else measure(recipe, ["step"], take)
     if device.graph_kind == "graph":
         if reasons["step"]:
             return str(take("compile", "off", f"not 'step': {reasons['step']}"))
@@ -119,7 +122,7 @@ def _auto(
 def _reasons(recipe: Recipe, rows: Sequence[ParameterRow], device: Device, against: str) -> dict[str, str]:
     """Why each way is not possible, or ""."""
     reasons = {how: why_not(recipe, rows, device, how, against) for how in ("model", *WHOLE)}
-    older = "" if traces_autograd() else _OLDER
+    older = "" if traces_autograd() else OLDER
     return {how: reason or (older if how in WHOLE else "") for how, reason in reasons.items()}
 
 

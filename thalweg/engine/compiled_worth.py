@@ -20,7 +20,9 @@ from thalweg.core import ParameterRow, Recipe
 from thalweg.data import split, tensors
 from thalweg.device.kept import same_generators
 from thalweg.engine.checks import whole_of
+from thalweg.engine.compiled_backend import traces_autograd
 from thalweg.engine.compiled_cache import keep, kept
+from thalweg.engine.compiled_choice import OLDER
 from thalweg.engine.compiled_measure import Take, Tried, choice, fastest, first_line, first_that_works, tried
 from thalweg.engine.memory import Bench
 
@@ -78,6 +80,8 @@ def worth(recipe: Recipe, rows: Sequence[ParameterRow], steps: int, bench: Calla
     told = f"about {saved:.2g} s of {steps} steps would be saved, by an estimate for {len(rows)} tensors"
     if saved < WARM * cost:
         return str(take("compile", "off", f"{told}, and to compile takes {cost:.2g} s"))
+    if not traces_autograd():
+        return str(take("compile", "off", OLDER))
     here = bench()
     facts = facts_of(recipe, here)
     found = kept(facts)
