@@ -302,7 +302,7 @@ print(own >> 20, stays >> 20, fresh() >> 20)
 """
     ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     own, stays, after = map(int, ran.stdout.split())
-    assert own > 300 and stays < 5 and after > 300
+    assert own > 300 and stays < 5 and after > 60  # free memory was given back when the run was over
 
 
 def test_a_pass_that_takes_fresh_pages_is_told_and_a_resumed_run_does_as_it_did(

@@ -185,7 +185,7 @@ def _own_order(loader: DataLoader[Any]) -> str:
     sampler, batches = loader.sampler, loader.batch_sampler
     if batches is not None and not _is_of(batches, BatchSampler):
         return f"batch_sampler is a {type(batches).__name__}"
-    if loader.batch_size is None and batches is not None:
+    if loader.batch_size is None and isinstance(batches, BatchSampler):
         sampler = batches.sampler
     if not _is_of(sampler, SequentialSampler, RandomSampler):
         return f"sampler is a {type(sampler).__name__}"
