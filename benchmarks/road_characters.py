@@ -2,7 +2,8 @@
 
 The anchor is ``road_nanogpt.py``, in the form, eager or bf16, whose steps are faster here (``--full``: all four of its forms).
 Both sides are judged alike, in float32: the mean over all windows of 64 of the held-out text, each character predicted from those
-before it in its own window.
+before it in its own window. These evaluations, from which the curves are drawn, are in nobody's clock. Ours holds all else of a run
+(start, measuring of the precision, steps, the end), nanoGPT's its steps alone.
 
     python -m benchmarks.road_characters [--short | --full]
     python -m benchmarks.road_characters --ablate [--seeds 5] [--only ARM ...]
@@ -35,7 +36,7 @@ BAR = 3.0  # nanoGPT's seconds over ours
 ARMS: dict[str, dict[str, Any]] = {
     "characters": {},
     "characters without n-grams": {"model.ngrams": 1, "train.steps": 280},
-    "characters, longer": {"train.steps": 500},
+    "characters, longer": {"train.steps": 300},
 }
 ADAMW = {"optimizer.rule": "adamw", "optimizer.lr": 4e-3, "optimizer.options": {"b2": 0.99}}
 #: Arms of the ablation: the recipe, less one trick.
@@ -81,8 +82,8 @@ def exact(model: nn.Module, tokens: torch.Tensor) -> float:
 
 
 def ours(name: str, changes: dict[str, Any], tokens: torch.Tensor) -> dict[str, Any]:
-    """An arm: training seconds are those of its steps; wall seconds are all of ``train_task``, its own evaluations too."""
-    given = recipe(changes)
+    """An arm: training seconds are those of its steps; wall seconds those of all of ``train_task`` but its evaluations."""
+    given = recipe({"evaluate.every": max(1, recipe(changes).train.steps or 1) // 4, **changes})
     begun = time.perf_counter()
     result = train_task(find_task("characters"), given)
     wall = time.perf_counter() - begun
@@ -95,7 +96,8 @@ def ours(name: str, changes: dict[str, Any], tokens: torch.Tensor) -> dict[str, 
         "arm": name,
         "steps": told[-1].step,
         "training seconds": curve[-1][1],
-        "wall seconds": wall,
+        "wall seconds": wall - beside,
+        "evaluating seconds": beside,
         "loss": exact(result.model, tokens),
         "curve": curve,
         "precision": result.plan.recipe.precision,
@@ -152,14 +154,14 @@ def race(full: bool) -> None:
     for name in list(ARMS)[:2]:
         row = by_name[name]
         there = row["loss"] <= best["loss"]
-        ratio = best["wall seconds"] / row["wall seconds"]
+        ratio = best["training seconds"] / row["wall seconds"]
         rows.append(
             {
-                "what": f"{name}: nanoGPT's wall time to its own final loss ({best['loss']:.3f}) over ours",
+                "what": f"{name}: nanoGPT's seconds in steps to its own final loss ({best['loss']:.3f}) over our wall time",
                 "figure": f"{ratio:.1f}" if there else f"not reached ({row['loss']:.3f})",
                 "bar": f"at least {BAR:g}",
                 "met": there and ratio >= BAR,
-                "training seconds": best["training seconds"] / row["training seconds"],
+                "steps alone": best["training seconds"] / row["training seconds"],
             }
         )
     last = next(row for row in reversed(rows) if row.get("arm", "").startswith("characters,"))

@@ -51,7 +51,8 @@ class Block(nn.Module):
         x_BTD = x_BTD + self.drop(self.out(mixed.transpose(1, 2).reshape(B, T, -1)))
         h = self.up(self.norm_mlp(x_BTD))
         h = F.gelu(h) if self.form["activation"] == "gelu" else F.relu(h).square()
-        return x_BTD + self.drop(self.down(h))
+        x_BTD = x_BTD + self.drop(self.down(h))
+        return x_BTD
 
 
 def _norm(width: int, kind: str) -> nn.Module:

@@ -26,16 +26,18 @@ class NGrams(nn.Module):
     def __init__(self, vocab: int, width: int, longest: int, rows: int) -> None:
         super().__init__()
         self.vocab, self.rows = vocab + 1, rows
-        sizes = [min(rows, self.vocab**n) for n in range(2, longest + 1)]
-        self.tables = nn.ModuleList(nn.Embedding(size, width) for size in sizes)
+        self.sizes = [min(rows, self.vocab**n) for n in range(2, longest + 1)]
+        self.tables = nn.ModuleList(nn.Embedding(size, width) for size in self.sizes)
 
     def codes(self, tokens_BT: Tensor) -> list[Tensor]:
         """For each n, the row (B, T) of every place."""
         code, before, found = tokens_BT, tokens_BT, []
-        for table in self.tables:
+        for size in self.sizes:
             before = F.pad(before[:, :-1], (1, 0), value=self.vocab - 1)
-            code = (code * self.vocab + before) if table.num_embeddings < self.rows else (code * _PRIME + before)
-            code = code % table.num_embeddings if table.num_embeddings == self.rows else code
+            if size < self.rows:
+                code = code * self.vocab + before
+            else:
+                code = (code * _PRIME + before) % size
             found.append(code)
         return found
 
