@@ -78,6 +78,8 @@ class Clock:
 
     def event(self, event: Any) -> None: ...
 
+    def stop(self, reason: Any) -> None: ...
+
 
 def tell(point: dict[str, Any], most: float) -> bool:
     print(json.dumps({**point, "wall": time.perf_counter() - BEGAN}), flush=True)
