@@ -122,6 +122,7 @@ def race(encoder: str, seeds: int, limit: int) -> list[Row]:
             "values": [run["value"] for run in runs],
             "value": statistics.mean(run["value"] for run in runs),
             "seconds": statistics.median(run["seconds"] for run in runs),
+            "precision": runs[0].get("precision", "fp32"),
             "curve": runs[0].get("curve", []),
         }
         for arm, runs in found.items()
