@@ -138,7 +138,7 @@ def section() -> str:
     lines = []
     for part in PARTS:
         other = kept(part.name)
-        lines += [] if other is None else part.lines(other["rows"])
+        lines += [] if other is None else part.lines(other)
     if lines:
         parts += ["", "| what | figure | bar |", "|---|---|---|"]
         parts += [

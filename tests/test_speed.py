@@ -142,7 +142,10 @@ def test_bars_are_as_long_as_their_values_and_dark_pages_have_colours():
 
 def test_a_part_gives_its_rows_that_are_lines():
     rows = [{"what": "a", "figure": "1.0", "bar": None}, {"what": "no line"}]
-    assert short.own_lines(rows) == rows[:1]
+    assert short.own_lines({"rows": rows}) == rows[:1] and short.own_lines({"other": 1}) == []
+    ratio = {"n": 5, "median": 1.2, "low": 1.1, "high": 1.25}
+    (line,) = short.startup_lines({"rows": [{"ratio": ratio}]})
+    assert line["figure"] == "1.20 (1.10 to 1.25)" and line["bar"] == 1.3
 
 
 def test_the_short_forms_run_in_turn_and_failures_are_told(
