@@ -112,7 +112,13 @@ def picture(tree: dict[str, Any]) -> str:
         ]
         if drawn:
             groups.append((w.title, drawn))
-    return bars(groups, f"Steps/s over those of the loop by hand, medians and 95 % intervals. {where(tree)}")
+    return bars(groups, f"Steps/s over those of the loop by hand, {spread(tree)}. {where(tree)}")
+
+
+def spread(tree: dict[str, Any]) -> str:
+    """What the intervals are: of fewer than 6 rounds, order statistics make none of 95 %."""
+    least = min((row["ratio"]["n"] for row in tree["rows"] if "ratio" in row), default=0)
+    return "medians and 95 % intervals" if least >= 6 else f"medians and whole ranges of {least} rounds"
 
 
 def where(tree: dict[str, Any]) -> str:

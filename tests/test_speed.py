@@ -119,6 +119,12 @@ def test_bars_are_held_against_the_fastest_trainer_that_is_not_bare_in_pairs():
     assert lines[2]["figure"] == "2.50 (2.50 to 2.67)"  # 240/90, 250/100, 260/104
 
 
+def test_few_rounds_are_not_called_a_95_percent_interval():
+    assert table.spread({"rows": ROWS}) == "medians and whole ranges of 3 rounds"
+    many = {"ratio": {"n": 6}}
+    assert table.spread({"rows": [many]}) == "medians and 95 % intervals"
+
+
 def test_readme_says_what_is_kept():
     readme = (ROOT / "README.md").read_text()
     assert readme == table.replaced(readme, table.section())
