@@ -138,7 +138,8 @@ def section() -> str:
     tree = kept("speed")
     if tree is not None:
         parts += [
-            f"{where(tree)} Same net, batches, weights and losses; each in a process and an environment of its own, in turns; {spread(tree)}."
+            f"{where(tree)} Same net, batches, weights and losses; each in a process and an environment of its own, in turns; "
+            f"{spread(tree)}."
         ]
         parts += ["", speed_table(tree["rows"]), "", *failures(tree["rows"]), "", f"![The same as bars]({PICTURE})"]
     lines = []
