@@ -20,8 +20,8 @@ Row = dict[str, Any]
 MINUTES = 15
 
 
-def own_lines(rows: Sequence[Row]) -> list[Row]:
-    return [row for row in rows if {"what", "figure", "bar"} <= row.keys()]
+def own_lines(tree: dict[str, Any]) -> list[Row]:
+    return [row for row in tree.get("rows", ()) if {"what", "figure", "bar"} <= row.keys()]
 
 
 @dataclass(frozen=True)
@@ -30,21 +30,28 @@ class Part:
 
     name: str
     arguments: tuple[str, ...] = ("--short",)
-    lines: Callable[[Sequence[Row]], list[Row]] = own_lines
+    lines: Callable[[dict[str, Any]], list[Row]] = own_lines
 
 
-def speed_lines(rows: Sequence[Row]) -> list[Row]:
+def speed_lines(tree: dict[str, Any]) -> list[Row]:
     from benchmarks.table import speed_bars
 
-    return speed_bars(rows)
+    return speed_bars(tree["rows"])
+
+
+def startup_lines(tree: dict[str, Any]) -> list[Row]:
+    from benchmarks.table import interval
+
+    what = "`thalweg train digits` to its first step, over importing torch and loading the data"
+    return [{"what": what, "figure": interval(row["ratio"]), "bar": 1.3} for row in tree["rows"]]
 
 
 PARTS = (
     Part("speed", lines=speed_lines),
     Part("overhead"),
-    Part("startup"),
+    Part("startup", ("--rounds", "5"), startup_lines),
     Part("road_characters"),
-    Part("road_images"),
+    Part("road_images", ("--short", "--keep")),
     Part("road_tables"),
     Part("road_sst2"),
 )

@@ -112,7 +112,13 @@ def picture(tree: dict[str, Any]) -> str:
         ]
         if drawn:
             groups.append((w.title, drawn))
-    return bars(groups, f"Steps/s over those of the loop by hand, medians and 95 % intervals. {where(tree)}")
+    return bars(groups, f"Steps/s over those of the loop by hand, {spread(tree)}. {where(tree)}")
+
+
+def spread(tree: dict[str, Any]) -> str:
+    """What the intervals are: of fewer than 6 rounds, order statistics make none of 95 %."""
+    least = min((row["ratio"]["n"] for row in tree["rows"] if "ratio" in row), default=0)
+    return "medians and 95 % intervals" if least >= 6 else f"medians and whole ranges of {least} rounds"
 
 
 def where(tree: dict[str, Any]) -> str:
@@ -132,13 +138,14 @@ def section() -> str:
     tree = kept("speed")
     if tree is not None:
         parts += [
-            f"{where(tree)} Same net, batches, weights and losses; each in a process and an environment of its own, in turns."
+            f"{where(tree)} Same net, batches, weights and losses; each in a process and an environment of its own, in turns; "
+            f"{spread(tree)}."
         ]
         parts += ["", speed_table(tree["rows"]), "", *failures(tree["rows"]), "", f"![The same as bars]({PICTURE})"]
     lines = []
     for part in PARTS:
         other = kept(part.name)
-        lines += [] if other is None else part.lines(other["rows"])
+        lines += [] if other is None else part.lines(other)
     if lines:
         parts += ["", "| what | figure | bar |", "|---|---|---|"]
         parts += [

@@ -119,6 +119,12 @@ def test_bars_are_held_against_the_fastest_trainer_that_is_not_bare_in_pairs():
     assert lines[2]["figure"] == "2.50 (2.50 to 2.67)"  # 240/90, 250/100, 260/104
 
 
+def test_few_rounds_are_not_called_a_95_percent_interval():
+    assert table.spread({"rows": ROWS}) == "medians and whole ranges of 3 rounds"
+    many = {"ratio": {"n": 6}}
+    assert table.spread({"rows": [many]}) == "medians and 95 % intervals"
+
+
 def test_readme_says_what_is_kept():
     readme = (ROOT / "README.md").read_text()
     assert readme == table.replaced(readme, table.section())
@@ -142,7 +148,10 @@ def test_bars_are_as_long_as_their_values_and_dark_pages_have_colours():
 
 def test_a_part_gives_its_rows_that_are_lines():
     rows = [{"what": "a", "figure": "1.0", "bar": None}, {"what": "no line"}]
-    assert short.own_lines(rows) == rows[:1]
+    assert short.own_lines({"rows": rows}) == rows[:1] and short.own_lines({"other": 1}) == []
+    ratio = {"n": 5, "median": 1.2, "low": 1.1, "high": 1.25}
+    (line,) = short.startup_lines({"rows": [{"ratio": ratio}]})
+    assert line["figure"] == "1.20 (1.10 to 1.25)" and line["bar"] == 1.3
 
 
 def test_the_short_forms_run_in_turn_and_failures_are_told(

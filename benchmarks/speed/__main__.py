@@ -28,17 +28,17 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--short", action="store_true", help="fewer rows, fewer and shorter windows")
     parser.add_argument("--workloads", default=",".join(WORKLOADS))
     parser.add_argument("--peers", nargs="+", metavar="NAME", choices=PEERS, help="these rows alone; nothing is kept")
-    parser.add_argument("--rounds", type=int, help="windows that count (11, short 5)")
+    parser.add_argument("--rounds", type=int, help="windows that count (11, short 6)")
     parser.add_argument("--seconds", type=float, default=0.0, help="of a window")
     given = parser.parse_args(arguments)
     names = given.peers or [p.name for p in PEERS.values() if p.short or not given.short]
-    rounds = given.rounds or (5 if given.short else 11)
+    rounds = given.rounds or (6 if given.short else 11)
     command = "python -m benchmarks.speed" + (" --short" if given.short else "")
     with tempfile.TemporaryDirectory() as folder:
         _write_weights(folder)
         for name in given.workloads.split(","):
             w = WORKLOADS[name]
-            seconds = given.seconds or (w.seconds / 2 if given.short else w.seconds)
+            seconds = given.seconds or (w.seconds / 4 if given.short else w.seconds)
             rows = measure(w, [PEERS[peer] for peer in names], Path(folder), rounds=rounds, seconds=seconds)
             print(told(w.title, rows), flush=True)
             if not given.peers:
