@@ -100,7 +100,8 @@ class HostStep(Step):
     def _passes(self, index: int, first: int, batch: Any, last: bool) -> int:
         """As for ``Step``; of a plain mean it is the mean that is differentiated, from as many times the seed: the same bits."""
         self.undo.touched = False
-        num, weight = self._seed(index, first, batch), 0
+        num = self._seed(index, first, batch)
+        weight: Any = 0
         with self.policy.forward(self.state.device):
             value = self.loss(self.state.model, batch)
             if plain := type(value) is Tensor and value.dtype is torch.float32 and not value.ndim:

@@ -25,7 +25,7 @@ class Bound:
         given = numbers_of(arenas[0].scalar_dtype, **numbers)
         self.given = {**given, "single divisor": single}
         #: (a segment's own rate, the scheduled one, factor) where they differ
-        self.rates: list[tuple[memoryview, memoryview, float]] = []
+        self.rates: list[tuple[Any, Any, float]] = []
         self.calls: list[Callable[[int], None]] | None = None
         if all(self._stays(arena) for arena in arenas):
             self.calls = [self._call(arena, segment) for arena in arenas for segment in arena.segments]

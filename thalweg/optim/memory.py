@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import Tensor
 
 
-def memory(tensor: Tensor) -> memoryview:
+def memory(tensor: Tensor) -> Any:
     """The elements of a contiguous tensor on the CPU, live: what is written there stands in the tensor.
 
     Arithmetic on them is Python's, in double precision; what is written is rounded to the tensor's dtype, as torch rounds it.
@@ -16,7 +18,8 @@ def memory(tensor: Tensor) -> memoryview:
     >>> number == torch.tensor(1 / 3, dtype=torch.float32)
     tensor(True)
     """
-    return memoryview(tensor.detach().view(-1).numpy())
+    numbers: Any = tensor.detach().view(-1).numpy()
+    return memoryview(numbers)
 
 
 def over(a: float, b: float) -> float:
