@@ -154,11 +154,11 @@ class HostStep(Step):
 
     def _one_norm(self) -> float:
         torch.linalg.vector_norm(self._arenas[0].grads, dtype=self.norm.dtype, out=self.norm)
-        return self._norm[0]
+        return float(self._norm[0])
 
     def _norm_of_all(self) -> float:
         self.norm.copy_(global_norm([arena.grads for arena in self._arenas]))
-        return self._norm[0]
+        return float(self._norm[0])
 
     def _note(self, norm: float) -> Tensor:
         """The row of this step."""
