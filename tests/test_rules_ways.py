@@ -289,10 +289,10 @@ def test_the_fused_operator_is_the_program(
 ) -> None:
     for average, skip in ((False, ()), (True, (1, 3))):
         program = program_of(name, options, decay_form=form, maximize=maximize, unscale=True, average=average)
-        kernel = fused(program, device="cpu")
-        assert kernel is not None
+        operator = fused(program, device="cpu")
+        assert operator is not None
         words: dict[str, Any] = {"shapes": ((700,), ()), "steps": 6, "skip": skip, "bad": math.inf}
-        got, mine = walk(program, kernel, **words)
+        got, mine = walk(program, operator.run, **words)
         wanted, slots = walk(program, eager(program), **words)
         assert ulps(got, wanted) <= 16
         assert slot_ulps(mine, slots) <= 16

@@ -36,8 +36,9 @@ def loss(model: nn.Module, batch: Any) -> Loss:
 def _note(step: int, samples: list[int]) -> None:
     """A line that is in the file at once."""
     if folder := os.environ.get(LEDGER):
-        group = os.environ.get("MASTER_PORT")  # a group that has started again meets at another port
-        line = json.dumps({"step": step, "samples": samples, "at": time.time(), "group": group})
+        group = os.environ.get("MASTER_PORT")  # one that meets anew has another, often
+        who = {"group": group, "rank": os.environ.get("RANK", "0"), "process": os.getpid()}
+        line = json.dumps({"step": step, "samples": samples, "at": time.time(), **who})
         handle = os.open(
             Path(folder, f"rank-{os.environ.get('RANK', '0')}-{os.getpid()}"), os.O_WRONLY | os.O_CREAT | os.O_APPEND
         )
@@ -87,7 +88,9 @@ def each_once(folder: Path, steps: int) -> None:
         lines = [line for line in told if line["step"] == step]
         assert lines, f"step {step} was never made"
         last = max(lines, key=lambda line: line["at"])["group"]
-        saw = sorted(sample for line in lines if line["group"] == last for sample in line["samples"])
+        ranks = {line["rank"]: line["process"] for line in sorted(lines, key=lambda x: x["at"]) if line["group"] == last}
+        mine = [line for line in lines if line["group"] == last and line["process"] == ranks[line["rank"]]]
+        saw = sorted(sample for line in mine for sample in line["samples"])
         wanted = sorted(map(int, order.window(step)[1]))
         assert saw == wanted, f"step {step} saw {saw}, and its window is {wanted}"
 
