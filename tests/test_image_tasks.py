@@ -42,6 +42,13 @@ def test_fashion_mnist_is_read_as_bytes(shared_data: Path) -> None:
     assert recipe_for(task).initialise.whiten == ("stem",)
 
 
+def _npy() -> bytes:
+    """One array, where an archive of them should be."""
+    out = io.BytesIO()
+    np.save(out, np.zeros(3))
+    return out.getvalue()
+
+
 @pytest.mark.filterwarnings("ignore:.*is not the file that the figures")
 def test_a_file_that_is_not_fashion_mnist_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     np.savez(tmp_path / "fashion_mnist.npz", x_train=np.zeros(3))
@@ -49,6 +56,11 @@ def test_a_file_that_is_not_fashion_mnist_is_named(tmp_path: Path, monkeypatch: 
     with pytest.raises(DataError) as err:
         find_task("fashion_mnist").data()
     assert "is not Fashion-MNIST" in three_parts(err.value)[0]
+    for rotten in (b"", b"words", np.lib.format.magic(1, 0), b"PK\x03\x04" + bytes(100), _npy()):
+        (tmp_path / "fashion_mnist.npz").write_bytes(rotten)
+        with pytest.raises(DataError) as err:
+            find_task("fashion_mnist").data()
+        assert "allow_pickle" not in three_parts(err.value)[1], "nobody is told to load a file unsafely"
 
 
 @pytest.fixture
@@ -96,3 +108,22 @@ def test_a_cache_that_is_damaged_is_made_anew(few_images: Path) -> None:
     kept.unlink()
     with pytest.raises(DataError, match="is not CIFAR-10"):
         task.data()
+
+
+@pytest.mark.filterwarnings("ignore:.*is not the file that the figures")
+@pytest.mark.parametrize("name", ["index.npz", "train.jpgs.xz"])
+def test_files_of_cifar10_that_are_cut_off_are_named(few_images: Path, name: str) -> None:
+    path = few_images / "data" / "cifar10_jpg" / name
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+    with pytest.raises(DataError) as err:
+        find_task("cifar10").data()
+    assert name in three_parts(err.value)[0]
+
+
+@pytest.mark.filterwarnings("ignore:.*is not the file that the figures")
+def test_what_is_no_picture_is_named(few_images: Path) -> None:
+    path = few_images / "data" / "cifar10_jpg" / "train.jpgs.xz"
+    path.write_bytes(lzma.compress(bytes(len(lzma.decompress(path.read_bytes())))))
+    with pytest.raises(DataError) as err:
+        find_task("cifar10").data()
+    assert "cifar10_jpg is not CIFAR-10" in three_parts(err.value)[0]
