@@ -124,7 +124,7 @@ def spread(tree: dict[str, Any]) -> str:
 def where(tree: dict[str, Any]) -> str:
     machine = tree["machine"]
     chip = machine.get("name") or machine.get("chip") or machine.get("device", "")
-    return f"{tree['date']}, {chip}, {machine['threads']} threads, torch {machine['torch']}."
+    return f"{tree['date']}, {chip}, {machine['threads']} thread{'s' if machine['threads'] != 1 else ''}, torch {machine['torch']}."
 
 
 def section() -> str:

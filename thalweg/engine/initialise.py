@@ -60,7 +60,7 @@ def initialise(
     for told, layers in (("dirac", identical), ("orthogonal", orthogonal), ("whiten", whitened)):
         if layers:
             frozen = "; they stay as they begin" if told == "whiten" and wanted.whiten_freeze else ""
-            take(f"initialise.{told}", sorted(layers), f"{len(layers)} layers{frozen}")
+            take(f"initialise.{told}", sorted(layers), f"{len(layers)} layer{'s' if len(layers) > 1 else ''}{frozen}")
     if wanted.whiten_freeze:
         for layer in whitened.values():
             layer.weight.requires_grad_(False)
