@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from tests.conftest import three_parts
-from thalweg.core import DataError, ModelError
+from thalweg.core import DataError, ModelError, RecipeError
 from thalweg.recipes import find_task, recipe_for
 from thalweg.recipes.models.quicknet import QuickNet
 
@@ -32,6 +32,13 @@ def test_the_net_takes_any_size_and_bytes_as_floats() -> None:
 def test_a_net_without_blocks_is_refused() -> None:
     with pytest.raises(ModelError, match="has no block"):
         QuickNet(widths=())
+
+
+@pytest.mark.parametrize("name", ["fashion_mnist", "cifar10"])
+def test_fewer_images_than_none_are_refused(name: str) -> None:
+    with pytest.raises(RecipeError) as err:
+        find_task(name).data(limit=-1)
+    assert "data.options.limit=-1" in three_parts(err.value)[0]
 
 
 def test_fashion_mnist_is_read_as_bytes(shared_data: Path) -> None:

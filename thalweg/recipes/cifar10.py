@@ -14,7 +14,7 @@ from torch import nn
 
 from thalweg.core import DataError, MissingExtra, Split, Task
 from thalweg.recipes.files import NO_ARCHIVE, arrays, data_file, digest, unpacked
-from thalweg.recipes.images import facts, loss, metrics
+from thalweg.recipes.images import check_limit, facts, loss, metrics
 from thalweg.recipes.models.quicknet import QuickNet
 
 _MEAN, _DEVIATION = (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)  # of the training pixels
@@ -33,6 +33,7 @@ def data(limit: int = 0) -> Split:
     Args:
         limit: training images, the first ones; 0: all.
     """
+    check_limit(limit)
     files = {name: _file(name, sha) for name, sha in _DIGITS.items()}
     key = digest(files["train.jpgs.xz"])
     found = _decoded(files, _cache() / f"cifar10-{key}.npz")

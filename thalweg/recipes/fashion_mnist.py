@@ -9,7 +9,7 @@ from torch import nn
 
 from thalweg.core import Split, Task
 from thalweg.recipes.files import arrays, data_file, digest
-from thalweg.recipes.images import facts, loss, metrics
+from thalweg.recipes.images import check_limit, facts, loss, metrics
 from thalweg.recipes.models.quicknet import QuickNet
 
 _MEAN, _DEVIATION = 0.2860, 0.3530  # of the training pixels
@@ -25,6 +25,7 @@ def data(limit: int = 0) -> Split:
     Args:
         limit: training images, the first ones; 0: all.
     """
+    check_limit(limit)
     path = data_file(
         "fashion_mnist.npz",
         what="Fashion-MNIST",
