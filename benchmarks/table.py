@@ -129,8 +129,9 @@ def where(tree: dict[str, Any]) -> str:
 
 #: Of the lines below the picture.
 SINGLE = (
-    "A figure without an interval is that of one run or of few seeds, on a machine that may have had other work: its page says what it "
-    "rests on ([characters](docs/characters.md), [images](docs/image-tasks.md), [tables and text](docs/tables-and-text.md))."
+    "A figure without an interval is that of one run or of few seeds, on a machine that may have had other work: its page "
+    "says what it rests on ([characters](docs/characters.md), [images](docs/image-tasks.md), "
+    "[tables and text](docs/tables-and-text.md))."
 )
 
 
