@@ -655,9 +655,9 @@ class Recipe:
         )
         _check(
             self.threads is None or 1 <= self.threads <= 1024,
-            f"threads={self.threads} is no number of threads that a CPU computes with.",
-            "It lies between 1 and 1024.",
-            "Give the cores that the run has, or leave it out: what is fastest is measured.",
+            f"threads={self.threads} is no number of threads to compute with.",
+            "It counts threads of the CPU, from 1 to 1024.",
+            "Give as many as there are cores or fewer, or leave it out: what is fastest is measured.",
         )
         if self.memory_budget is not None:
             to_bytes(self.memory_budget, "memory_budget")
