@@ -124,7 +124,15 @@ def spread(tree: dict[str, Any]) -> str:
 def where(tree: dict[str, Any]) -> str:
     machine = tree["machine"]
     chip = machine.get("name") or machine.get("chip") or machine.get("device", "")
-    return f"{tree['date']}, {chip}, {machine['threads']} threads, torch {machine['torch']}."
+    return f"{tree['date']}, {chip}, {machine['threads']} thread{'s' if machine['threads'] != 1 else ''}, torch {machine['torch']}."
+
+
+#: Of the lines below the picture.
+SINGLE = (
+    "A figure without an interval is that of one run or of few seeds, on a machine that may have had other work: its page "
+    "says what it rests on ([characters](docs/characters.md), [images](docs/image-tasks.md), "
+    "[tables and text](docs/tables-and-text.md))."
+)
 
 
 def section() -> str:
@@ -151,6 +159,7 @@ def section() -> str:
         parts += [
             f"| {line['what']} | {line['figure']} | {'' if line['bar'] is None else line['bar']} |" for line in lines
         ]
+        parts += ["", SINGLE]
     return "\n".join(parts)
 
 

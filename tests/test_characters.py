@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import lzma
 import math
 import re
 from pathlib import Path
@@ -13,8 +14,9 @@ import torch.nn.functional as F
 
 from benchmarks import road_characters, road_nanogpt
 from benchmarks.curves import draw
+from tests.conftest import three_parts
 from thalweg.cli.main import main
-from thalweg.core import ModelError
+from thalweg.core import DataError, ModelError
 from thalweg.data.folder import reading_from
 from thalweg.recipes import find_task, recipe_for
 from thalweg.recipes.models.gpt import GPT, turned
@@ -104,6 +106,17 @@ def test_without_its_text_it_says_where_to_get_it(
     assert main(["train", "characters", "--data", str(tmp_path), "--runs", str(tmp_path)]) == 2
     told = capsys.readouterr().err
     assert "tiny_shakespeare.txt.xz is not there" in told and f"{tmp_path} (data.folder)" in told and "char-rnn" in told
+
+
+def test_a_text_of_other_characters_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "tiny_shakespeare.txt.xz").write_bytes(lzma.compress("Cliché, 30 %".encode() * 100))
+    with (
+        reading_from(str(tmp_path)),
+        pytest.warns(UserWarning, match="is not the file"),
+        pytest.raises(DataError) as caught,
+    ):
+        find_task("characters").data()
+    assert "400 of its 1300 bytes" in three_parts(caught.value)[1]
 
 
 def test_the_anchor_is_nanogpts() -> None:

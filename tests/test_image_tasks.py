@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from tests.conftest import three_parts
-from thalweg.core import DataError, ModelError
+from thalweg.core import DataError, ModelError, RecipeError
 from thalweg.recipes import find_task, recipe_for
 from thalweg.recipes.models.quicknet import QuickNet
 
@@ -34,12 +34,26 @@ def test_a_net_without_blocks_is_refused() -> None:
         QuickNet(widths=())
 
 
+@pytest.mark.parametrize("name", ["fashion_mnist", "cifar10"])
+def test_fewer_images_than_none_are_refused(name: str) -> None:
+    with pytest.raises(RecipeError) as err:
+        find_task(name).data(limit=-1)
+    assert "data.options.limit=-1" in three_parts(err.value)[0]
+
+
 def test_fashion_mnist_is_read_as_bytes(shared_data: Path) -> None:
     task = find_task("fashion_mnist")
     split = task.data(limit=100)
     assert split.train["images"].shape == (100, 1, 28, 28) and split.train["images"].dtype == torch.uint8
     assert len(split.test["labels"]) == 10_000 and split.facts["sha256"] == "5b6d2c4c694a9188"
     assert recipe_for(task).initialise.whiten == ("stem",)
+
+
+def _npy() -> bytes:
+    """One array, where an archive of them should be."""
+    out = io.BytesIO()
+    np.save(out, np.zeros(3))
+    return out.getvalue()
 
 
 @pytest.mark.filterwarnings("ignore:.*is not the file that the figures")
@@ -49,6 +63,11 @@ def test_a_file_that_is_not_fashion_mnist_is_named(tmp_path: Path, monkeypatch: 
     with pytest.raises(DataError) as err:
         find_task("fashion_mnist").data()
     assert "is not Fashion-MNIST" in three_parts(err.value)[0]
+    for rotten in (b"", b"words", np.lib.format.magic(1, 0), b"PK\x03\x04" + bytes(100), _npy()):
+        (tmp_path / "fashion_mnist.npz").write_bytes(rotten)
+        with pytest.raises(DataError) as err:
+            find_task("fashion_mnist").data()
+        assert "allow_pickle" not in three_parts(err.value)[1], "nobody is told to load a file unsafely"
 
 
 @pytest.fixture
@@ -96,3 +115,22 @@ def test_a_cache_that_is_damaged_is_made_anew(few_images: Path) -> None:
     kept.unlink()
     with pytest.raises(DataError, match="is not CIFAR-10"):
         task.data()
+
+
+@pytest.mark.filterwarnings("ignore:.*is not the file that the figures")
+@pytest.mark.parametrize("name", ["index.npz", "train.jpgs.xz"])
+def test_files_of_cifar10_that_are_cut_off_are_named(few_images: Path, name: str) -> None:
+    path = few_images / "data" / "cifar10_jpg" / name
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+    with pytest.raises(DataError) as err:
+        find_task("cifar10").data()
+    assert name in three_parts(err.value)[0]
+
+
+@pytest.mark.filterwarnings("ignore:.*is not the file that the figures")
+def test_what_is_no_picture_is_named(few_images: Path) -> None:
+    path = few_images / "data" / "cifar10_jpg" / "train.jpgs.xz"
+    path.write_bytes(lzma.compress(bytes(len(lzma.decompress(path.read_bytes())))))
+    with pytest.raises(DataError) as err:
+        find_task("cifar10").data()
+    assert "cifar10_jpg is not CIFAR-10" in three_parts(err.value)[0]

@@ -135,6 +135,23 @@ def test_names_are_patterns_and_the_seed_decides() -> None:
     torch.testing.assert_close(one.inner.weight[0, 0, 1, 1], torch.tensor(1.0), rtol=0, atol=1e-6)
 
 
+@pytest.mark.parametrize("value", [0.0, 0.9])
+def test_data_that_does_not_vary_cannot_be_whitened(value: float) -> None:
+    flat = Split(train={"images": torch.full((16, 1, 6, 8), value), "labels": torch.arange(16) % 3})
+    still = {"train.steps": 2, "train.batch": 8, "precision": "fp32", "initialise.whiten": ["0"]}
+    net = lambda: nn.Sequential(nn.Conv2d(1, 8, 2), nn.Flatten(), nn.Linear(8 * 35, 3))
+    with pytest.raises(ModelError) as err:
+        thalweg.train(net, loss, flat, still)
+    assert "nothing to whiten" in err.value.asked and "16 samples" in err.value.numbers and err.value.remedy
+
+
+def test_a_layer_that_is_named_twice_is_refused() -> None:
+    with pytest.raises(ModelError) as err:
+        trained({"initialise.whiten": ["stem"], "initialise.orthogonal": ["s*", "inner"]})
+    assert "stem would begin in 2 ways" in err.value.asked
+    assert "initialise.orthogonal and initialise.whiten" in err.value.numbers and err.value.remedy
+
+
 def test_weights_that_are_given_stay(tmp_path: Path) -> None:
     net = Small()
     torch.save(net.state_dict(), tmp_path / "net.pt")

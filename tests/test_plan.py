@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import resource
 import subprocess
 import sys
@@ -593,6 +594,14 @@ def test_an_estimate_times_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(Bench, "cost", never)
     check_sums(thalweg.memory.estimate(gpt_task(), dict(PLAIN)))
+
+
+def test_a_change_is_told_by_what_it_saves_of_the_peak_that_is_shown(monkeypatch: pytest.MonkeyPatch) -> None:
+    grown = itertools.count(1)  # each trial leaves something in the process
+    monkeypatch.setattr("thalweg.engine.memory.bench.process_bytes", lambda *_: next(grown) << 25)
+    found = plan_here(gpt_task(), made())
+    assert found.changes and next(grown) > 3
+    assert all(change.peak < found.ledger.peak for change in found.changes)
 
 
 def test_a_model_that_does_not_run_in_bfloat16_is_planned_without_that_change() -> None:

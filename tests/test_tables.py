@@ -14,7 +14,7 @@ from torch import nn
 
 from tests.conftest import three_parts
 from thalweg import train_task
-from thalweg.core import DataError, RecipeError
+from thalweg.core import DataError, ModelError, RecipeError
 from thalweg.data.folder import reading_from
 from thalweg.recipes import find_task, recipe_for
 from thalweg.recipes.models.tabular import Pieces, Tabular
@@ -72,6 +72,13 @@ def test_the_perceptron_trains_all_it_has(embed: str) -> None:
     assert not torch.allclose(found[:, 0], found[:, 1]), "members are not the same"
     found.square().sum().backward()
     assert all(p.grad is not None and p.grad.any() for p in model.parameters())
+
+
+@pytest.mark.parametrize(("name", "bad"), [("embed", "wawes"), ("members", 0), ("layers", 0), ("pieces", 0)])
+def test_a_perceptron_that_cannot_be_is_refused(name: str, bad: Any) -> None:
+    with pytest.raises(ModelError) as caught:
+        Tabular(2, (3,), **{name: bad})
+    assert f"model.{name}={bad!r}" in three_parts(caught.value)[0]
 
 
 HOUSES = "longitude,latitude,housing_median_age,total_rooms,total_bedrooms,population,households,median_income"
@@ -138,9 +145,13 @@ def test_the_tasks_train_on_such_files(folder: Path, name: str) -> None:
     assert again.plan.machine["data"]["held-out rows"] == {"california": 19, "adult": 12}[name]
 
 
-def test_what_is_no_such_table_is_named(tmp_path: Path) -> None:
+_HEADER = f"{HOUSES},ocean_proximity,median_house_value\n"
+
+
+@pytest.mark.parametrize("rows", [b"a,b\n1,2\n", b"\xff\xfe", (_HEADER + "word," * 10).encode(), b"word, " * 14 + b"w"])
+def test_what_is_no_such_table_is_named(tmp_path: Path, rows: bytes) -> None:
     for name, file in (("california", "california_housing.csv.xz"), ("adult", "adult.data.xz")):
-        (tmp_path / file).write_bytes(lzma.compress(b"a,b\n1,2\n"))
+        (tmp_path / file).write_bytes(lzma.compress(rows))
         with (
             reading_from(str(tmp_path)),
             pytest.warns(UserWarning, match="is not the file"),

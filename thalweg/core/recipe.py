@@ -568,7 +568,7 @@ class Recipe:
             "auto": what ends the run first, estimated or measured; "best" or true: the first of "step" and "model" that
             works, however short the run; false: "off" (docs/compile.md).
         steps_per_call: steps that are taken by one call of a graph (compile="step"), nothing else being due between them; "auto":
-            as many as take 10 ms, at most 16. It changes no result.
+            as many as take 10 ms, at most 32. It changes no result.
         memory_format: how the kernels of two-dimensional convolutions lie, and with them what flows through the model:
             "contiguous", "channels_last"; "auto": what is faster here, on the CPU measured (docs/on-a-cpu.md).
         threads: that torch computes with on the CPU; None: as OMP_NUM_THREADS or torch.set_num_threads say, else what is
@@ -654,10 +654,10 @@ class Recipe:
             "Give 'auto' or a number from 1 to 64.",
         )
         _check(
-            self.threads is None or self.threads >= 1,
-            f"threads={self.threads} computes nothing.",
-            "It counts threads of the CPU.",
-            "Give 1 or more, or leave it out: what is fastest is measured.",
+            self.threads is None or 1 <= self.threads <= 1024,
+            f"threads={self.threads} is no number of threads to compute with.",
+            "It counts threads of the CPU, from 1 to 1024.",
+            "Give as many as there are cores or fewer, or leave it out: what is fastest is measured.",
         )
         if self.memory_budget is not None:
             to_bytes(self.memory_budget, "memory_budget")

@@ -36,7 +36,8 @@ def initialise(
         begins: whether weights are new; those of a checkpoint stay, and only what is frozen is frozen again.
 
     Raises:
-        ModelError: for a pattern that names no layer of its kind, or one that cannot be made so.
+        ModelError: for a pattern that names no layer of its kind, or one that cannot be made so or is named twice; for data
+            that does not vary.
     """
     wanted = recipe.initialise
     if not wanted.active:
@@ -46,6 +47,7 @@ def initialise(
     whitened = _named(model, wanted.whiten, "whiten", (nn.Conv2d,))
     for name, layer in whitened.items():
         _check_whitens(name, layer)
+    _check_once({"dirac": identical, "orthogonal": orthogonal, "whiten": whitened})
     if recipe.weights is None and begins:
         generator = torch.Generator().manual_seed(seed_for(recipe.seed, "initialise"))
         for layer in identical.values():
@@ -60,7 +62,7 @@ def initialise(
     for told, layers in (("dirac", identical), ("orthogonal", orthogonal), ("whiten", whitened)):
         if layers:
             frozen = "; they stay as they begin" if told == "whiten" and wanted.whiten_freeze else ""
-            take(f"initialise.{told}", sorted(layers), f"{len(layers)} layers{frozen}")
+            take(f"initialise.{told}", sorted(layers), f"{len(layers)} layer{'s' if len(layers) > 1 else ''}{frozen}")
     if wanted.whiten_freeze:
         for layer in whitened.values():
             layer.weight.requires_grad_(False)
@@ -114,6 +116,10 @@ def filters_that_whiten(second: Tensor, num: int, eps: float) -> Tensor:
     return torch.cat((filters, -filters))
 
 
+#: Variances below this share of the squared mean are what rounding in float32 leaves.
+_ROUNDING = 1e-6
+
+
 class _Seen(Exception):
     """The layer has been reached; the rest of the pass is of no use."""
 
@@ -148,7 +154,28 @@ def _whitening(
         handle.remove()
     mean = torch.as_tensor(total / count)
     second = torch.as_tensor(square / count) - mean.outer(mean)
+    if not second.trace() > _ROUNDING * mean.dot(mean) or not second.trace() > 0:
+        raise ModelError(
+            "initialise.whiten has nothing to whiten.",
+            f"The patches of {samples} samples have a variance of {float(second.trace()):g} in all.",
+            "Look at the data, or leave initialise.whiten out.",
+        )
     return filters_that_whiten(second, layer.out_channels, wanted.whiten_eps).view(layer.weight.shape)
+
+
+def _check_once(named: dict[str, dict[str, Any]]) -> None:
+    """A layer begins in one way."""
+    ways: dict[str, list[str]] = {}
+    for option, layers in named.items():
+        for name in layers:
+            ways.setdefault(name, []).append(option)
+    for name, options in ways.items():
+        if len(options) > 1:
+            raise ModelError(
+                f"{name} would begin in {len(options)} ways.",
+                f"It is named by {' and '.join(f'initialise.{option}' for option in options)}.",
+                "Name it in one of them.",
+            )
 
 
 def _check_whitens(name: str, layer: nn.Conv2d) -> None:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from thalweg.core import DataError, Loss, Split, Task
 from thalweg.data import permute
-from thalweg.recipes.files import data_file, unpacked
+from thalweg.recipes.files import data_file, text
 from thalweg.recipes.models.tabular import Tabular
 from thalweg.recipes.tables import Columns, Rows, Values, held_out_rows
 from thalweg.regularize import cross_entropy
@@ -30,13 +30,16 @@ def read(name: str) -> tuple[Values, list[list[str]], Values]:
         DataError: if it is not there, or holds no such rows.
     """
     path = data_file(name, what="Adult", source="UCI (adult.zip), packed by xz", sha256=FILES[name])
-    lines = csv.reader(io.StringIO(unpacked(path).decode()), skipinitialspace=True)
+    lines = csv.reader(io.StringIO(text(path)), skipinitialspace=True)
     rows = [row for row in lines if len(row) == _COLUMNS]
     if not rows:
         raise DataError(
             f"{path} is no table of Adult.", f"No line has {_COLUMNS} columns.", "Give the file as UCI has it."
         )
-    numbers = np.array([[float(row[i]) for i in _NUMBERS] for row in rows])
+    try:
+        numbers = np.array([[float(row[i]) for i in _NUMBERS] for row in rows])
+    except ValueError as err:
+        raise DataError(f"{path} is no table of Adult.", f"{err}.", "Give the file as UCI has it.") from None
     words = [[row[i] for row in rows] for i in _WORDS]
     return numbers, words, np.array([row[-1].startswith(">") for row in rows], dtype=np.float64)
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from thalweg.core import DataError, Loss, Split, Task
 from thalweg.data import permute
-from thalweg.recipes.files import data_file, unpacked
+from thalweg.recipes.files import data_file, text
 from thalweg.recipes.models.tabular import Tabular
 from thalweg.recipes.tables import Columns, Rows, Values, held_out_rows
 
@@ -42,7 +42,7 @@ def read() -> tuple[Values, list[str], Values]:
         source="StatLib (houses.zip), as the csv that scikit-learn's authors and Géron's book use",
         sha256="db29f742595dfc9a",
     )
-    rows = list(csv.DictReader(io.StringIO(unpacked(path).decode())))
+    rows = list(csv.DictReader(io.StringIO(text(path))))
     missing = {*_NUMBERS, _PLACE, _VALUE} - set(rows[0] if rows else ())
     if missing:
         raise DataError(
@@ -50,8 +50,11 @@ def read() -> tuple[Values, list[str], Values]:
             f"It has {len(rows)} rows, and lacks {', '.join(sorted(missing))}.",
             "Give the csv with a header of these names.",
         )
-    numbers = np.array([[float(row[name] or "nan") for name in _NUMBERS] for row in rows])
-    return numbers, [row[_PLACE] for row in rows], np.array([float(row[_VALUE]) for row in rows]) / _UNIT
+    try:
+        numbers = np.array([[float(row[name] or "nan") for name in _NUMBERS] for row in rows])
+        return numbers, [row[_PLACE] for row in rows], np.array([float(row[_VALUE]) for row in rows]) / _UNIT
+    except (ValueError, TypeError) as err:  # a word where a number stands, or a line that ends early
+        raise DataError(f"{path} is no table of California's housing.", f"{err}.", "Get it anew.") from None
 
 
 def model(

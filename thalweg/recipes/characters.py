@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from thalweg.core import Loss, Split, Task
+from thalweg.core import DataError, Loss, Split, Task
 from thalweg.data import TokenWindows
 from thalweg.recipes.files import data_file, digest, unpacked
 from thalweg.recipes.models.gpt import GPT
@@ -49,6 +49,12 @@ def data(context: int = CONTEXT) -> Split:
     codes = np.full(256, 255, dtype=np.uint8)
     codes[np.frombuffer(_LETTERS.encode(), dtype=np.uint8)] = np.arange(len(_LETTERS), dtype=np.uint8)
     tokens = torch.from_numpy(codes[np.frombuffer(unpacked(path), dtype=np.uint8)])
+    if unknown := int((tokens >= len(_LETTERS)).sum()):
+        raise DataError(
+            f"{path} is not Tiny-shakespeare.",
+            f"{unknown} of its {len(tokens)} bytes are none of its {len(_LETTERS)} characters.",
+            "Get it anew; for another text write a task of your own (docs/own-task.md).",
+        )
     at = int(len(tokens) * _TRAIN)
     facts = {"file": path.name, "sha256": digest(path), "train characters": at, "held-out": len(tokens) - at}
     return Split(train=TokenWindows(tokens[:at], context), test=TokenWindows(tokens[at:], context), facts=facts)

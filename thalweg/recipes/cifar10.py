@@ -13,8 +13,8 @@ import torch
 from torch import nn
 
 from thalweg.core import DataError, MissingExtra, Split, Task
-from thalweg.recipes.files import data_file, digest, unpacked
-from thalweg.recipes.images import facts, loss, metrics
+from thalweg.recipes.files import NO_ARCHIVE, arrays, data_file, digest, unpacked
+from thalweg.recipes.images import check_limit, facts, loss, metrics
 from thalweg.recipes.models.quicknet import QuickNet
 
 _MEAN, _DEVIATION = (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)  # of the training pixels
@@ -33,12 +33,13 @@ def data(limit: int = 0) -> Split:
     Args:
         limit: training images, the first ones; 0: all.
     """
+    check_limit(limit)
     files = {name: _file(name, sha) for name, sha in _DIGITS.items()}
     key = digest(files["train.jpgs.xz"])
-    arrays = _decoded(files, _cache() / f"cifar10-{key}.npz")
+    found = _decoded(files, _cache() / f"cifar10-{key}.npz")
     num = limit or None
     train, test = (
-        {"images": torch.from_numpy(arrays[f"x_{part}"]), "labels": torch.from_numpy(arrays[f"y_{part}"]).long()}
+        {"images": torch.from_numpy(found[f"x_{part}"]), "labels": torch.from_numpy(found[f"y_{part}"]).long()}
         for part in ("train", "test")
     )
     train = {name: tensor[:num] for name, tensor in train.items()}
@@ -61,26 +62,27 @@ def _cache() -> Path:
 def _decoded(files: dict[str, Path], cache: Path) -> dict[str, Any]:
     """Images (n, 3, 32, 32) uint8 and labels by name: from the cache, or decoded and put there."""
     try:
-        with np.load(cache) as kept:
+        with open(cache, "rb") as file, np.load(file) as kept:
             return dict(kept)
-    except (OSError, ValueError, EOFError):  # none yet, or half of one
+    except NO_ARCHIVE:  # none yet, or half of one
         pass
-    try:
-        index = np.load(files["index.npz"])
-        arrays: dict[str, Any] = {}
-        for part in ("train", "test"):
-            arrays[f"x_{part}"] = _images(unpacked(files[f"{part}.jpgs.xz"]), index[f"off_{part}"])
-            arrays[f"y_{part}"] = index[f"y_{part}"]
-    except (OSError, ValueError, KeyError) as err:
-        raise DataError(f"{files['index.npz'].parent} is not CIFAR-10.", f"{err}.", "Get its files anew.") from None
+    index = arrays(files["index.npz"], ("off_train", "off_test", "y_train", "y_test"), what="CIFAR-10's index")
+    decoded: dict[str, Any] = {}
+    for part in ("train", "test"):
+        packed = unpacked(files[f"{part}.jpgs.xz"])
+        try:
+            decoded[f"x_{part}"] = _images(packed, index[f"off_{part}"])
+        except (OSError, ValueError) as err:  # Pillow's error for what is no image is an OSError
+            raise DataError(f"{files['index.npz'].parent} is not CIFAR-10.", f"{err}.", "Get its files anew.") from None
+        decoded[f"y_{part}"] = index[f"y_{part}"]
     try:
         cache.parent.mkdir(parents=True, exist_ok=True)
         part_file = cache.with_name(f"{cache.stem}.{os.getpid()}.npz")
-        np.savez(part_file, **arrays)
+        np.savez(part_file, **decoded)
         part_file.replace(cache)
     except OSError:  # a cache that cannot be written saves no time, and costs nothing
         pass
-    return arrays
+    return decoded
 
 
 def _images(packed: bytes, offsets: Any) -> Any:

@@ -5,7 +5,12 @@ from __future__ import annotations
 import hashlib
 import lzma
 import warnings
+import zipfile
+import zlib
 from pathlib import Path
+from typing import Any
+
+import numpy as np
 
 from thalweg.core import DataError
 from thalweg.data.folder import VARIABLE, folder_in_use
@@ -60,3 +65,40 @@ def unpacked(path: Path) -> bytes:
         return lzma.decompress(data) if path.suffix == ".xz" else data
     except (OSError, lzma.LZMAError) as err:
         raise DataError(f"{path} cannot be read.", f"{err}.", "Get it anew.") from None
+
+
+def text(path: Path) -> str:
+    """The text in a file of UTF-8, behind xz where its name ends in it.
+
+    Raises:
+        DataError: if it cannot be read, or is no text.
+    """
+    data = unpacked(path)
+    try:
+        return data.decode()
+    except UnicodeDecodeError as err:
+        raise DataError(f"{path} is no text.", f"Byte {err.start} of it is no UTF-8.", "Get it anew.") from None
+
+
+#: what numpy raises for an archive that is damaged, cut off, empty, or none.
+NO_ARCHIVE = (OSError, EOFError, ValueError, KeyError, TypeError, zipfile.BadZipFile, zlib.error)
+
+
+def arrays(path: Path, names: tuple[str, ...], *, what: str) -> dict[str, Any]:
+    """Arrays by name from an npz; nothing in it is executed.
+
+    Raises:
+        DataError: if it is none, is damaged, or lacks one of them.
+    """
+    try:
+        with open(path, "rb") as file, np.load(file) as archive:
+            return {name: archive[name] for name in names}
+    except NO_ARCHIVE as err:
+        numbers = (
+            f"{err.args[0]}."
+            if isinstance(err, KeyError)
+            else f"numpy reads no whole npz there ({type(err).__name__})."
+        )
+        raise DataError(
+            f"{path} is not {what}.", numbers, f"It is an npz that has {', '.join(names)}; get it anew."
+        ) from None

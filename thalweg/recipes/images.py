@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from thalweg.core import Loss
+from thalweg.core import Loss, RecipeError
 from thalweg.regularize import accuracy, cross_entropy
 
 
@@ -23,3 +23,13 @@ def metrics(model: nn.Module, batch: dict[str, Tensor]) -> dict[str, Loss]:
 def facts(source: str, digest: str, train: Tensor, test: Tensor) -> dict[str, Any]:
     """What a plan says of the data."""
     return {"source": source, "sha256": digest, "train images": len(train), "held-out images": len(test)}
+
+
+def check_limit(limit: int) -> None:
+    """Raises a RecipeError if ``limit`` counts no images."""
+    if limit < 0:
+        raise RecipeError(
+            f"data.options.limit={limit} is negative.",
+            "It counts the first training images.",
+            "Give 0 for all, or more.",
+        )

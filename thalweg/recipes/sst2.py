@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from thalweg.core import DataError, Loss, MissingExtra, Split, Task
 from thalweg.data import Ragged
-from thalweg.recipes.files import data_file, unpacked
+from thalweg.recipes.files import data_file, text
 from thalweg.recipes.models.encoder import read_encoder
 from thalweg.regularize import accuracy, cross_entropy
 
@@ -49,7 +49,7 @@ def sentences(part: str) -> tuple[list[str], list[int]]:
         DataError: if the file is not there, or is none of sentences and labels.
     """
     path = data_file(FILES[part], what="SST-2", source="Stanford (Socher et al. 2013), as sentence, tab, 0 or 1")
-    rows = [line.rsplit("\t", 1) for line in unpacked(path).decode().splitlines()]
+    rows = [line.rsplit("\t", 1) for line in text(path).splitlines()]
     if not rows or any(len(row) != 2 or row[1] not in ("0", "1") for row in rows):
         raise DataError(
             f"{path} holds no sentences with labels.", f"{len(rows)} lines.", "Each is a sentence, a tab, and 0 or 1."

@@ -72,7 +72,7 @@ def plan_here(task: Task, recipe: Recipe, *, most: int | None = None, timed: boo
         seconds=seconds,
         timed=how,
         decisions=tuple((d.path, d.value, d.reason) for d in plan.decisions),
-        changes=tuple(_changes_here(plan.recipe, bench, prices, seconds, micro, limit)) if timed else (),
+        changes=tuple(_changes_here(plan, bench, prices, seconds, micro, limit)) if timed else (),
     )
 
 
@@ -152,9 +152,11 @@ def smaller_variants(recipe: Recipe, micro: int, kind: str) -> Iterator[tuple[st
 
 
 def _changes_here(
-    recipe: Recipe, bench: Bench, prices: Prices, seconds: float | None, micro: int, limit: int
+    plan: Plan, bench: Bench, prices: Prices, seconds: float | None, micro: int, limit: int
 ) -> list[Change]:
-    found = []
+    """Peaks are told as what they save of the plan's: each trial since has left something in this process."""
+    assert plan.ledger is not None
+    recipe, found = plan.recipe, []
     for what, one, note in smaller_variants(recipe, micro, bench.device.kind):
         there = bench
         if one.precision != recipe.precision:
@@ -167,8 +169,10 @@ def _changes_here(
                 continue
         if there.refused(one) is not None:
             continue
-        peak = there.ledger(one).peak
-        if peak < bench.ledger(recipe).peak:
+        now, then = bench.ledger(recipe), there.ledger(one)
+        saved = (now.peak - now.process) - (then.peak - then.process)
+        if saved > 0:
+            peak = plan.ledger.peak - saved
             price = (prices if there is bench else Prices(there)).step(one) / seconds if seconds else None
             found.append(Change(what, peak, price, peak <= limit, note))
     return cheapest_changes_first(found)

@@ -12,6 +12,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from thalweg.core import ModelError
+from thalweg.core.errors import did_you_mean
+
+_EMBEDDINGS = ("scores", "pieces", "waves")
+
 
 class Pieces(nn.Module):
     """Numbers as piecewise-linear codes: piece ``i`` of ``num`` goes from 0 to 1 while the number crosses it.
@@ -106,6 +111,14 @@ class Tabular(nn.Module):
         members: int = 8,
     ) -> None:
         super().__init__()
+        if embed not in _EMBEDDINGS:
+            raise ModelError(
+                f"model.embed={embed!r} is not known.", f"{len(_EMBEDDINGS)} are.", did_you_mean(embed, _EMBEDDINGS)
+            )
+        counts = {"width": width, "layers": layers, "pieces": pieces, "embed_width": embed_width, "members": members}
+        for name, size in counts.items():
+            if size < 1:
+                raise ModelError(f"model.{name}={size} leaves nothing.", "It is a count.", "Give 1 or more.")
         self.embed, self.members = embed, members
         if embed == "scores":
             inputs = numbers
