@@ -141,6 +141,26 @@ def test_large_gradients_are_taken_over(micro_batch: int, monkeypatch: pytest.Mo
     assert_same_bits(*bits)
 
 
+class Words(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.table, self.head = nn.Embedding(40_000, 8, sparse=True), nn.Linear(8, 3)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.head(self.table(x.abs().mul(1000).long()).mean(1))
+
+
+@pytest.mark.parametrize("micro_batch", [16, 4])
+def test_sparse_gradients_are_taken_over_too(micro_batch: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    bits, case = [], (Words, mean_loss, points(), {"train.batch": 16, "train.micro_batch": micro_batch})
+    for host in (False, True):
+        step, feed = built(host, case, monkeypatch)
+        assert step.state.arenas[0].takes is host
+        run_steps(step, feed, 2)
+        bits.append(state_bits(step))
+    assert_same_bits(*bits)
+
+
 def test_backward_is_torchs() -> None:
     x = torch.tensor([1.0, 2.0], requires_grad=True)
     backward((x * x).sum(), torch.tensor(0.5))

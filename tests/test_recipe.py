@@ -544,6 +544,7 @@ def test_a_value_in_the_place_of_a_table_is_refused(table: str, bad: Any) -> Non
         ("steps_per_call", 0),
         ("memory_format", "nhwc"),
         ("threads", 0),
+        ("threads", 10**9),
         ("memory_budget", "12 apples"),
         ("memory_budget", "0"),
         ("train.micro_batch", "many"),

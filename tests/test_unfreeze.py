@@ -124,6 +124,14 @@ def test_what_it_does_not_go_with_is_named(more: dict[str, Any], what: str) -> N
     assert remedy == "Leave one of the two out."
 
 
+@pytest.mark.parametrize("more", [{"optimizer.unfreeze": "4"}, {"evaluate.target": 0.0}])
+def test_a_step_of_ones_own_loop_ignores_neither_turns_nor_targets(more: dict[str, Any]) -> None:
+    with pytest.raises(RecipeError) as caught:
+        thalweg.TrainStep(Net(), loss, more, steps=8)
+    asked, _, remedy = three_parts(caught.value)
+    assert asked.startswith(next(iter(more))) and "out of TrainStep's reach" in asked and "thalweg.train" in remedy
+
+
 def test_what_is_no_length_is_named() -> None:
     with pytest.raises(RecipeError) as caught:
         thalweg.train(Net(), loss, points(), recipe(**{"optimizer.unfreeze": "soon"}))

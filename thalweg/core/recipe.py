@@ -654,10 +654,10 @@ class Recipe:
             "Give 'auto' or a number from 1 to 64.",
         )
         _check(
-            self.threads is None or self.threads >= 1,
-            f"threads={self.threads} computes nothing.",
-            "It counts threads of the CPU.",
-            "Give 1 or more, or leave it out: what is fastest is measured.",
+            self.threads is None or 1 <= self.threads <= 1024,
+            f"threads={self.threads} is no number of threads to compute with.",
+            "It counts threads of the CPU, from 1 to 1024.",
+            "Give as many as there are cores or fewer, or leave it out: what is fastest is measured.",
         )
         if self.memory_budget is not None:
             to_bytes(self.memory_budget, "memory_budget")

@@ -43,6 +43,12 @@ class Ragged:
                 f"Lengths: {self.lengths[:8].tolist()}.",
                 "Give at least one sample, and each at least one token.",
             )
+        if multiple < 1 or "tokens" in self.rows:
+            raise DataError(
+                f"multiple={multiple} is no length." if multiple < 1 else "A tensor of the data is called 'tokens'.",
+                "Lengths are rounded up to multiples of it." if multiple < 1 else "So are the sequences in a batch.",
+                "Give 1 or more." if multiple < 1 else "Give it another name.",
+            )
         if other := {name: len(t) for name, t in self.rows.items() if len(t) != len(self.lengths)}:
             raise DataError(
                 "The tensors of the data differ in length.",

@@ -58,6 +58,7 @@ def _check_in_reach(recipe: Recipe) -> None:
         "regularize.augment": wanted.augment,
         "regularize.precise": wanted.precise,
         "evaluate.patience": recipe.evaluate.patience,
+        "evaluate.target": recipe.evaluate.target is not None and str(recipe.evaluate.target),
     }
     for path, value in asked.items():
         if value:
@@ -66,6 +67,12 @@ def _check_in_reach(recipe: Recipe) -> None:
                 f"It is {value!r}, and the data and its evaluation are your loop's.",
                 "Use thalweg.train, or do it in your loop: thalweg.regularize has the pieces.",
             )
+    if recipe.optimizer.unfreeze is not None:
+        raise RecipeError(
+            f"optimizer.unfreeze={recipe.optimizer.unfreeze!r} is out of TrainStep's reach.",
+            "Layers that wait are kept out of the backward pass by thalweg.train alone.",
+            "Use thalweg.train, or leave optimizer.unfreeze out.",
+        )
     guard = recipe.guard
     for path, value in (("nonfinite", guard.nonfinite), ("spike", guard.spike), ("patience", guard.patience)):
         if value not in ("skip", "off", Guard().patience):
