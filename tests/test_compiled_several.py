@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -13,7 +14,7 @@ from thalweg.core import Recipe, Split, Task
 from thalweg.engine import Loop, resolve
 from thalweg.engine.compiled_backend import BACKEND, Ran
 from thalweg.engine.compiled_choice import settle_several
-from thalweg.engine.compiled_several import Repeated, _Known
+from thalweg.engine.compiled_several import Repeated, _Known, kind_of
 from thalweg.engine.compiled_uniform import hoist
 from thalweg.watch import Memory
 
@@ -132,6 +133,13 @@ def test_a_graph_is_repeated_once_two_calls_were_given_the_same_besides_the_batc
     assert repeated.fitting(batch, (0,)) is None  # torch has not looked in this call
     call(held.clone())  # a model that has another tensor of its own by now
     assert repeated.fitting(batch, (0,)) is None
+
+
+def test_batches_with_what_cannot_be_compared_are_looked_at_each_time() -> None:
+    one = {"x": torch.ones(3), "name": "a", "none": None}
+    assert kind_of(one) == kind_of({**one, "x": torch.zeros(3)}) != kind_of({**one, "name": "b"})
+    ids = np.arange(3)
+    assert kind_of({**one, "ids": ids}) != kind_of({**one, "ids": ids.copy()})
 
 
 def test_records_of_the_steps_before_one_that_breaks_off_are_kept() -> None:

@@ -16,6 +16,8 @@ from torch import Tensor
 from thalweg.data import tensors
 from thalweg.engine.compiled_backend import Ran
 
+_PLAIN = (str, bytes, int, float, type(None))  # of what is no tensor in a batch: what can be compared, and stays
+
 
 @dataclass(frozen=True)
 class _Known:
@@ -100,4 +102,4 @@ def kind_of(batch: Any) -> Any:
         return kind, *map(kind_of, batch)
     if isinstance(batch, Tensor):
         return kind, *kind_of(batch.as_subclass(Tensor))
-    return kind, batch
+    return kind, batch if isinstance(batch, _PLAIN) else object()  # others may change, or not be compared

@@ -108,7 +108,7 @@ def _usable(found: dict[str, Any] | None) -> dict[str, Any] | None:
     if found is None or isinstance(found.get("failed"), str):
         return found
     figures = [found.get(name) for name in ("off", "step", "first")]
-    return found if all(type(one) in (int, float) and 0 < one < math.inf for one in figures) else None
+    return found if all(isinstance(one, (int, float)) and 0 < one < math.inf for one in figures) else None
 
 
 def _measured(bench: Bench, recipe: Recipe, steps: int, cost: float, take: Take) -> dict[str, Any] | None:
