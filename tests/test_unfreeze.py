@@ -11,8 +11,9 @@ from torch import Tensor, nn
 
 import thalweg
 from tests.conftest import three_parts
-from thalweg.core import RecipeError
+from thalweg.core import Recipe, RecipeError
 from thalweg.data import Order
+from thalweg.run import train_task
 
 STEPS, BATCH = 8, 4
 
@@ -96,6 +97,15 @@ def test_a_run_goes_on_from_the_middle_of_the_thaw(tmp_path: Path) -> None:
     for step in (1, 3, 5):
         again = thalweg.train(Net(), loss, points(), given, folder=tmp_path / "run", resume=step)
         assert all(torch.equal(a, b) for a, b in zip(wanted, again.model.parameters())), step
+
+
+def test_a_run_that_goes_on_for_longer_freezes_nothing_again(tmp_path: Path) -> None:
+    task = thalweg.Task(model=Net, loss=loss, data=points())
+    half = Recipe().override({**recipe(), "optimizer.unfreeze": "50%", "train.steps": 8})
+    first = train_task(task, half, folder=tmp_path / "a")
+    on = thalweg.continue_run(task, tmp_path / "a", tmp_path / "b", steps=40, then="hold()")
+    assert [row.thaws for row in on.plan.parameters] == [row.thaws for row in first.plan.parameters]
+    assert max(row.thaws for row in on.plan.parameters) == 4 and on.plan.recipe.optimizer.unfreeze == "4"
 
 
 def test_a_skipped_step_moves_no_turn() -> None:
