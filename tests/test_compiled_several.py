@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+import thalweg
 from tests.models import assert_same_bits, make_step, mean_loss, mlp, points, state_bits
 from thalweg.core import Recipe, Split, Task
 from thalweg.engine import Loop, resolve
@@ -186,3 +187,11 @@ def test_a_number_that_many_elements_use_is_computed_once() -> None:
     torch.testing.assert_close(traced(p, t), update(p, t), rtol=0, atol=0)
     kept = [n for n in traced.graph.nodes if n.target is torch.ops._inductor_test.realize.default]
     assert all(user.target is not torch.ops.aten.pow.Scalar for n in kept for user in n.users)
+
+
+def test_a_step_of_ones_own_loop_says_that_it_takes_one() -> None:
+    step = thalweg.TrainStep(
+        mlp(), mean_loss, {"precision": "fp32", "compile": "off", "steps_per_call": 4, "device": "cpu"}, steps=9
+    )
+    step({"x": torch.ones(4, 6), "y": torch.zeros(4, dtype=torch.int64)})
+    assert any(d.path == "steps_per_call" and "not used" in d.reason for d in step.plan.decisions)

@@ -324,6 +324,8 @@ class TrainStep:
         check_release(recipe, self.device.kind, self.rows, self._decide.take)
         against = self.device.against_graphs(self.model)
         recipe = settle_compile(recipe, self.rows, self.device, self._decide.take, None, against)
+        if recipe.steps_per_call not in ("auto", 1):
+            self._decide.take("steps_per_call", recipe.steps_per_call, "not used: a call of TrainStep is one step")
         tell_gradients(recipe, self._decide.take)
         self.recipe = recipe
         self.plan = replace(plan_of(recipe), decisions=tuple(self._decide.made), ledger=ledger)
