@@ -130,6 +130,10 @@ def test_a_graph_is_repeated_once_two_calls_were_given_the_same_besides_the_batc
     assert graph is not None and float(graph({"x": torch.full((3,), 2.0)}, (0,))[0][0]) == 6.0
     others = {"x": torch.ones(2)}, {"x": torch.ones(3).double()}, {"x": torch.ones(6)[::2]}, {"y": torch.ones(3)}
     assert not any(repeated.fitting(other, (0,)) for other in others) and repeated.fitting(batch, (1,)) is None
+    same = {"x": batch["x"], "y": batch["x"]}
+    for _ in range(2):
+        repeated.learn(Ran(run, (held, same["x"]), found := run(held, same["x"])), same, (0,), found)
+    assert repeated.fitting({"x": torch.ones(3), "y": torch.zeros(3)}, (0,)) is None
     repeated.begin()
     assert repeated.fitting(batch, (0,)) is None  # torch has not looked in this call
     call(held.clone())  # a model that has another tensor of its own by now

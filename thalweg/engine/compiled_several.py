@@ -64,7 +64,12 @@ class Repeated:
         repeated: it would not come by it."""
         if ran is None or len(ran.found) != 2:
             return
-        leaves = {id(t): k for k, (_, t) in enumerate(tensors(batch))}
+        own = [id(t) for _, t in tensors(batch)]
+        leaves = {one: k for k, one in enumerate(own)}
+        if len(leaves) != len(
+            own
+        ):  # one tensor under two names: the graph has one argument, and the next batch may have two
+            return
         places = tuple((i, leaves[id(t)]) for i, t in enumerate(ran.args) if id(t) in leaves)
         row, ok = (next((i for i, t in enumerate(ran.found) if t is one), -1) for one in found)
         if -1 in (row, ok):

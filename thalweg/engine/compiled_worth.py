@@ -172,7 +172,9 @@ def facts_of(recipe: Recipe, bench: Bench) -> dict[str, Any]:
         "model": str(bench.model),
         "loss": repr(getattr(bench.loss, "__qualname__", type(bench.loss).__name__)),
         "parameters": [(name, list(p.shape), str(p.dtype)) for name, p in bench.model.named_parameters()],
-        "code": sorted({_code(type(layer).forward) for layer in bench.model.modules()} | {_code(bench.loss)}),
+        "code": sorted(
+            {_code(getattr(layer, "forward", None)) for layer in bench.model.modules()} | {_code(bench.loss)}
+        ),
         "batch": [(name, list(t.shape), str(t.dtype)) for name, t in tensors(bench.window)],
         "recipe": {**tree, "train": train},
     }
