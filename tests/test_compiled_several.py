@@ -4,16 +4,18 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
 
+import thalweg
 from tests.models import assert_same_bits, make_step, mean_loss, mlp, points, state_bits
 from thalweg.core import Recipe, Split, Task
 from thalweg.engine import Loop, resolve
 from thalweg.engine.compiled_backend import BACKEND, Ran
 from thalweg.engine.compiled_choice import settle_several
-from thalweg.engine.compiled_several import Repeated, _Known
+from thalweg.engine.compiled_several import Repeated, _Known, kind_of
 from thalweg.engine.compiled_uniform import hoist
 from thalweg.watch import Memory
 
@@ -128,10 +130,21 @@ def test_a_graph_is_repeated_once_two_calls_were_given_the_same_besides_the_batc
     assert graph is not None and float(graph({"x": torch.full((3,), 2.0)}, (0,))[0][0]) == 6.0
     others = {"x": torch.ones(2)}, {"x": torch.ones(3).double()}, {"x": torch.ones(6)[::2]}, {"y": torch.ones(3)}
     assert not any(repeated.fitting(other, (0,)) for other in others) and repeated.fitting(batch, (1,)) is None
+    same = {"x": batch["x"], "y": batch["x"]}
+    for _ in range(2):
+        repeated.learn(Ran(run, (held, same["x"]), found := run(held, same["x"])), same, (0,), found)
+    assert repeated.fitting({"x": torch.ones(3), "y": torch.zeros(3)}, (0,)) is None
     repeated.begin()
     assert repeated.fitting(batch, (0,)) is None  # torch has not looked in this call
     call(held.clone())  # a model that has another tensor of its own by now
     assert repeated.fitting(batch, (0,)) is None
+
+
+def test_batches_with_what_cannot_be_compared_are_looked_at_each_time() -> None:
+    one = {"x": torch.ones(3), "name": "a", "none": None}
+    assert kind_of(one) == kind_of({**one, "x": torch.zeros(3)}) != kind_of({**one, "name": "b"})
+    ids = np.arange(3)
+    assert kind_of({**one, "ids": ids}) != kind_of({**one, "ids": ids.copy()})
 
 
 def test_records_of_the_steps_before_one_that_breaks_off_are_kept() -> None:
@@ -178,3 +191,11 @@ def test_a_number_that_many_elements_use_is_computed_once() -> None:
     torch.testing.assert_close(traced(p, t), update(p, t), rtol=0, atol=0)
     kept = [n for n in traced.graph.nodes if n.target is torch.ops._inductor_test.realize.default]
     assert all(user.target is not torch.ops.aten.pow.Scalar for n in kept for user in n.users)
+
+
+def test_a_step_of_ones_own_loop_says_that_it_takes_one() -> None:
+    step = thalweg.TrainStep(
+        mlp(), mean_loss, {"precision": "fp32", "compile": "off", "steps_per_call": 4, "device": "cpu"}, steps=9
+    )
+    step({"x": torch.ones(4, 6), "y": torch.zeros(4, dtype=torch.int64)})
+    assert any(d.path == "steps_per_call" and "not used" in d.reason for d in step.plan.decisions)

@@ -89,6 +89,22 @@ def test_a_graph_that_is_slower_or_fails_is_not_kept(monkeypatch: pytest.MonkeyP
     assert chosen(1_000_000, **{"train.batch": 16})[0] == "off"
 
 
+@pytest.mark.parametrize(
+    "text", ["{}", '{"off": "0.1", "step": 1, "first": 1}', '{"off": -1.0, "step": NaN, "first": 1}', "[" * 99999]
+)
+def test_figures_that_are_none_are_measured_anew(text: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    measuring = Measuring(monkeypatch, 0.002, Tried(10.0, 0.001, 0.0))
+    chosen(1_000_000)
+    (kept,) = compiled_cache.folder().glob("*.json")
+    kept.write_text(text, encoding="utf-8")
+    assert chosen(1_000_000)[0] == "step" and measuring.asked == ["eager", "step"] * 2
+
+
+def test_other_code_is_measured_anew() -> None:
+    assert compiled_worth._code(lambda x: x + 1) != compiled_worth._code(lambda x: abs(x))
+    assert compiled_worth._code(mean_loss) == compiled_worth._code(mean_loss) != ""
+
+
 def test_the_estimate_is_of_tensors_and_steps() -> None:
     rows: Any = [None] * 10
     saved, cost = estimate(rows, 1000)

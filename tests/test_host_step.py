@@ -22,6 +22,7 @@ from tests.models import (
     state_bits,
     text_loss,
 )
+from thalweg.core import Loss
 from thalweg.engine.backward import backward
 from thalweg.engine.host_step import HostStep
 from thalweg.engine.step import Step
@@ -137,6 +138,53 @@ def test_large_gradients_are_taken_over(micro_batch: int, monkeypatch: pytest.Mo
             p.grad.untyped_storage().data_ptr() == step.state.arenas[0].grads.data_ptr()
             for p in step.state.model.parameters()
         )  # type: ignore[union-attr]
+        bits.append(state_bits(step))
+    assert_same_bits(*bits)
+
+
+class Halved(torch.autograd.Function):
+    """Its backward pass writes over the gradient that it is given."""
+
+    @staticmethod
+    def forward(context: Any, x: torch.Tensor) -> torch.Tensor:
+        return x.clone()
+
+    @staticmethod
+    def backward(context: Any, grad: torch.Tensor) -> torch.Tensor:
+        return grad.mul_(0.5)
+
+
+@pytest.mark.parametrize("host", [False, True])
+@pytest.mark.parametrize("summed", [False, True])
+def test_a_backward_pass_that_writes_over_its_start_spoils_no_later_step(
+    host: bool, summed: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def loss(model: nn.Module, batch: Any) -> Any:
+        mean = mean_loss(model, batch)
+        return Loss(Halved.apply(16 * mean), 16) if summed else Halved.apply(mean)
+
+    still = {"train.batch": 16, "train.last": "drop", "optimizer.rule": "sgd", "optimizer.lr": 1e-9, "train.clip": 0}
+    step, feed = built(host, (mlp, loss, points(16), still), monkeypatch)
+    norms = [row[2] for row in run_steps(step, feed, 4)]
+    assert norms == pytest.approx([norms[0]] * 4, rel=1e-5)
+
+
+class Words(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.table, self.head = nn.Embedding(40_000, 8, sparse=True), nn.Linear(8, 3)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.head(self.table(x.abs().mul(1000).long()).mean(1))
+
+
+@pytest.mark.parametrize("micro_batch", [16, 4])
+def test_sparse_gradients_are_taken_over_too(micro_batch: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    bits, case = [], (Words, mean_loss, points(), {"train.batch": 16, "train.micro_batch": micro_batch})
+    for host in (False, True):
+        step, feed = built(host, case, monkeypatch)
+        assert step.state.arenas[0].takes is host
+        run_steps(step, feed, 2)
         bits.append(state_bits(step))
     assert_same_bits(*bits)
 

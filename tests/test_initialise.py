@@ -175,6 +175,14 @@ def test_what_cannot_begin_so_is_refused(changes: Any, net: Any, asked: str, num
     assert asked in err.value.asked and numbers in err.value.numbers and remedy in err.value.remedy
 
 
+def test_a_layer_that_no_pass_comes_by_cannot_whiten() -> None:
+    net = Small()
+    net.spare = nn.Conv2d(1, 8, 2)
+    with pytest.raises(ModelError) as err:
+        trained({"initialise.whiten": ["spare"]}, net)
+    assert "given to spare" in err.value.asked and "does not come by it" in err.value.numbers
+
+
 @pytest.mark.parametrize(("name", "value"), [("whiten_samples", 0), ("whiten_eps", 0.0), ("gain", -1.0)])
 def test_numbers_out_of_range_are_refused(name: str, value: float) -> None:
     with pytest.raises(RecipeError, match=rf"initialise\.{name}={value}"):

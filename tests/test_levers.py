@@ -133,6 +133,25 @@ def test_the_combination_decides_and_is_in_the_plan(monkeypatch: pytest.MonkeyPa
     assert all(layer.weight.stride()[1] == 1 for layer in convolutions(result.model))
 
 
+class Picky(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.head = nn.Linear(64, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.head(x.flatten(1))
+        if y.dtype == torch.bfloat16:
+            raise RuntimeError("not implemented for 'BFloat16'")
+        return y
+
+
+def test_a_model_that_does_not_run_in_half_precision_runs_in_float32() -> None:
+    result = thalweg.train(Picky(), mean_loss, Split(train=images()), {**SHORT, "precision": "auto"})
+    assert (
+        result.plan.recipe.precision == "fp32" and "bf16 on 1 thread does not run" in told(result, "precision").reason
+    )
+
+
 def test_small_convolutions_are_not_measured(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(LEVERS, "race", lambda *_: pytest.fail("measured"))
     result = train()

@@ -36,6 +36,17 @@ def test_what_is_not_there_is_named() -> None:
         with pytest.raises(DataError) as caught:
             Ragged(sequences, rows)
         assert three_parts(caught.value)[0] == asked
+    for none in ([[1.5]], [[2**40]], [["a"]], [[[1, 2]]], [5], 5):
+        with pytest.raises(DataError) as caught:
+            Ragged(none)
+        assert three_parts(caught.value)[0] == "The sequences of the data are no tokens."
+    for words, asked in (
+        ({"multiple": 0}, "multiple=0 is no length."),
+        ({"rows": {"tokens": torch.ones(1)}}, "A tensor of the data is called 'tokens'."),
+    ):
+        with pytest.raises(DataError) as caught:
+            Ragged([[1]], **words)
+        assert three_parts(caught.value)[0] == asked
 
 
 def test_rows_belong_to_their_sequences_and_padding_stands_behind() -> None:

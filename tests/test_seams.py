@@ -214,6 +214,18 @@ def test_a_target_at_the_end_and_one_that_no_number_reaches() -> None:
     assert "not a finite number" in refused(train, {"evaluate.target": float("inf")}, data=HELD)
 
 
+def test_an_infinite_evaluation_is_none_to_be_compared_and_the_run_goes_on(tmp_path: Path) -> None:
+    def loss(net: nn.Module, batch: Any) -> Any:
+        return mse(net, batch) if net.training else Loss(torch.tensor(float("inf")), 1)
+
+    task = Task(model=model, loss=loss, data=HELD)
+    recipe = Recipe().override(
+        {**LIST, "train.steps": 4, "evaluate.every": 2, "evaluate.goal": "max", "evaluate.target": 1.0}
+    )
+    assert train_task(task, recipe, folder=tmp_path).reason is StopReason.FINISHED
+    assert train_task(task, recipe, folder=tmp_path, resume=True).reason is StopReason.FINISHED
+
+
 # --- what would never act is refused ------------------------------------------------------------------------------------
 
 

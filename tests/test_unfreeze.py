@@ -11,8 +11,9 @@ from torch import Tensor, nn
 
 import thalweg
 from tests.conftest import three_parts
-from thalweg.core import RecipeError
+from thalweg.core import Recipe, RecipeError
 from thalweg.data import Order
+from thalweg.run import train_task
 
 STEPS, BATCH = 8, 4
 
@@ -98,6 +99,15 @@ def test_a_run_goes_on_from_the_middle_of_the_thaw(tmp_path: Path) -> None:
         assert all(torch.equal(a, b) for a, b in zip(wanted, again.model.parameters())), step
 
 
+def test_a_run_that_goes_on_for_longer_freezes_nothing_again(tmp_path: Path) -> None:
+    task = thalweg.Task(model=Net, loss=loss, data=points())
+    half = Recipe().override({**recipe(), "optimizer.unfreeze": "50%", "train.steps": 8})
+    first = train_task(task, half, folder=tmp_path / "a")
+    on = thalweg.continue_run(task, tmp_path / "a", tmp_path / "b", steps=40, then="hold()")
+    assert [row.thaws for row in on.plan.parameters] == [row.thaws for row in first.plan.parameters]
+    assert max(row.thaws for row in on.plan.parameters) == 4 and on.plan.recipe.optimizer.unfreeze == "4"
+
+
 def test_a_skipped_step_moves_no_turn() -> None:
     """The count of updates says whose turn it is: after a step without one, each layer waits a step longer."""
     data, net = points(), Net()
@@ -122,6 +132,14 @@ def test_what_it_does_not_go_with_is_named(more: dict[str, Any], what: str) -> N
     asked, _, remedy = three_parts(caught.value)
     assert asked.startswith("optimizer.unfreeze='4' does not go with " + what)
     assert remedy == "Leave one of the two out."
+
+
+@pytest.mark.parametrize("more", [{"optimizer.unfreeze": "4"}, {"evaluate.target": 0.0}])
+def test_a_step_of_ones_own_loop_ignores_neither_turns_nor_targets(more: dict[str, Any]) -> None:
+    with pytest.raises(RecipeError) as caught:
+        thalweg.TrainStep(Net(), loss, more, steps=8)
+    asked, _, remedy = three_parts(caught.value)
+    assert asked.startswith(next(iter(more))) and "out of TrainStep's reach" in asked and "thalweg.train" in remedy
 
 
 def test_what_is_no_length_is_named() -> None:

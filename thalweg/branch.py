@@ -155,11 +155,12 @@ def _changed(plan: Plan, at: int, applied: int, steps: int, then: Schedule) -> P
         if "lr" in group.get("schedule", {}):
             group["schedule"]["lr"] = kept(recipe.optimizer.groups[pattern]["schedule"]["lr"], applied, then)
     _, start, every = average_times(plan, span)
+    thaw = max(row.thaws for row in plan.parameters)  # a share would be another of more steps
     changed = replace(
         recipe,
         train=replace(recipe.train, steps=at + steps),
         schedule=replace(schedule, lr=lr, **simple, **tables),
-        optimizer=replace(recipe.optimizer, groups=groups),
+        optimizer=replace(recipe.optimizer, groups=groups, unfreeze=str(thaw) if thaw else None),
         regularize=replace(recipe.regularize, average_start=str(start), average_every=str(every)),
     )
     return replace(plan, recipe=changed, steps=at + steps)

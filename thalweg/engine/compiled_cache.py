@@ -36,7 +36,7 @@ def _file(facts: Mapping[str, Any]) -> Path:
 
 def kept(facts: Mapping[str, Any]) -> dict[str, Any] | None:
     """What ``keep`` was given for equal facts; None where it was not, or cannot be read."""
-    with suppress(OSError, ValueError):
+    with suppress(OSError, ValueError, RecursionError):
         found = json.loads(_file(facts).read_text(encoding="utf-8"))
         if isinstance(found, dict):
             return found

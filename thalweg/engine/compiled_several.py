@@ -16,6 +16,8 @@ from torch import Tensor
 from thalweg.data import tensors
 from thalweg.engine.compiled_backend import Ran
 
+_PLAIN = (str, bytes, int, float, type(None))  # of what is no tensor in a batch: what can be compared, and stays
+
 
 @dataclass(frozen=True)
 class _Known:
@@ -62,7 +64,12 @@ class Repeated:
         repeated: it would not come by it."""
         if ran is None or len(ran.found) != 2:
             return
-        leaves = {id(t): k for k, (_, t) in enumerate(tensors(batch))}
+        own = [id(t) for _, t in tensors(batch)]
+        leaves = {one: k for k, one in enumerate(own)}
+        if len(leaves) != len(
+            own
+        ):  # one tensor under two names: the graph has one argument, and the next batch may have two
+            return
         places = tuple((i, leaves[id(t)]) for i, t in enumerate(ran.args) if id(t) in leaves)
         row, ok = (next((i for i, t in enumerate(ran.found) if t is one), -1) for one in found)
         if -1 in (row, ok):
@@ -100,4 +107,4 @@ def kind_of(batch: Any) -> Any:
         return kind, *map(kind_of, batch)
     if isinstance(batch, Tensor):
         return kind, *kind_of(batch.as_subclass(Tensor))
-    return kind, batch
+    return kind, batch if isinstance(batch, _PLAIN) else object()  # others may change, or not be compared

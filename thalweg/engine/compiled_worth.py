@@ -7,6 +7,8 @@ next run.
 
 from __future__ import annotations
 
+import hashlib
+import math
 import platform
 import statistics
 import time
@@ -84,7 +86,7 @@ def worth(recipe: Recipe, rows: Sequence[ParameterRow], steps: int, bench: Calla
         return str(take("compile", "off", OLDER))
     here = bench()
     facts = facts_of(recipe, here)
-    found = kept(facts)
+    found = _usable(kept(facts))
     if found is None:
         if saved < cost:
             return str(take("compile", "off", f"{told}, and to compile takes {cost:.2g} s"))
@@ -99,6 +101,14 @@ def worth(recipe: Recipe, rows: Sequence[ParameterRow], steps: int, bench: Calla
         return str(take("compile", "off", f"'step' failed when it was tried: {found['failed']}{text}"))
     figures = {"off": Tried(found["off"], found["off"], 0.0), "step": Tried(WARM * found["first"], found["step"], 0.0)}
     return choice(figures, steps, lambda path, value, why: take(path, value, why + text))
+
+
+def _usable(found: dict[str, Any] | None) -> dict[str, Any] | None:
+    """What was kept, if it is what ``worth`` keeps: others may have written there."""
+    if found is None or isinstance(found.get("failed"), str):
+        return found
+    figures = [found.get(name) for name in ("off", "step", "first")]
+    return found if all(isinstance(one, (int, float)) and 0 < one < math.inf for one in figures) else None
 
 
 def _measured(bench: Bench, recipe: Recipe, steps: int, cost: float, take: Take) -> dict[str, Any] | None:
@@ -143,6 +153,14 @@ _NO_MATTER = (
 )
 
 
+def _code(function: Any) -> str:
+    """Names the code of a function: whoever has mended what could not be traced is measured anew."""
+    code = getattr(getattr(function, "__func__", function), "__code__", None)
+    if code is None:
+        return ""
+    return hashlib.sha256(code.co_code + repr((code.co_qualname, code.co_names)).encode()).hexdigest()[:16]
+
+
 def facts_of(recipe: Recipe, bench: Bench) -> dict[str, Any]:
     """What the times of a step rest on."""
     tree = {name: value for name, value in recipe.to_dict().items() if name not in _NO_MATTER}
@@ -154,6 +172,9 @@ def facts_of(recipe: Recipe, bench: Bench) -> dict[str, Any]:
         "model": str(bench.model),
         "loss": repr(getattr(bench.loss, "__qualname__", type(bench.loss).__name__)),
         "parameters": [(name, list(p.shape), str(p.dtype)) for name, p in bench.model.named_parameters()],
+        "code": sorted(
+            {_code(getattr(layer, "forward", None)) for layer in bench.model.modules()} | {_code(bench.loss)}
+        ),
         "batch": [(name, list(t.shape), str(t.dtype)) for name, t in tensors(bench.window)],
         "recipe": {**tree, "train": train},
     }

@@ -132,9 +132,9 @@ class HostStep(Step):
 
     def _start_of(self, num: int, mean: Tensor) -> Tensor:
         """The gradient of the sum of ``num`` losses by their mean."""
-        if num not in self._starts:
-            self._starts[num] = torch.full_like(mean, self.unit * num, requires_grad=False)
-        return self._starts[num]
+        if (start := self._starts.get(num)) is None or start._version:  # a user's backward pass may write to it
+            start = self._starts[num] = torch.full_like(mean, self.unit * num, requires_grad=False)
+        return start
 
     def _judge(self) -> tuple[float, bool]:
         """(global norm of the mean gradient, whether the step is applied); the update finds its numbers where it looks."""

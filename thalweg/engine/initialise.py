@@ -55,8 +55,8 @@ def initialise(
         for layer in orthogonal.values():
             make_orthogonal(layer.weight, wanted.gain, generator)
         with untouched(model, device, recipe.seed), in_evaluation_mode(model), as_written():
-            for layer in whitened.values():
-                layer.weight.data.copy_(_whitening(model, loss, windows, layer, recipe))
+            for name, layer in whitened.items():
+                layer.weight.data.copy_(_whitening(model, loss, windows, name, layer, recipe))
     elif recipe.weights is not None:
         take("initialise", sorted([*identical, *orthogonal, *whitened]), "not used: weights are given")
     for told, layers in (("dirac", identical), ("orthogonal", orthogonal), ("whiten", whitened)):
@@ -126,7 +126,12 @@ class _Seen(Exception):
 
 @torch.no_grad()
 def _whitening(
-    model: nn.Module, loss: ModelLoss, windows: Callable[[], Iterator[list[Any]]], layer: nn.Conv2d, recipe: Recipe
+    model: nn.Module,
+    loss: ModelLoss,
+    windows: Callable[[], Iterator[list[Any]]],
+    name: str,
+    layer: nn.Conv2d,
+    recipe: Recipe,
 ) -> Tensor:
     wanted, found = recipe.initialise, list[Tensor]()
 
@@ -142,6 +147,11 @@ def _whitening(
         for batch in (part for window in windows() for part in window):
             with suppress(_Seen):
                 loss(model, batch)
+                raise ModelError(
+                    f"initialise.whiten cannot be given to {name}.",
+                    "A forward pass of the model does not come by it.",
+                    "Name a layer that reads the images.",
+                )
             patches = (
                 F.unfold(found.pop().float(), layer.kernel_size, dilation=layer.dilation).transpose(0, 1).flatten(1)
             )

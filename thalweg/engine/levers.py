@@ -6,6 +6,7 @@ that ways are whole combinations, run in turn on the first micro-batch before st
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -162,16 +163,26 @@ def _fastest(trial: _Trial, ways: Sequence[Way], plain: Way, first: float, steps
     few = max(min(_FEW, size), int(size * budget / (4 * len(ways) * first)))
     if few < size:
         trial.batch = split(whole, few)[0]
+
+    def run(way: Way) -> float:
+        try:
+            return trial.run(way)
+        except (RuntimeError, TypeError):  # a model need not run in half precision
+            if way.precision == plain.precision:
+                raise
+            return math.inf
+
     try:
-        seconds = race(ways, trial.run, budget)
+        seconds = race(ways, run, budget)
     except Exception:  # what a batch may not be cut to
         if trial.batch is whole:
             raise
         trial.batch = whole
-        seconds = race(ways, trial.run, budget)
+        seconds = race(ways, run, budget)
     num = batch_size(trial.batch)
     trial.batch = whole
-    told = ", ".join(f"{way} {1e3 * seconds[way]:.3g}" for way in sorted(seconds, key=seconds.__getitem__))
+    words = {way: f"{1e3 * found:.3g}" if found < math.inf else "does not run" for way, found in seconds.items()}
+    told = ", ".join(f"{way} {words[way]}" for way in sorted(seconds, key=seconds.__getitem__))
     return simplest(seconds, lambda way: way.changes(plain), GAIN), f"ms a pass of {num} samples: {told}"
 
 

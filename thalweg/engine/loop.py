@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -318,6 +319,7 @@ class Loop:
         wanted = self.plan.recipe.evaluate
         now = self.step.state.step
         value = metrics[wanted.best]
+        value = value if math.isfinite(value) else math.nan  # infinite is as good as no number
         if value == value:
             self.ranking.append((value, now))
             self.ranking.sort(key=lambda pair: (pair[0] if wanted.goal == "min" else -pair[0], pair[1]))

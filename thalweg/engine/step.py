@@ -296,9 +296,9 @@ class Step:
         """The gradient that the backward pass starts from: loss scale over loss divisor, both powers of two."""
         if self.state.scale is not None:
             return (self.state.scale.scale * self.unit).to(total.dtype).reshape(total.shape)
-        if total.dtype not in self._seeds:
-            self._seeds[total.dtype] = torch.full_like(total, self.unit)
-        return self._seeds[total.dtype].reshape(total.shape)
+        if (start := self._seeds.get(total.dtype)) is None or start._version:  # a user's backward pass may write to it
+            start = self._seeds[total.dtype] = torch.full_like(total, self.unit)
+        return start.reshape(total.shape)
 
     def _count(self, total: Tensor, weight: Any) -> None:
         self.sum_of_losses.add_(total.detach().reshape(()))

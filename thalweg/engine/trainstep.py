@@ -58,6 +58,7 @@ def _check_in_reach(recipe: Recipe) -> None:
         "regularize.augment": wanted.augment,
         "regularize.precise": wanted.precise,
         "evaluate.patience": recipe.evaluate.patience,
+        "evaluate.target": recipe.evaluate.target is not None and str(recipe.evaluate.target),
     }
     for path, value in asked.items():
         if value:
@@ -66,6 +67,12 @@ def _check_in_reach(recipe: Recipe) -> None:
                 f"It is {value!r}, and the data and its evaluation are your loop's.",
                 "Use thalweg.train, or do it in your loop: thalweg.regularize has the pieces.",
             )
+    if recipe.optimizer.unfreeze is not None:
+        raise RecipeError(
+            f"optimizer.unfreeze={recipe.optimizer.unfreeze!r} is out of TrainStep's reach.",
+            "Layers that wait are kept out of the backward pass by thalweg.train alone.",
+            "Use thalweg.train, or leave optimizer.unfreeze out.",
+        )
     guard = recipe.guard
     for path, value in (("nonfinite", guard.nonfinite), ("spike", guard.spike), ("patience", guard.patience)):
         if value not in ("skip", "off", Guard().patience):
@@ -317,6 +324,8 @@ class TrainStep:
         check_release(recipe, self.device.kind, self.rows, self._decide.take)
         against = self.device.against_graphs(self.model)
         recipe = settle_compile(recipe, self.rows, self.device, self._decide.take, None, against)
+        if recipe.steps_per_call not in ("auto", 1):
+            self._decide.take("steps_per_call", recipe.steps_per_call, "not used: a call of TrainStep is one step")
         tell_gradients(recipe, self._decide.take)
         self.recipe = recipe
         self.plan = replace(plan_of(recipe), decisions=tuple(self._decide.made), ledger=ledger)

@@ -251,6 +251,8 @@ class Arena:
         for p, view in self._views:
             if p.grad is None:
                 view.zero_()
+            elif p.grad.is_sparse:
+                view.copy_(p.grad.to_dense())
             elif p.grad is not view:
                 views.append(view)
                 made.append(p.grad)
