@@ -88,7 +88,9 @@ def each_once(folder: Path, steps: int) -> None:
         lines = [line for line in told if line["step"] == step]
         assert lines, f"step {step} was never made"
         last = max(lines, key=lambda line: line["at"])["group"]
-        ranks = {line["rank"]: line["process"] for line in sorted(lines, key=lambda x: x["at"]) if line["group"] == last}
+        ranks = {
+            line["rank"]: line["process"] for line in sorted(lines, key=lambda x: x["at"]) if line["group"] == last
+        }
         mine = [line for line in lines if line["group"] == last and line["process"] == ranks[line["rank"]]]
         saw = sorted(sample for line in mine for sample in line["samples"])
         wanted = sorted(map(int, order.window(step)[1]))
