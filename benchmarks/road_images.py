@@ -170,7 +170,7 @@ def rows_of(task: str, table: dict[str, Any]) -> list[dict[str, Any]]:
             continue
         target, _, clock = at.partition(" ")
         of = "training alone" if clock == "seconds" else "wall, from the start of the process"
-        what = f"Fashion-MNIST, time to {target} of the test images over the plain loop's ({of}; {len(times['ours'])} rounds)"
+        what = f"Fashion-MNIST, time to {target} of the test images over the plain loop's ({of}; rounds: {len(times['ours'])})"
         found.append({"what": what, "figure": f"{mine / plain:.2f} ({mine:.0f} of {plain:.0f} s)", "bar": "0.25"})
     return found
 
