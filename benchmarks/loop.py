@@ -23,7 +23,8 @@ import torch
 from torch import nn
 
 from benchmarks.keep import keep, summary
-from benchmarks.loop_models import Cnn, ResNet, classify, images, mlp, next_token, text
+from benchmarks.loop_models import classify, images, next_token, text
+from benchmarks.speed.nets import Cnn, ResNet, mlp
 from thalweg.core import Recipe, Split, Task
 from thalweg.engine import Loop, build, resolve
 from thalweg.recipes.models.convnet import ConvNet

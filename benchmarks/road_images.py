@@ -120,8 +120,9 @@ def anchor(task: str, epochs: float, seed: int, most: float, best_form: bool, li
 
 def run(*words: str) -> list[dict[str, Any]]:
     """The points of one arm, in a process of its own."""
-    beside = Path(__file__).resolve().parents[2] / "shared" / "data"
-    env = {"THALWEG_DATA": str(beside), **os.environ}
+    from benchmarks.shared_data import folder  # it imports torch, which an arm's own clock counts
+
+    env = {**os.environ, "THALWEG_DATA": str(folder())}
     done = subprocess.run(
         [sys.executable, "-m", "benchmarks.road_images", *words], env=env, stdout=subprocess.PIPE, check=True
     )
@@ -184,11 +185,12 @@ def _middle(values: list[float | None]) -> float | None:
 
 def ablate(seeds: list[int], names: list[str]) -> dict[str, Any]:
     """Accuracy and loss of short runs, one trick changed; kept run by run, so that it can go on."""
+    from benchmarks.shared_data import folder
     from thalweg.core import Recipe
     from thalweg.recipes import find_task
     from thalweg.run.whole import train_task
 
-    os.environ.setdefault("THALWEG_DATA", str(Path(__file__).resolve().parents[2] / "shared" / "data"))
+    os.environ["THALWEG_DATA"] = str(folder())
     task = find_task("fashion_mnist")
     kept = _kept().get("ablation", {})
     for seed in seeds:
