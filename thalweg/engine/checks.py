@@ -122,15 +122,9 @@ def check_sequences(task: Task, batch: Any) -> None:
 def try_shortest(model: nn.Module, loss: ModelLoss, batch: Any, length: int, device: Device, seed: int) -> None:
     """The shortest sequences of the run go through the model now, not in the middle of it."""
     (short,) = shortened([length])(0, [batch])
-    try:
-        with untouched(model, device, seed), torch.no_grad(), as_written():
-            loss(model, short)
-    except (RuntimeError, ValueError, IndexError) as err:
-        raise DataError(
-            f"The model or the loss does not take sequences of {length}.",
-            f"{type(err).__name__}: {err}"[:300],
-            "Raise the least length of schedule.sequence, or leave it out.",
-        ) from err
+    asked = f"The model or the loss does not take sequences of {length}."
+    remedy = "Raise the least length of schedule.sequence, or leave it out."
+    _go_through(model, loss, short, device, seed, asked, remedy)
 
 
 def try_smallest(
@@ -138,15 +132,24 @@ def try_smallest(
 ) -> None:
     """The smallest images of the run go through the model now, not in the middle of it."""
     (small,) = resized([size], inputs)(0, [batch])
+    asked = f"The model does not take images of {size[0]} x {size[1]} pixels."
+    remedy = "Raise the least factor of schedule.image_size, let the model pool over whatever is left, or leave it out."
+    _go_through(model, loss, small, device, seed, asked, remedy)
+
+
+def _go_through(
+    model: nn.Module, loss: ModelLoss, batch: Any, device: Device, seed: int, asked: str, remedy: str
+) -> None:
+    """One forward pass that leaves nothing behind.
+
+    Raises:
+        DataError: of ``asked`` and ``remedy``, where the model or the loss refuses.
+    """
     try:
         with untouched(model, device, seed), torch.no_grad(), as_written():
-            loss(model, small)
+            loss(model, batch)
     except (RuntimeError, ValueError, IndexError) as err:
-        raise DataError(
-            f"The model does not take images of {size[0]} x {size[1]} pixels.",
-            f"{type(err).__name__}: {err}"[:300],
-            "Raise the least factor of schedule.image_size, let the model pool over whatever is left, or leave it out.",
-        ) from err
+        raise DataError(asked, f"{type(err).__name__}: {err}"[:300], remedy) from err
 
 
 def check_smallest_batch(

@@ -100,9 +100,8 @@ def _auto(
     measure: Callable[[Recipe, Sequence[str], Take], str] | None,
     against: str,
 ) -> str:
-    if (
-        device.graph_kind == "cpu"
-    ):  # whether this torch can is asked where a graph is worth it: to ask imports its compiler
+    if device.graph_kind == "cpu":
+        # Whether this torch can is asked where a graph is worth it: to ask imports its compiler.
         possible = not why_not(recipe, rows, device, "step", against)
         return measure(recipe, ["step"], take) if possible and measure is not None else "off"
     reasons = _reasons(recipe, rows, device, against)
@@ -110,9 +109,7 @@ def _auto(
         if reasons["step"]:
             return str(take("compile", "off", f"not 'step': {reasons['step']}"))
         return str(take("compile", "step", f"{device.kind} runs whole graphs, compiled before they run"))
-    for how in ("model", "step"):
-        if reasons[how]:
-            take("compile", f"not '{how}'", reasons[how])
+    _pass_over(reasons, ("model", "step"), take)
     able = ["off", *(how for how, reason in reasons.items() if not reason)]
     if measure is None or len(able) == 1:
         return str(take("compile", "off", "nothing is measured here" if len(able) > 1 else "nothing else is possible"))
@@ -126,6 +123,13 @@ def _reasons(recipe: Recipe, rows: Sequence[ParameterRow], device: Device, again
     return {how: reason or (older if how in WHOLE else "") for how, reason in reasons.items()}
 
 
+def _pass_over(reasons: dict[str, str], ways: Sequence[str], take: Take) -> None:
+    """Say of those ways that are not possible why."""
+    for how in ways:
+        if reasons[how]:
+            take("compile", f"not '{how}'", reasons[how])
+
+
 def _best(
     recipe: Recipe,
     rows: Sequence[ParameterRow],
@@ -136,9 +140,7 @@ def _best(
 ) -> str:
     """What was asked for by ``true``: the first way that works, and what does not by name."""
     reasons = _reasons(recipe, rows, device, against)
-    for how in ("step", "model"):
-        if reasons[how]:
-            take("compile", f"not '{how}'", reasons[how])
+    _pass_over(reasons, ("step", "model"), take)
     able = [how for how in ("step", "model") if not reasons[how]]
     if not able:
         return str(take("compile", "off", "nothing else is possible"))

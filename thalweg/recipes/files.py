@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-import hashlib
 import lzma
 import warnings
 import zipfile
 import zlib
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from thalweg.checkpoint.files import digest as sha256_of
 from thalweg.core import DataError
 from thalweg.data.folder import VARIABLE, folder_in_use
 
@@ -50,8 +51,14 @@ def data_file(name: str, *, what: str, source: str, sha256: str = "") -> Path:
 
 def digest(path: Path) -> str:
     """The first 16 digits of the sha256 of a file: a fact by which a resumed run knows its data again."""
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()[:_DIGITS]
+    told = path.stat()
+    return _sha256(path, told.st_size, told.st_mtime_ns)[:_DIGITS]
+
+
+@cache
+def _sha256(path: Path, size: int, changed_ns: int) -> str:
+    """Once for a file as it is: it is asked for when the file is found, and again as a fact of the data."""
+    return sha256_of(path)
 
 
 def unpacked(path: Path) -> bytes:
