@@ -11,7 +11,7 @@ import torch
 
 from thalweg.core import DeviceError, MissingExtra
 from thalweg.core.recipe import PRECISIONS
-from thalweg.device import Device, float32_products
+from thalweg.device import Device, attention, float32_products
 from thalweg.precision.functions import FUNCTIONS, InFloat32
 
 _NONE: contextlib.AbstractContextManager[None] = contextlib.nullcontext()
@@ -59,6 +59,8 @@ class Policy:
             passes: how many forward passes there are. From two on, the half-precision copies that autocast makes of weights
                 are kept from the first to the last; alone they would be made anew for each. The same bits either way.
         """
+        if device.is_host and (self.autocast or self.stored):
+            attention.ready()
         products = float32_products(self.products, device.kind)
         if not self.islands and (self.autocast is None or passes == 1):
             return products

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from thalweg.core import ModelError, did_you_mean
-from thalweg.device import causal_attention, seeded
+from thalweg.device import seeded
 from thalweg.recipes.models.ngrams import NGrams
 
 ACTIVATIONS = ("gelu", "relu2")
@@ -47,7 +47,7 @@ class Block(nn.Module):
             q, k = (F.layer_norm(x, x.shape[-1:]) for x in (q, k))
         if self.form["positions"] == "rotary":
             q, k = turned(q), turned(k)
-        mixed = causal_attention(q, k, v)
+        mixed = F.scaled_dot_product_attention(q, k, v, is_causal=True)
         x_BTD = x_BTD + self.drop(self.out(mixed.transpose(1, 2).reshape(B, T, -1)))
         h = self.up(self.norm_mlp(x_BTD))
         h = F.gelu(h) if self.form["activation"] == "gelu" else F.relu(h).square()
