@@ -22,7 +22,7 @@ import torch
 from torch import nn
 
 from benchmarks.keep import RESULTS, keep, summary
-from benchmarks.loop import CLIP, DECAY, LR, by_hand, classify, images, mlp, next_token, text
+from benchmarks.loop import CLIP, DECAY, LR, Workload, by_hand, classify, images, mlp, next_token, text
 from thalweg.core import Recipe, Split, Task
 from thalweg.engine import Loop, build, resolve
 from thalweg.recipes.models.convnet import ConvNet
@@ -31,8 +31,8 @@ from thalweg.watch import JsonLines
 
 #: name: (model, data, loss, batch, steps in a timed window, steps of a run as "auto" is told)
 WORKLOADS: dict[str, tuple[Callable[[], nn.Module], Callable[[], Any], Any, int, int, int]] = {
-    "tiny MLP 64-128-128-10": (mlp, lambda: images(64), classify, 64, 400, 1_000_000),
-    "digits net": (lambda: ConvNet(dropout=0.2), lambda: images(1, 8, 8), classify, 64, 40, 276),
+    "tiny MLP 64-128-128-10": (mlp, lambda: images(4096, 64), classify, 64, 400, 1_000_000),
+    "digits net": (lambda: ConvNet(dropout=0.2), lambda: images(4096, 1, 8, 8), classify, 64, 40, 276),
     "GPT, 4 layers of 128": (lambda: GPT(vocab=96, context=64), text, next_token, 12, 10, 2000),
 }
 ARMS: dict[str, dict[str, Any]] = {
@@ -89,7 +89,8 @@ class Arm:
 def measure(name: str, pairs: int, arms: list[str]) -> dict[str, Any]:
     make, make_data, loss, batch, steps, _ = WORKLOADS[name]
     torch.manual_seed(0)
-    hand = by_hand(make(), make_data(), loss, batch)
+    work = Workload(name, make, make_data, loss, batch, steps)
+    hand = by_hand(make(), make_data(), work)
     runs: dict[str, Callable[[int], object]] = {"by hand": lambda steps: [next(hand) for _ in range(steps)]}
     told: dict[str, Any] = {}
     with tempfile.TemporaryDirectory() as folder:

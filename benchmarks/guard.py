@@ -40,7 +40,7 @@ def seconds(work: Callable[[], object]) -> float:
 
 
 def tiny() -> tuple[Task, dict[str, Any]]:
-    task = Task(model=mlp, loss=classify, data=Split(train=images(64)))
+    task = Task(model=mlp, loss=classify, data=Split(train=images(4096, 64)))
     return task, {"train.batch": 64, "optimizer.lr": 1e-3}
 
 

@@ -48,15 +48,15 @@ def resnet() -> nn.Module:
 
 #: name: (model, loss, data, batch)
 MODELS: dict[str, tuple[Callable[[], nn.Module], Any, Callable[[], Any], int]] = {
-    "tiny MLP 64-128-128-10, batch 64": (mlp, classify, lambda: images(64), 64),
-    "CNN 28x28, batch 128": (cnn, classify, lambda: images(1, 28, 28), 128),
+    "tiny MLP 64-128-128-10, batch 64": (mlp, classify, lambda: images(4096, 64), 64),
+    "CNN 28x28, batch 128": (cnn, classify, lambda: images(2048, 1, 28, 28), 128),
     "GPT 4 x 128, T 64, batch 12": (
         lambda: GPT(vocab=96, context=64),
         next_token,
         text,
         12,
     ),
-    "ResNet-18 32x32, batch 32": (resnet, classify, lambda: images(3, 32, 32), 32),
+    "ResNet-18 32x32, batch 32": (resnet, classify, lambda: images(1024, 3, 32, 32), 32),
 }
 
 

@@ -15,8 +15,9 @@ from thalweg.core import Recipe, Split, Task
 from thalweg.engine import Loop, resolve
 from thalweg.engine.compiled_backend import BACKEND, Ran
 from thalweg.engine.compiled_choice import settle_several
-from thalweg.engine.compiled_several import Repeated, _Known, kind_of
+from thalweg.engine.compiled_several import Known, Repeated, kind_of
 from thalweg.engine.compiled_uniform import hoist
+from thalweg.engine.step import Step
 from thalweg.watch import Memory
 
 
@@ -29,13 +30,13 @@ def operator_by_operator(monkeypatch: pytest.MonkeyPatch) -> None:
 def again(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """A number for each step that torch has not looked at first."""
     calls: list[int] = []
-    one = _Known.again
+    one = Known.again
 
-    def counted(self: _Known, batch: Any, due: tuple[int, ...]) -> tuple[Tensor, Tensor]:
+    def counted(self: Known, batch: Any, due: tuple[int, ...]) -> tuple[Tensor, Tensor]:
         calls.append(1)
         return one(self, batch, due)
 
-    monkeypatch.setattr(_Known, "again", counted)
+    monkeypatch.setattr(Known, "again", counted)
     return calls
 
 
@@ -88,6 +89,28 @@ def test_bits_records_and_what_is_due_are_those_of_steps_one_by_one(again: list[
     assert times == sorted(times)
 
 
+@pytest.mark.parametrize("share", [0.0, 0.3])
+def test_what_comes_between_calls_finds_torchs_generator_as_after_steps_one_by_one(
+    share: float, monkeypatch: pytest.MonkeyPatch, again: list[int]
+) -> None:
+    """A graph that draws nothing is not seeded for each step; one with dropout is, or its bits would be others."""
+    seeded: list[int] = []
+    one = Step._seed_generators
+    monkeypatch.setattr(Step, "_seed_generators", lambda *args: (seeded.append(args[1]), one(*args))[1])
+    drawn, bits, steps = [], [], []
+    for several in (1, 6):
+        seeded.clear()
+        torch.manual_seed(0)
+        step, *_ = trained(mlp(share) if share else nn.Linear(6, 3), several, 24, **{"train.batch": 50})
+        steps.append(set(seeded))
+        drawn.append(torch.rand(4))
+        bits.append(state_bits(step))
+    assert torch.equal(*drawn)
+    assert_same_bits(*bits)
+    assert len(again) >= 10 and steps[0] == {*range(24)}
+    assert (steps[1] == steps[0]) == (share > 0)
+
+
 class Showing(nn.Module):
     """It keeps what it has seen last for whoever asks."""
 
@@ -121,18 +144,18 @@ def test_a_graph_is_repeated_once_two_calls_were_given_the_same_besides_the_batc
 
     def call(held: Tensor) -> None:
         found = run(held, batch["x"])
-        repeated.learn(Ran(run, (held, batch["x"]), found), batch, (0,), found)
+        repeated.learn(Ran(run, (held, batch["x"]), found), batch, (0,), found, False)
 
     call(held)
     assert repeated.fitting(batch, (0,)) is None
     call(held)
-    graph = repeated.fitting(batch, (0,))
-    assert graph is not None and float(graph({"x": torch.full((3,), 2.0)}, (0,))[0][0]) == 6.0
+    known = repeated.fitting(batch, (0,))
+    assert known is not None and float(known.again({"x": torch.full((3,), 2.0)}, (0,))[0][0]) == 6.0
     others = {"x": torch.ones(2)}, {"x": torch.ones(3).double()}, {"x": torch.ones(6)[::2]}, {"y": torch.ones(3)}
     assert not any(repeated.fitting(other, (0,)) for other in others) and repeated.fitting(batch, (1,)) is None
     same = {"x": batch["x"], "y": batch["x"]}
     for _ in range(2):
-        repeated.learn(Ran(run, (held, same["x"]), found := run(held, same["x"])), same, (0,), found)
+        repeated.learn(Ran(run, (held, same["x"]), found := run(held, same["x"])), same, (0,), found, False)
     assert repeated.fitting({"x": torch.ones(3), "y": torch.zeros(3)}, (0,)) is None
     repeated.begin()
     assert repeated.fitting(batch, (0,)) is None  # torch has not looked in this call

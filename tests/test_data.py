@@ -254,6 +254,25 @@ def test_steps_may_be_asked_in_any_order(num: int, batch: int, keep: bool, data:
         assert window.tolist() == fresh.tolist()
 
 
+@given(num=st.integers(1, 200), batch=st.integers(1, 40), keep=st.booleans(), changing=st.booleans(), data=st.data())
+@often
+def test_windows_found_at_once_are_those_found_one_by_one(
+    num: int, batch: int, keep: bool, changing: bool, data: Any
+) -> None:
+    sizes = data.draw(st.lists(st.integers(1, batch), min_size=60, max_size=60)) if changing else None
+    order = Order(num, batch, seed=1, keep_last=keep, sizes=sizes)
+    start = data.draw(st.integers(0, 20))
+    stop = start + data.draw(st.integers(1, 30))
+    while start < stop:
+        epoch, found, lengths = order.windows(start, stop)
+        assert lengths and sum(lengths) == len(found)
+        for part in np.split(found, np.cumsum(lengths)[:-1]):
+            one_epoch, window = order.window(start)
+            assert (one_epoch, window.tolist()) == (epoch, part.tolist())
+            start += 1
+    assert start == stop
+
+
 @pytest.mark.parametrize(
     ("num", "batch"), [(140_005, 97), (65_536 * 2, 64), (65_537, 65_536), (200_000, 70_000), (70_000, 1)]
 )
@@ -264,6 +283,11 @@ def test_windows_are_whole_across_the_borders_of_blocks(num: int, batch: int) ->
     flat = np.concatenate(windows)
     assert np.array_equal(np.sort(flat), np.arange(num))
     assert np.array_equal(flat, permute(num, seed_for(2, "order", 0), np.arange(num)))
+    joined, step = [], 0
+    while step < order.steps_per_epoch:
+        _, found, lengths = order.windows(step, order.steps_per_epoch)
+        joined, step = [*joined, found], step + len(lengths)
+    assert np.array_equal(np.concatenate(joined), flat)
     for step in (order.steps_per_epoch - 1, 0, order.steps_per_epoch // 2):
         assert np.array_equal(order.window(step)[1], windows[step])
 

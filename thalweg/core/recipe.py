@@ -568,7 +568,7 @@ class Recipe:
             "auto": what ends the run first, estimated or measured; "best" or true: the first of "step" and "model" that
             works, however short the run; false: "off" (docs/compile.md).
         steps_per_call: steps that are taken by one call of a graph (compile="step"), nothing else being due between them; "auto":
-            as many as take 10 ms, at most 32. It changes no result.
+            as many as take 20 ms, at most 64. It changes no result.
         memory_format: how the kernels of two-dimensional convolutions lie, and with them what flows through the model:
             "contiguous", "channels_last"; "auto": what is faster here, on the CPU measured (docs/on-a-cpu.md).
         threads: that torch computes with on the CPU; None: as OMP_NUM_THREADS or torch.set_num_threads say, else what is

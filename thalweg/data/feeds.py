@@ -120,42 +120,34 @@ class MemoryFeed:
     def windows(self, start: int, stop: int) -> Iterator[list[Any]]:
         step = start
         while step < stop:
-            epoch, first = self.order.window(step)
-            parts, sizes = [self._mine(first)], [len(first)]
-            for later in range(step + 1, min(step + self.ahead, stop)):
-                if self.order.epoch_of(later) != epoch:
-                    break
-                taken = self.order.window(later)[1]
-                parts.append(self._mine(taken))
-                sizes.append(len(taken))
-            for window, size in zip(self._cut(epoch, parts), sizes):
-                num = 0 if self.share == WHOLE else len(micro_batches(size, self.micro_batch, WHOLE))
-                yield shared(window, num, self.share)
-            step += len(parts)
+            epoch, indices, sizes = self.order.windows(step, min(step + self.ahead, stop))
+            if self.share == WHOLE:
+                yield from self._cut(epoch, indices, sizes)
+            else:
+                parts = [self._mine(part) for part in np.split(indices, np.cumsum(sizes)[:-1])]
+                cut_out = self._cut(epoch, np.concatenate(parts), [len(part) for part in parts])
+                for window, size in zip(cut_out, sizes):
+                    yield shared(window, len(micro_batches(size, self.micro_batch, WHOLE)), self.share)
+            step += len(sizes)
 
     def _mine(self, indices: Indices) -> Indices:
         """Those of a window's samples that lie in the micro-batches of the share: only the last of these may be short."""
-        if self.share == WHOLE:
-            return indices
         starts = micro_batches(len(indices), self.micro_batch, self.share)
         return np.concatenate([indices[:0], *(indices[at : at + self.micro_batch] for at in starts)])
 
-    def _cut(self, epoch: int, parts: list[Indices]) -> Iterator[list[Any]]:
-        indices = np.concatenate(parts)
+    def _cut(self, epoch: int, indices: Indices, sizes: Sequence[int]) -> Iterator[list[Any]]:
         if not len(indices):
-            yield from ([] for _ in parts)
-            return
-        if lengths_of(self.source) is not None:  # each micro-batch is as long as its own longest sample
-            for part in parts:
+            yield from ([] for _ in sizes)
+        elif lengths_of(self.source) is not None:  # each micro-batch is as long as its own longest sample
+            for part in np.split(indices, np.cumsum(sizes)[:-1]):
                 cuts = range(0, len(part), self.micro_batch)
                 yield [self._gathered(epoch, part[at : at + self.micro_batch]) for at in cuts]
-            return
-        batch = self._gathered(epoch, indices)
-        for portion, part in zip(cut(batch, [len(part) for part in parts]), parts):
-            if len(part) > self.micro_batch:
-                yield split(portion, self.micro_batch)
-            else:
-                yield [portion] if len(part) else []
+        else:
+            for portion, size in zip(cut(self._gathered(epoch, indices), sizes), sizes):
+                if size > self.micro_batch:
+                    yield split(portion, self.micro_batch)
+                else:
+                    yield [portion] if size else []
 
     def _gathered(self, epoch: int, indices: Indices) -> Any:
         batch = self.source.gather(torch.from_numpy(indices))

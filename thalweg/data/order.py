@@ -125,6 +125,21 @@ class Order:
             found = np.concatenate([found, self._of_block(epoch, block + 1)[: stop - first - len(found)]])
         return epoch, found
 
+    def windows(self, start: int, stop: int) -> tuple[int, Indices, list[int]]:
+        """(epoch, sample indices, how many of them are each window's) of the steps from ``start`` on that one epoch has, up to
+        ``stop``; at least one step. Windows of one size that lie together are found at once.
+        """
+        if self._places is not None:
+            epoch = self.epoch_of(start)
+            parts = [self.window(step)[1] for step in range(start, stop) if self.epoch_of(step) == epoch]
+            return epoch, np.concatenate(parts), [len(part) for part in parts]
+        epoch, first, _ = self.place(start)
+        block, offset = divmod(first, self._block)
+        num = min(stop, (epoch + 1) * self.steps_per_epoch) - start
+        found = self._of_block(epoch, block)[offset : offset + num * self.batch]
+        whole, rest = divmod(len(found), self.batch)
+        return epoch, found, [self.batch] * whole + [rest] * (rest > 0)
+
     def _of_block(self, epoch: int, block: int) -> Indices:
         if self._cached is None or self._cached[0] != (epoch, block):
             start = block * self._block

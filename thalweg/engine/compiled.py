@@ -49,6 +49,9 @@ class CompiledStep(Step):
         self.check: FirstCheck | None = FirstCheck(self)
         self.undo = Undo(state.model, state.arenas, self.sums, self.graph_statistics)
         self.repeated = Repeated()
+        self.unseeded: int | None = (
+            None  # the step for which torch's generators were not seeded, since its graph draws nothing
+        )
         self._graphs: dict[str, Callable[..., Any]] = {
             "add": compiler.graph(self._add),
             "end": compiler.graph(self._end),
@@ -74,6 +77,9 @@ class CompiledStep(Step):
                 for window in windows[1:]:
                     self.run(window)
         finally:
+            if self.unseeded is not None:  # what comes between steps finds them as after one step a call
+                self._seed_generators(self.unseeded, 0)
+                self.unseeded = None
             self.compiler.noting = False
             self.repeated.begin()
             self.compiler.take()
@@ -88,24 +94,32 @@ class CompiledStep(Step):
             check = self.check.begin(parts) if self.check is not None else None
             for arena in state.arenas:
                 arena.let_go_of_gradients()
+            noting = self.compiler.noting and self._is_alone(parts)
+            if noting:
+                self._seed_generators(state.step, 0)
+                before = [generator.get_state() for generator in self.generators]
             row, ok = self._single_pass(parts) if self._is_alone(parts) else self._passes_of(parts, check)
             if check is not None and self.place is None:
                 check.compare(row[0], row[1], row[2] * (row[1] * row[5] * self.unit))
-            if self.compiler.noting and self._is_alone(parts):
-                due = due_of(self.flats, state.step)
-                self.repeated.learn(self.compiler.take(), parts[0], due, (row, ok))
+            if noting:
+                draws = any(not torch.equal(was, now.get_state()) for was, now in zip(before, self.generators))
+                self.repeated.learn(self.compiler.take(), parts[0], due_of(self.flats, state.step), (row, ok), draws)
         self.check, self.compiler.stepped, self.compiled_s = None, True, self.compiler.seconds
         return self._passed(row, ok)
 
     def _run_again(self, window: Sequence[Any]) -> Tensor | None:
         """A step by the graph of the last one; None, and nothing done, where that would be another."""
         state, due = self.state, due_of(self.flats, self.state.step)
-        graph = self.repeated.fitting(window[0], due) if len(window) == 1 and not state.limit.most else None
-        if graph is None:
+        known = self.repeated.fitting(window[0], due) if len(window) == 1 and not state.limit.most else None
+        if known is None:
             return None
         state.timetable.turn(state.applied, state.step)
-        self._seed(0, 0, window[0])
-        return self._passed(*self._moved(graph, window[0]))
+        if known.draws or self.streams is not None:
+            self._seed(0, 0, window[0])
+            self.unseeded = None
+        else:
+            self.unseeded = state.step
+        return self._passed(*self._moved(known.again, window[0], due))
 
     def _passed(self, row: Tensor, ok: Tensor) -> Tensor:
         """What the host notes of a step that is done."""
@@ -132,7 +146,7 @@ class CompiledStep(Step):
     def _single_pass(self, parts: Sequence[Any]) -> tuple[Tensor, Tensor]:
         """A window of one micro-batch."""
         self._seed(0, 0, parts[0])
-        return self._moved(self._graphs["single"], parts[0])
+        return self._moved(self._graphs["single"], parts[0], due_of(self.flats, self.state.step))
 
     def _passes_of(self, parts: Sequence[Any], check: FirstCheck | None) -> tuple[Tensor, Tensor]:
         """A window of several, or a rank's share of one."""
@@ -146,7 +160,7 @@ class CompiledStep(Step):
             num = self._seed(index, first, batch)
             self.undo.touched = True
             if last and self.place is None:
-                found.append(self._moved(self._graphs["end"], batch))
+                found.append(self._moved(self._graphs["end"], batch, due_of(self.flats, self.state.step)))
             else:
                 self._graphs["add"](batch)
             return num
@@ -157,17 +171,17 @@ class CompiledStep(Step):
         if check is not None:
             check.compare(*self.sums, global_norm([flat.grads for flat in self.flats]))
         self._add_ranks(True)
-        return self._moved(self._graphs["update"])
+        return self._moved(self._graphs["update"], due_of(self.flats, self.state.step))
 
-    def _moved(self, graph: Callable[..., Any], *batch: Any) -> tuple[Tensor, Tensor]:
-        """What a graph with the update in it gives.
+    def _moved(self, graph: Callable[..., Any], *given: Any) -> tuple[Tensor, Tensor]:
+        """What a graph with the update in it gives, for a batch where it has one, and what of the rule's work is due.
 
         Raises:
             OutOfMemoryError: where memory runs out in it: how far it has come cannot be told, and nothing can be taken back.
         """
         self.state.updating = True
         try:
-            found: tuple[Tensor, Tensor] = graph(*batch, due_of(self.flats, self.state.step))
+            found: tuple[Tensor, Tensor] = graph(*given)
             return found
         except Exception as err:
             if not ran_out(err):

@@ -19,7 +19,7 @@ from thalweg.engine.step import Step
 from thalweg.parallel import Ranks
 
 #: What ``steps_per_call = "auto"`` is: so many steps at most, in so many seconds. A signal waits no longer for its answer.
-MOST, CALL_S = 32, 0.01
+MOST, CALL_S = 64, 0.02
 
 
 def compiled_step(

@@ -20,7 +20,7 @@ _PLAIN = (str, bytes, int, float, type(None))  # of what is no tensor in a batch
 
 
 @dataclass(frozen=True)
-class _Known:
+class Known:
     """A graph and what it was given.
 
     Attributes:
@@ -29,6 +29,8 @@ class _Known:
         kind: of the batch; ``due``: of the rule's periodic work.
         proven: whether two calls in a row were given the same tensors besides the batch: a model that replaces one of its own
             between two steps is given others.
+        draws: whether it takes numbers from torch's generators.
+        call: the graph, without what keeps torch from compiling what compiled it: nothing is compiled here.
     """
 
     ran: Ran
@@ -38,13 +40,15 @@ class _Known:
     kind: Any
     due: tuple[int, ...]
     proven: bool
+    draws: bool
+    call: Callable[..., Any]
 
     def again(self, batch: Any, due: tuple[int, ...]) -> tuple[Tensor, Tensor]:
-        """What the graph gives for a batch of the same kind."""
+        """What the graph gives for a batch of the same kind; ``due`` is its own."""
         leaves, args = [t for _, t in tensors(batch)], list(self.ran.args)
         for place, leaf in self.places:
             args[place] = leaves[leaf]
-        found = self.ran.run(*args)
+        found = self.call(*args)
         return found[self.row], found[self.ok]
 
 
@@ -52,14 +56,16 @@ class Repeated:
     """The graphs that have been called, as they may be called again."""
 
     def __init__(self) -> None:
-        self._known: dict[int, _Known] = {}  # by graph
-        self._looked: list[_Known] = []  # within this call of several steps, the last one first
+        self._known: dict[int, Known] = {}  # by graph
+        self._looked: list[Known] = []  # within this call of several steps, the last one first
 
     def begin(self) -> None:
         """From here on torch has to look first."""
         self._looked.clear()
 
-    def learn(self, ran: Ran | None, batch: Any, due: tuple[int, ...], found: tuple[Tensor, Tensor]) -> None:
+    def learn(
+        self, ran: Ran | None, batch: Any, due: tuple[int, ...], found: tuple[Tensor, Tensor], draws: bool
+    ) -> None:
         """Torch has just looked, and ``ran`` gave ``found``. A graph that gives more hands something to the model, and is not
         repeated: it would not come by it."""
         if ran is None or len(ran.found) != 2:
@@ -76,18 +82,19 @@ class Repeated:
             return
         before = self._known.get(id(ran.run))
         proven = before is not None and before.places == places and _same_besides(before.ran, ran, dict(places))
-        known = _Known(ran.without(places), places, row, ok, kind_of(batch), due, proven)
+        call = getattr(ran.run, "_torchdynamo_orig_callable", ran.run)
+        known = Known(ran.without(places), places, row, ok, kind_of(batch), due, proven, draws, call)
         self._known[id(ran.run)] = known
         if proven:
             self._looked.insert(0, known)
 
-    def fitting(self, batch: Any, due: tuple[int, ...]) -> Callable[..., tuple[Tensor, Tensor]] | None:
-        """The graph that a batch may be given without torch looking first; it takes batch and due work."""
-        if not self._looked:
-            return None
-        kind = kind_of(batch)
-        known = next((one for one in self._looked if one.due == due and one.kind == kind), None)
-        return None if known is None else known.again
+    def fitting(self, batch: Any, due: tuple[int, ...]) -> Known | None:
+        """The graph that a batch may be given without torch looking first."""
+        kind = kind_of(batch) if self._looked else None
+        for one in self._looked:
+            if one.due == due and one.kind == kind:
+                return one
+        return None
 
 
 def _same_besides(before: Ran, now: Ran, places: dict[int, int]) -> bool:
@@ -102,7 +109,7 @@ def kind_of(batch: Any) -> Any:
     if kind is Tensor:
         return batch.dtype, batch.device, batch.shape, batch.stride(), batch.requires_grad
     if isinstance(batch, dict):
-        return kind, *((key, kind_of(value)) for key, value in batch.items())
+        return kind, *batch, *map(kind_of, batch.values())
     if isinstance(batch, (list, tuple)):
         return kind, *map(kind_of, batch)
     if isinstance(batch, Tensor):

@@ -291,22 +291,21 @@ class Loop:
             self.flush()
 
     def _record(self, step: int, row: list[float], times: tuple[float, float]) -> Record:
-        value = dict(zip(FIELDS, row))
-        weight = value["weight"]
+        losses, weight, norm, skipped, lr, scale, applied = row[: len(FIELDS)]
         told = self.step.state.timetable.told
         return Record(
             step=step,
             epoch=self.feed.epoch_of(step - 1),
-            loss=value["loss_sum"] / weight if weight else float("nan"),
+            loss=losses / weight if weight else float("nan"),
             weight=weight,
-            grad_norm=value["grad_norm"],
-            lr=value["lr"],
-            applied=int(value["applied"]) + (not value["skipped"]),
-            skipped=bool(value["skipped"]),
-            scale=value["scale"],
+            grad_norm=norm,
+            lr=lr,
+            applied=int(applied) + (not skipped),
+            skipped=bool(skipped),
+            scale=scale,
             seconds=round(times[0], 4),
             waited=round(times[1], 4),
-            values={name: number * scale for (name, scale), number in zip(told.items(), row[len(FIELDS) :])},
+            values={name: number * by for (name, by), number in zip(told.items(), row[len(FIELDS) :])} if told else {},
         )
 
     def _evaluate(self) -> None:

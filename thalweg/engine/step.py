@@ -283,14 +283,17 @@ class Step:
             portions = num_portions(micro, limit.most, limit.grain)
             which = index // portions if self.streams is None else first // micro  # who counts samples counts exactly
             index, first = self.place.of(index, first, which, portions)
-        name = seed_for(self.options.seed, "step", self.state.step, index)
-        for generator in self.generators:
-            generator.manual_seed(name)
+        self._seed_generators(self.state.step, index)
         if self.streams is None:
             return 0
         num = batch_size(batch)
         self.streams.begin(self.state.step, index, first, num)
         return num
+
+    def _seed_generators(self, step: int, index: int) -> None:
+        name = seed_for(self.options.seed, "step", step, index)
+        for generator in self.generators:
+            generator.manual_seed(name)
 
     def _backward_seed(self, total: Tensor) -> Tensor:
         """The gradient that the backward pass starts from: loss scale over loss divisor, both powers of two."""

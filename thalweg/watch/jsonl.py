@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -73,7 +72,7 @@ class JsonLines:
     def _write(self, lines: Sequence[Record | Evaluation | Event]) -> None:
         if self._file is None:
             return
-        self._waiting += b"".join(json.dumps(line.to_dict()).encode() + b"\n" for line in lines)
+        self._waiting += "".join([f"{line.to_json()}\n" for line in lines]).encode()
         self._try()
         if len(self._waiting) > MOST_WAITING:
             raise RunFolderError(
