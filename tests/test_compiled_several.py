@@ -101,7 +101,12 @@ def test_what_comes_between_calls_finds_torchs_generator_as_after_steps_one_by_o
     for several in (1, 6):
         seeded.clear()
         torch.manual_seed(0)
-        step, *_ = trained(mlp(share) if share else nn.Linear(6, 3), several, 24, **{"train.batch": 50})
+        step, *_ = trained(
+            mlp(share) if share else nn.Linear(6, 3),
+            several,
+            24,
+            **{"train.batch": 50, "evaluate.every": 7, "checkpoint.every": 10},
+        )
         steps.append(set(seeded))
         drawn.append(torch.rand(4))
         bits.append(state_bits(step))
