@@ -147,11 +147,21 @@ def test_a_number_of_steps_that_no_call_can_take(bad: Any) -> None:
 def test_graphs_are_kept_in_the_users_folder_unless_another_is_named(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    monkeypatch.setenv(INDUCTOR, "/tmp/torchinductor")  # as torch sets it
+    from torch._inductor.runtime.cache_dir_utils import default_cache_dir
+
+    ours = str(compiled_cache.folder() / "inductor")
     monkeypatch.setattr(compiled_cache, "_GIVEN", None)
+    monkeypatch.setattr(compiled_cache, "_OURS", [])
+    monkeypatch.setenv(INDUCTOR, default_cache_dir())  # as torch sets it
     compiled_cache.use_cache()
-    assert os.environ[INDUCTOR] == str(compiled_cache.folder() / "inductor") and str(tmp_path) in os.environ[INDUCTOR]
-    monkeypatch.setattr(compiled_cache, "_GIVEN", "elsewhere")
-    monkeypatch.setenv(INDUCTOR, "elsewhere")
+    assert os.environ[INDUCTOR] == ours and str(tmp_path) in ours
+    monkeypatch.setenv("THALWEG_CACHE", str(tmp_path / "moved"))
+    compiled_cache.use_cache()
+    assert os.environ[INDUCTOR] == str(tmp_path / "moved" / "compiled" / "inductor")
+    monkeypatch.setenv(INDUCTOR, "elsewhere")  # by the user, after all was imported
     compiled_cache.use_cache()
     assert os.environ[INDUCTOR] == "elsewhere"
+    monkeypatch.setattr(compiled_cache, "_GIVEN", default_cache_dir())  # by the user, who wants torch's own
+    monkeypatch.setenv(INDUCTOR, default_cache_dir())
+    compiled_cache.use_cache()
+    assert os.environ[INDUCTOR] == default_cache_dir()

@@ -13,9 +13,9 @@ from typing import Any
 from thalweg.optim.native import cache_folder
 
 INDUCTOR = "TORCHINDUCTOR_CACHE_DIR"
-_GIVEN = os.environ.get(
-    INDUCTOR
-)  # by the user: torch sets it too, to a folder that a restart takes, where it is first asked for
+#: By the user, before this was imported: torch sets the variable too where it is first asked for, to a folder that a restart takes.
+_GIVEN = os.environ.get(INDUCTOR)
+_OURS: list[str] = []  # what we have set it to
 
 
 def folder() -> Path:
@@ -24,9 +24,18 @@ def folder() -> Path:
 
 
 def use_cache() -> None:
-    """Inductor keeps its graphs there, unless the user has named another folder."""
-    if _GIVEN is None:
+    """Inductor keeps its graphs there, unless the user has named another folder, at any time before."""
+    now = os.environ.get(INDUCTOR)
+    if now is None or (now != _GIVEN and (now in _OURS or now == _torchs_own())):
         os.environ[INDUCTOR] = str(folder() / "inductor")
+        _OURS.append(os.environ[INDUCTOR])
+
+
+def _torchs_own() -> str:
+    """The folder that torch takes by itself."""
+    from torch._inductor.runtime.cache_dir_utils import default_cache_dir
+
+    return str(default_cache_dir())
 
 
 def _file(facts: Mapping[str, Any]) -> Path:

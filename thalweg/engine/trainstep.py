@@ -8,6 +8,7 @@ from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass, replace
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from thalweg.checkpoint import Snapshot
@@ -166,7 +167,6 @@ class TrainStep:
         self.model = self.device.move(model)
         for told in self.device.mend(self.model):
             self._decide.take(*told)
-        use_threads(self.recipe)
         self.recipe = lay_out(self.model, self.device, self._decide.take, self.recipe)
         self.rows = parameter_table(model, optimizer=self.recipe.optimizer, schedule=self.recipe.schedule)
         span = span_of(self.recipe, self.steps or 1, {}, _WHY_NOT)
@@ -183,6 +183,8 @@ class TrainStep:
         check_dtypes(self.recipe, self.model)
         self._step: Step | None = None
         self._finished = False
+        self._threads = torch.get_num_threads()  # of the process, before it is ours
+        use_threads(self.recipe)  # the last thing: what is refused leaves them alone
 
     def __call__(self, batch: Any) -> StepResult:
         """Train on one batch, cut into micro-batches of ``recipe.train.micro_batch`` samples.
@@ -224,10 +226,13 @@ class TrainStep:
     def finish(self) -> nn.Module:
         """The model, plain again: what precision, recomputation and named streams put around it is taken off.
 
-        Its weights are the live ones (see ``averaged``), in the dtypes that they were trained in.
+        Its weights are the live ones (see ``averaged``), in the dtypes that they were trained in. Torch computes with as many
+        threads as before, where ``threads`` of the recipe was another number.
         """
         step = self._built()
         self._step, self._finished = None, True
+        if torch.get_num_threads() == self.recipe.threads:  # nobody has said otherwise since
+            torch.set_num_threads(self._threads)
         if step.recomputation is not None:
             step.recomputation.release()
         if step.streams is not None:  # its layers draw from torch's generator again
