@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import hashlib
+import inspect
 import json
 import os
-from collections.abc import Mapping
+import shutil
+import sys
+from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -36,6 +39,24 @@ def _torchs_own() -> str:
     from torch._inductor.runtime.cache_dir_utils import default_cache_dir
 
     return str(default_cache_dir())
+
+
+def surroundings(functions: Iterable[Any]) -> str:
+    """What a graph may fail by besides what it is made of: another word once a compiler was installed, or a file mended that one
+    of ``functions`` (or classes) is written in."""
+    files = {shutil.which(name) for name in (os.environ.get("CXX") or "c++", *_COMPILERS)}
+    for function in functions:
+        with suppress(TypeError, OSError):  # not written in Python, or in no file
+            files.add(inspect.getsourcefile(function))
+    stamps = []
+    for name in sorted(filter(None, files)):
+        with suppress(OSError):
+            status = os.stat(name)
+            stamps.append((os.path.realpath(name), status.st_mtime_ns, status.st_size))
+    return hashlib.sha256(repr((sys.version, stamps)).encode()).hexdigest()[:32]
+
+
+_COMPILERS = ("g++", "clang++")
 
 
 def _file(facts: Mapping[str, Any]) -> Path:

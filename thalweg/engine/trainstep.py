@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass, replace
 from typing import Any
@@ -19,6 +19,8 @@ from thalweg.engine.begin import take_weights
 from thalweg.engine.build import build
 from thalweg.engine.compiled_backend import TIME_LOST
 from thalweg.engine.compiled_choice import settle_compile
+from thalweg.engine.compiled_measure import Take, first_that_works
+from thalweg.engine.compiled_told import fallbacks
 from thalweg.engine.given import task_loss
 from thalweg.engine.levers import settle_levers, use_threads
 from thalweg.engine.memory import Bench, fit, settle_memory
@@ -328,7 +330,17 @@ class TrainStep:
         tell_split(self.model, recipe, self._decide)
         check_release(recipe, self.device.kind, self.rows, self._decide.take)
         against = self.device.against_graphs(self.model)
-        recipe = settle_compile(recipe, self.rows, self.device, self._decide.take, None, against)
+        asked = recipe.compile
+
+        def works(recipe: Recipe, able: Sequence[str], take: Take) -> str:
+            whole = replace(recipe, train=replace(recipe.train, micro_batch=recipe.train.micro_batch or size))
+            bench = Bench(plan_of, self.model, self.loss, batch, self.device, policy, held=self.prepared.held)
+            return first_that_works(bench, whole, able, take)
+
+        measure = works if asked == "best" else None
+        recipe = settle_compile(recipe, self.rows, self.device, self._decide.take, measure, against)
+        for text in fallbacks(self._decide.made, asked, recipe.compile):
+            warnings.warn(text, stacklevel=2)
         if recipe.steps_per_call not in ("auto", 1):
             self._decide.take("steps_per_call", recipe.steps_per_call, "not used: a call of TrainStep is one step")
         tell_gradients(recipe, self._decide.take)
