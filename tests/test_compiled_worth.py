@@ -8,15 +8,19 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from torch import Tensor, nn
 
+import thalweg
 from tests.models import mean_loss, mlp, points
 from thalweg.core import Recipe, RecipeError, Split, Task
 from thalweg.device import choose
 from thalweg.engine import compiled_cache, compiled_worth, resolve
+from thalweg.engine.compiled_backend import BACKEND
 from thalweg.engine.compiled_cache import INDUCTOR
 from thalweg.engine.compiled_choice import settle_compile
 from thalweg.engine.compiled_measure import Tried
 from thalweg.engine.compiled_worth import estimate, measured
+from thalweg.watch import Memory
 
 
 class Measuring:
@@ -89,6 +93,31 @@ def test_a_graph_that_is_slower_or_fails_is_not_kept(monkeypatch: pytest.MonkeyP
     assert chosen(1_000_000, **{"train.batch": 16})[0] == "off"
 
 
+def other_loss(model: Any, batch: Any) -> Any:
+    return 2 * mean_loss(model, batch)
+
+
+def test_what_failed_is_tried_again_where_something_was_mended(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Another compiler, a day later, another loss; and not at once."""
+    measuring = Measuring(monkeypatch, 0.002, RuntimeError("no compiler"))
+    tries = lambda: (chosen(50_000), measuring.asked.count("step"))[1]
+    assert [tries(), tries()] == [1, 1]
+    compiler = tmp_path / "bin" / "c++"
+    compiler.parent.mkdir()
+    compiler.touch(mode=0o755)
+    monkeypatch.setenv("CXX", str(compiler))
+    assert [tries(), tries()] == [2, 2]
+    os.utime(compiler, (1, 1))  # another in its place
+    assert [tries(), tries()] == [3, 3]
+    now = time.time
+    monkeypatch.setattr(time, "time", lambda: now() + 86_500)
+    assert [tries(), tries()] == [4, 4]
+    assert compiled_cache.surroundings([mean_loss]) != compiled_cache.surroundings([Measuring, 3, int])
+    task = Task(model=mlp(), loss=other_loss, data=Split(train=points()))
+    resolve(task, Recipe().override({"device": "cpu", "precision": "fp32", "train.steps": 50_000}))
+    assert measuring.asked.count("step") == 5
+
+
 @pytest.mark.parametrize(
     "text", ["{}", '{"off": "0.1", "step": 1, "first": 1}', '{"off": -1.0, "step": NaN, "first": 1}', "[" * 99999]
 )
@@ -123,6 +152,45 @@ def test_switches_are_words(monkeypatch: pytest.MonkeyPatch) -> None:
     assert settle_compile(Recipe(compile="best"), (), device, take, None, "it is in parts").compile == "off"
 
 
+class Branching(nn.Module):
+    """It branches on a value, which no graph can."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(6, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.layer(x)
+        return out if out.sum() > 0 else -out
+
+
+def test_who_has_no_graph_is_warned_with_the_reason(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, recwarn: pytest.WarningsRecorder
+) -> None:
+    """A model that cannot be traced, by ``true`` and by ``auto``, with a sink and without, and in one's own loop."""
+    monkeypatch.setenv(BACKEND, "eager")
+    monkeypatch.setattr(compiled_worth, "eager_step", lambda *given: 1.0)
+    monkeypatch.setattr(compiled_worth, "COMPILE_S", 0.0)
+    monkeypatch.setattr(compiled_worth, "EACH_S", 0.0)
+    why = "The step cannot be compiled as one graph. Data-dependent branching. The last place: File "
+    recipe = {"device": "cpu", "precision": "fp32", "train.steps": 3}
+    for asked, by in ((True, "with compile='model'"), ("auto", "by plain operators")):
+        line = f"compile='step' is not possible here, and the run goes on {by}: {why}"
+        heard: list[tuple[str, str]] = []
+        ear = Memory()
+        ear.event = lambda event, heard=heard: heard.append((event.name, event.text))  # type: ignore[assignment,misc]
+        given = {**recipe, "compile": asked}
+        assert len(thalweg.train(Branching(), mean_loss, points(), given, sinks=[ear]).records) == 3
+        (text,) = [text for name, text in heard if name == "compiled" and "not possible" in text]
+        assert text.startswith(line) and "test_compiled_worth.py" in text and "\n" not in text and not recwarn
+        with pytest.warns(UserWarning, match="compile='step' is not possible here"):
+            thalweg.train(Branching(), mean_loss, points(), given)
+        recwarn.clear()
+    step = thalweg.TrainStep(Branching(), mean_loss, {"precision": "fp32", "device": "cpu", "compile": True}, steps=2)
+    with pytest.warns(UserWarning, match="goes on with compile='model'"):
+        assert float(step({name: t[:4] for name, t in points().items()}).loss) > 0
+
+
 def test_what_is_asked_for_is_tried_and_falls_back(monkeypatch: pytest.MonkeyPatch) -> None:
     from thalweg.engine import compiled_measure
 
@@ -147,11 +215,21 @@ def test_a_number_of_steps_that_no_call_can_take(bad: Any) -> None:
 def test_graphs_are_kept_in_the_users_folder_unless_another_is_named(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    monkeypatch.setenv(INDUCTOR, "/tmp/torchinductor")  # as torch sets it
+    from torch._inductor.runtime.cache_dir_utils import default_cache_dir
+
+    ours = str(compiled_cache.folder() / "inductor")
     monkeypatch.setattr(compiled_cache, "_GIVEN", None)
+    monkeypatch.setattr(compiled_cache, "_OURS", [])
+    monkeypatch.setenv(INDUCTOR, default_cache_dir())  # as torch sets it
     compiled_cache.use_cache()
-    assert os.environ[INDUCTOR] == str(compiled_cache.folder() / "inductor") and str(tmp_path) in os.environ[INDUCTOR]
-    monkeypatch.setattr(compiled_cache, "_GIVEN", "elsewhere")
-    monkeypatch.setenv(INDUCTOR, "elsewhere")
+    assert os.environ[INDUCTOR] == ours and str(tmp_path) in ours
+    monkeypatch.setenv("THALWEG_CACHE", str(tmp_path / "moved"))
+    compiled_cache.use_cache()
+    assert os.environ[INDUCTOR] == str(tmp_path / "moved" / "compiled" / "inductor")
+    monkeypatch.setenv(INDUCTOR, "elsewhere")  # by the user, after all was imported
     compiled_cache.use_cache()
     assert os.environ[INDUCTOR] == "elsewhere"
+    monkeypatch.setattr(compiled_cache, "_GIVEN", default_cache_dir())  # by the user, who wants torch's own
+    monkeypatch.setenv(INDUCTOR, default_cache_dir())
+    compiled_cache.use_cache()
+    assert os.environ[INDUCTOR] == default_cache_dir()

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 import thalweg
 from thalweg import Recipe
-from thalweg.core import RunFolderError, Split
+from thalweg.core import ModelError, RunFolderError, Split
 from thalweg.device import Device, allocator, threads
 from thalweg.device.race import race, simplest
 from thalweg.engine import levers
@@ -262,6 +262,26 @@ def test_threads_that_are_given_are_left_alone(two_cores: None, monkeypatch: pyt
     assert threads.given() == "OMP_NUM_THREADS=2"
     result = train()
     assert result.plan.recipe.threads is None and result.plan.machine["threads"] == 2
+
+
+def test_the_step_of_ones_own_loop_gives_threads_back(two_cores: None) -> None:
+    def made(model: nn.Module) -> Any:
+        recipe = {**SHORT, "threads": 1, "precision": "fp32", "device": "cpu", "memory_format": "contiguous"}
+        return thalweg.TrainStep(model, mean_loss, recipe, steps=3)
+
+    for said in (None, 7):  # what somebody has said since is left alone
+        torch.set_num_threads(2)
+        step = made(Net())
+        step(images())
+        assert torch.get_num_threads() == 1
+        if said:
+            torch.set_num_threads(said)
+        step.finish()
+        assert torch.get_num_threads() == (said or 2)
+    torch.set_num_threads(2)
+    with pytest.raises(ModelError, match="float16"):  # refused by the last of all checks
+        made(Net().half())
+    assert torch.get_num_threads() == 2
 
 
 def test_another_number_of_threads_is_told_on_resuming(

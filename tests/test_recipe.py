@@ -458,6 +458,14 @@ def test_a_value_of_the_wrong_type_is_named(kind: type, bad: Any) -> None:
     assert checked
 
 
+@pytest.mark.parametrize("text", ["compile = 3", "compile = ['all']", "compile = 0.5"])
+def test_a_switch_of_the_wrong_type_is_told_the_words_that_there_are(text: str) -> None:
+    asked, numbers, remedy = refused(Recipe.from_toml, text)
+    assert asked.startswith("compile=") and numbers == "6 are, and true and false."
+    assert remedy == "Known: auto, best, captured, model, off, step."
+    refused(lambda: Recipe(steps_per_call=True))  # 1 is meant, or nothing
+
+
 @pytest.mark.parametrize("bad", TOO_LARGE, ids=lambda bad: repr(bad)[:12])
 def test_a_number_too_large_is_refused(bad: Any) -> None:
     for path, _, hint in FIELDS:

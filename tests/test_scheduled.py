@@ -15,7 +15,7 @@ from torch import Tensor, nn
 import thalweg
 from tests.conftest import run_cli, three_parts
 from thalweg.core import Loss, Recipe, RecipeError, Split, StopReason, Task, ThalwegError
-from thalweg.data import resized
+from thalweg.data import image_size, resized
 from thalweg.data.order import Order
 from thalweg.engine import evaluate as _evaluate  # noqa: F401 - the room must import
 from thalweg.engine.feedback import HEARD, listen
@@ -269,6 +269,51 @@ def test_a_model_that_takes_one_size_alone_is_refused_before_the_run() -> None:
 def test_images_do_not_grow_beyond_their_size() -> None:
     with pytest.raises(RecipeError, match="rises above the size of the images"):
         image_run({"schedule.image_size": "constant(value=1.5)"}, torch.zeros(8, 1, 20, 28))
+
+
+@pytest.mark.parametrize(("text", "step"), [("constant(value=0)", 1), ("linear()", 3)])
+def test_images_of_no_pixels_are_refused(text: str, step: int) -> None:
+    with pytest.raises(RecipeError) as err:
+        image_run({"schedule.image_size": text}, torch.zeros(8, 1, 20, 28))
+    asked, numbers, remedy = three_parts(err.value)
+    assert (
+        "leaves nothing" in asked and numbers == f"It is 0 times 20 x 28 pixels at step {step}." and "above 0" in remedy
+    )
+
+
+def test_every_size_of_the_run_goes_through_the_model_before_it(recwarn: pytest.WarningsRecorder) -> None:
+    """8 and 16 pixels are whole patches, and 12 are not; held-out images of 20 pixels neither."""
+
+    def patched(net: nn.Module, batch: dict[str, Tensor]) -> Tensor:
+        images = batch["images"]
+        return net(images.reshape(len(images), -1, 64).mean(1)).square().mean()
+
+    def go(text: str, side: int, **held_out: Any) -> None:
+        images = {"images": torch.zeros(8, 1, side, side)}
+        recipe = {
+            "train.steps": 4,
+            "train.batch": 4,
+            "precision": "fp32",
+            "compile": "off",
+            "schedule.image_size": text,
+        }
+        thalweg.train(nn.Linear(64, 1), patched, Split(train=images, **held_out), recipe)
+
+    go("constant(2, value=0.5) >> constant(value=1)", 16)
+    for text, side, held_out, size in (
+        ("constant(1, value=0.5) >> constant(1, value=0.75) >> constant(value=1)", 16, {}, "12 x 12"),
+        ("constant(value=0.8)", 20, {"test": {"images": torch.zeros(2, 1, 20, 20)}}, "20 x 20"),
+    ):
+        with pytest.raises(thalweg.core.DataError) as err:
+            go(text, side, **held_out)
+        asked, _, remedy = three_parts(err.value)
+        assert f"{size} pixels" in asked and "It takes smaller ones" in remedy
+    assert not recwarn
+
+
+def test_data_that_is_one_tensor_has_no_images_and_is_not_asked_for_them(recwarn: pytest.WarningsRecorder) -> None:
+    assert image_size(torch.zeros(2, 3, 4, 5), "images") is None and image_size(torch.zeros(1, 2, 3, 4, 5), 0) is None
+    assert not recwarn
 
 
 def test_lengths_in_examples_tokens_and_epochs_are_counted_from_the_data() -> None:

@@ -83,6 +83,7 @@ def refuse_changes(folder: Path, changes: Sequence[Difference], accept: Sequence
 
 
 _ACCEPTED = "accepted on resuming; was "
+_PLANNED = ", as it was planned for "
 
 
 def accepted(plan: Plan) -> list[str]:
@@ -91,8 +92,15 @@ def accepted(plan: Plan) -> list[str]:
     return [_line(d.path, d.reason.removeprefix(_ACCEPTED), d.value) for d in made]
 
 
-def _line(path: str, before: str, now: Any) -> str:
-    return f"{path}: {before} before, {now!r} from here on"
+def as_it_was(path: str, before: Any, now: Any, steps: int) -> tuple[Decision, str]:
+    """(for the plan, a line for a person): ``now`` is what ``before`` meant in a run that was planned with so many steps."""
+    was = f"{before!r}{_PLANNED}{steps} steps"
+    return Decision(path, now, _ACCEPTED + was), _line(path, was, now)
+
+
+def _line(path: str, was: str, now: Any) -> str:
+    before, planned, rest = was.partition(_PLANNED)
+    return f"{path}: {before} before, {now!r} from here on{planned}{rest}"
 
 
 def changed_plan(plan: Plan, recipe: Recipe, changes: Sequence[Difference]) -> tuple[Plan, list[str]]:

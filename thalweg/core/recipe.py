@@ -544,6 +544,13 @@ RECOMPUTED = ("none", "blocks", "ops", "compiled")
 COMPILED = ("auto", "off", "model", "step", "captured", "best")
 _SWITCHED = {"true": "best", "false": "off"}  # of ``compile``, which may be given as a switch
 MEMORY_FORMATS = ("auto", "contiguous", "channels_last")
+#: The words that a value of the recipe's own may be.
+_WORDS: dict[str, tuple[str, ...]] = {
+    "precision": ("auto", *PRECISIONS),
+    "recompute": RECOMPUTED,
+    "compile": COMPILED,
+    "memory_format": MEMORY_FORMATS,
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -634,21 +641,16 @@ class Recipe:
             "Give one from -2**63 to 2**63 - 1, such as 0.",
         )
         object.__setattr__(self, "compile", _SWITCHED.get(str(self.compile).lower(), self.compile))
-        for name, known in (
-            ("precision", ("auto", *PRECISIONS)),
-            ("recompute", RECOMPUTED),
-            ("compile", COMPILED),
-            ("memory_format", MEMORY_FORMATS),
-        ):
+        for name, known in _WORDS.items():
             value = getattr(self, name)
             _check(
                 value in known or (name == "recompute" and value is None),
                 f"{name}={value!r} is not known.",
-                f"{len(known)} are.",
+                f"{len(known)} are{', and true and false' if name == 'compile' else ''}.",
                 did_you_mean(str(value), known),
             )
         _check(
-            self.steps_per_call == "auto" or (isinstance(self.steps_per_call, int) and 1 <= self.steps_per_call <= 64),
+            self.steps_per_call == "auto" or (type(self.steps_per_call) is int and 1 <= self.steps_per_call <= 64),
             f"steps_per_call={self.steps_per_call!r} is no number of steps.",
             "The records of 64 steps are kept on the device.",
             "Give 'auto' or a number from 1 to 64.",
@@ -704,6 +706,9 @@ class Recipe:
     @classmethod
     def from_dict(cls, tree: Mapping[str, Any]) -> Recipe:
         switched = {**tree, "compile": str(tree["compile"])} if isinstance(tree.get("compile"), bool) else tree
+        for name in _WORDS:
+            if not isinstance(switched.get(name, ""), str):
+                cls(**{name: switched[name]})  # names the words that are known
         return typing.cast(Recipe, build(cls, switched, ""))
 
     @classmethod

@@ -118,6 +118,8 @@ def resized(sizes: Sequence[tuple[int, int]], inputs: str | int) -> Callable[[in
 
 def image_size(batch: Any, inputs: str | int) -> tuple[int, int] | None:
     """(height, width) of the images of a batch; None where it has none under that name."""
+    if isinstance(batch, Tensor):  # it is no table of tensors, and torch would warn before it says so
+        return None
     try:
         images = batch[inputs]
     except (KeyError, IndexError, TypeError):

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
+from functools import partial
 from typing import Any
 
 import torch
 from torch import nn
 
 from thalweg.core import DataError, Plan, Recipe, RecipeError, Task, did_you_mean
-from thalweg.data import Order, Source, held_out, lengths_of, resized, shortened, tensors
+from thalweg.data import Order, Source, batch_size, held_out, lengths_of, resized, shortened, split, tensors
 from thalweg.device import Device
 from thalweg.engine.preflight import ModelLoss, as_written, in_evaluation_mode, untouched
 from thalweg.engine.scheduled import Scheduled, average_lengths
@@ -127,14 +129,42 @@ def try_shortest(model: nn.Module, loss: ModelLoss, batch: Any, length: int, dev
     _go_through(model, loss, short, device, seed, asked, remedy)
 
 
-def try_smallest(
-    model: nn.Module, loss: ModelLoss, batch: Any, size: tuple[int, int], inputs: str | int, device: Device, seed: int
+def try_sizes(
+    model: nn.Module,
+    loss: ModelLoss,
+    batch: Any,
+    sizes: Sequence[tuple[int, int]],
+    inputs: str | int,
+    device: Device,
+    seed: int,
 ) -> None:
-    """The smallest images of the run go through the model now, not in the middle of it."""
-    (small,) = resized([size], inputs)(0, [batch])
-    asked = f"The model does not take images of {size[0]} x {size[1]} pixels."
-    remedy = "Raise the least factor of schedule.image_size, let the model pool over whatever is left, or leave it out."
-    _go_through(model, loss, small, device, seed, asked, remedy)
+    """Images of every size of the run go through the model now, not in the middle of it: the smallest as a whole micro-batch,
+    of the others a few samples."""
+    smallest, *others = sorted({*sizes})
+    few = split(batch, min(_FEW_IMAGES, batch_size(batch)))[0]
+    for size in (smallest, *others):
+        asked = f"The model does not take images of {size[0]} x {size[1]} pixels."
+        remedy = _NO_SMALLER if size == smallest else _NOT_BETWEEN
+        through = partial(_go_through, model, loss, device=device, seed=seed, asked=asked, remedy=remedy)
+        if size != smallest:
+            with suppress(DataError):  # a loss may want them all
+                through(_resized(few, size, inputs))
+                continue
+        through(_resized(batch, size, inputs))
+
+
+def _resized(batch: Any, size: tuple[int, int], inputs: str | int) -> Any:
+    return resized([size], inputs)(0, [batch])[0]
+
+
+_NO_SMALLER = (
+    "Raise the least factor of schedule.image_size, let the model pool over whatever is left, or leave it out."
+)
+_NOT_BETWEEN = (
+    "It takes smaller ones: choose factors of schedule.image_size whose sizes it takes (whole multiples of 4 pixels, and "
+    "held-out images as they are), or let the model pool over whatever is left."
+)
+_FEW_IMAGES = 2  # what a model can be tried on, batch normalization too
 
 
 def _go_through(

@@ -17,6 +17,9 @@ from thalweg.engine.step import Step
 
 Take = Callable[[str, Any, str], Any]
 
+#: Within the reason of a decision: what follows is the error's own line.
+FAILED = "failed when it was tried: "
+
 _STEPS, _WARM = 12, 3
 _NEAR = 2e-2  # how far gradient norms may be apart: half precision in another order, and no gradient that is missing
 
@@ -48,7 +51,7 @@ def fastest(bench: Bench, recipe: Recipe, able: Sequence[str], steps: int, take:
         except Exception as err:
             if how == "off":
                 raise
-            take("compile", f"not '{how}'", f"it failed when it was tried: {first_line(err)}")
+            take("compile", f"not '{how}'", f"it {FAILED}{first_line(err)}")
             continue
         if how != "off" and abs(one.norm - found["off"].norm) > _NEAR * abs(found["off"].norm):
             text = f"its gradient has norm {one.norm:.4g}, and that of plain operators {found['off'].norm:.4g}"
@@ -102,13 +105,15 @@ def first_that_works(bench: Bench, recipe: Recipe, able: Sequence[str], take: Ta
         try:
             tried(bench, replace(recipe, compile=how))
         except Exception as err:
-            take("compile", f"not '{how}'", f"it failed when it was tried: {first_line(err)}")
+            take("compile", f"not '{how}'", f"it {FAILED}{first_line(err)}")
             continue
         return str(take("compile", how, "asked for, and it works on a copy of the model"))
     return str(take("compile", "off", "nothing else works here"))
 
 
 def first_line(err: Exception) -> str:
-    words = err.asked if isinstance(err, ThalwegError) else str(err).strip()
-    line = (words or type(err).__name__).splitlines()[0]
+    """What went wrong, in one line."""
+    if isinstance(err, ThalwegError):
+        return " ".join(f"{err.asked} {err.numbers}".split())[:400]
+    line = (str(err).strip() or type(err).__name__).splitlines()[0]
     return f"{type(err).__name__}: {line[:160]}"

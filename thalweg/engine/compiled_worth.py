@@ -23,9 +23,9 @@ from thalweg.data import split, tensors
 from thalweg.device.kept import same_generators
 from thalweg.engine.checks import whole_of
 from thalweg.engine.compiled_backend import traces_autograd
-from thalweg.engine.compiled_cache import keep, kept
+from thalweg.engine.compiled_cache import keep, kept, surroundings
 from thalweg.engine.compiled_choice import OLDER
-from thalweg.engine.compiled_measure import Take, Tried, choice, fastest, first_line, first_that_works, tried
+from thalweg.engine.compiled_measure import FAILED, Take, Tried, choice, fastest, first_line, first_that_works, tried
 from thalweg.engine.memory import Bench
 
 #: Seconds that a graph saves in a step, for each trained tensor: what its operators cost (benchmarks/compiled.py).
@@ -37,6 +37,7 @@ MOST_SAVED = 0.75
 #: Of the run's expected time, the most that goes into timing the eager step.
 SHARE = 0.03
 _STEPS = 8
+_DAY_S = 24 * 3600
 
 
 def estimate(rows: Sequence[ParameterRow], steps: int) -> tuple[float, float]:
@@ -86,27 +87,33 @@ def worth(recipe: Recipe, rows: Sequence[ParameterRow], steps: int, bench: Calla
         return str(take("compile", "off", OLDER))
     here = bench()
     facts = facts_of(recipe, here)
-    found = _usable(kept(facts))
+    around = surroundings({*map(type, here.model.modules()), _function(here.loss)})
+    found = _usable(kept(facts), around)
     if found is None:
         if saved < cost:
             return str(take("compile", "off", f"{told}, and to compile takes {cost:.2g} s"))
         found = _measured(here, recipe, steps, cost, take)
         if found is None:
             return "off"
-        keep(facts, found)
+        keep(facts, {**found, "around": around, "at": time.time()})
         text = ""
     else:
         text = " (measured in an earlier run, and kept)"
     if found.get("failed"):
-        return str(take("compile", "off", f"'step' failed when it was tried: {found['failed']}{text}"))
+        return str(take("compile", "off", f"'step' {FAILED}{found['failed']}{text}"))
     figures = {"off": Tried(found["off"], found["off"], 0.0), "step": Tried(WARM * found["first"], found["step"], 0.0)}
     return choice(figures, steps, lambda path, value, why: take(path, value, why + text))
 
 
-def _usable(found: dict[str, Any] | None) -> dict[str, Any] | None:
-    """What was kept, if it is what ``worth`` keeps: others may have written there."""
-    if found is None or isinstance(found.get("failed"), str):
-        return found
+def _usable(found: dict[str, Any] | None, around: str) -> dict[str, Any] | None:
+    """What was kept, if it is what ``worth`` keeps: others may have written there. What failed is tried again elsewhere than
+    where it did, and after a day: by what it failed may have been mended."""
+    if found is None:
+        return None
+    if isinstance(found.get("failed"), str):
+        at = found.get("at")
+        lasts = isinstance(at, (int, float)) and 0 <= time.time() - at < _DAY_S
+        return found if lasts and found.get("around") == around else None
     figures = [found.get(name) for name in ("off", "step", "first")]
     return found if all(isinstance(one, (int, float)) and 0 < one < math.inf for one in figures) else None
 
@@ -153,6 +160,11 @@ _NO_MATTER = (
 )
 
 
+def _function(loss: Any) -> Any:
+    """The loss as it was written."""
+    return getattr(loss, "function", loss)
+
+
 def _code(function: Any) -> str:
     """Names the code of a function: whoever has mended what could not be traced is measured anew."""
     code = getattr(getattr(function, "__func__", function), "__code__", None)
@@ -170,11 +182,9 @@ def facts_of(recipe: Recipe, bench: Bench) -> dict[str, Any]:
         "machine": [platform.machine(), platform.processor(), platform.node()],
         "threads": torch.get_num_threads(),
         "model": str(bench.model),
-        "loss": repr(getattr(bench.loss, "__qualname__", type(bench.loss).__name__)),
+        "loss": repr(getattr(loss := _function(bench.loss), "__qualname__", type(loss).__name__)),
         "parameters": [(name, list(p.shape), str(p.dtype)) for name, p in bench.model.named_parameters()],
-        "code": sorted(
-            {_code(getattr(layer, "forward", None)) for layer in bench.model.modules()} | {_code(bench.loss)}
-        ),
+        "code": sorted({_code(getattr(layer, "forward", None)) for layer in bench.model.modules()} | {_code(loss)}),
         "batch": [(name, list(t.shape), str(t.dtype)) for name, t in tensors(bench.window)],
         "recipe": {**tree, "train": train},
     }

@@ -55,7 +55,7 @@ from thalweg.engine.checks import (
     check_smallest_batch,
     tell_guard,
     try_shortest,
-    try_smallest,
+    try_sizes,
     whole_of,
 )
 from thalweg.engine.compiled_choice import IN_PARTS, settle_compile, settle_several
@@ -267,7 +267,8 @@ def _resolve(
     num_parts = len(window) if sized else -(-batch_size(window[0]) // batch_size(first))
     with joined(recipe, model, device):
         if pixels is not None:  # they may be the first: before all that takes the model at its word
-            try_smallest(model, loss, raw, min(pixels), task.inputs, device, recipe.seed)
+            seen = pixels if test is None or image is None else [*pixels, image]
+            try_sizes(model, loss, raw, seen, task.inputs, device, recipe.seed)
         changes = changed_model(model, loss, first, device, recipe, decide)
         with tried(model, recipe.recompute, decide.take), watch_batch(model, batch_size(first)) as values:
             fresh = allocator.fresh_bytes()

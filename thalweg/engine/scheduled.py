@@ -273,6 +273,12 @@ def image_sizes(recipe: Recipe, steps: int, whole: Sequence[int] | None) -> list
             f"It reaches {max(factors):g} times {whole[0]} x {whole[1]} pixels.",
             "Schedule factors up to 1.",
         )
+    if min(factors) <= 0:
+        raise RecipeError(
+            "schedule.image_size leaves nothing of the images.",
+            f"It is {min(factors):g} times {whole[0]} x {whole[1]} pixels at step {factors.index(min(factors)) + 1}.",
+            "Schedule factors above 0 and up to 1, such as 'constant(30%, value=0.6) >> constant(value=1)'.",
+        )
 
     def scaled(side: int, factor: float) -> int:
         unit = min(_IMAGE_UNIT, side)

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass, replace
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from thalweg.checkpoint import Snapshot
@@ -18,6 +19,8 @@ from thalweg.engine.begin import take_weights
 from thalweg.engine.build import build
 from thalweg.engine.compiled_backend import TIME_LOST
 from thalweg.engine.compiled_choice import settle_compile
+from thalweg.engine.compiled_measure import Take, first_that_works
+from thalweg.engine.compiled_told import fallbacks
 from thalweg.engine.given import task_loss
 from thalweg.engine.levers import settle_levers, use_threads
 from thalweg.engine.memory import Bench, fit, settle_memory
@@ -166,7 +169,6 @@ class TrainStep:
         self.model = self.device.move(model)
         for told in self.device.mend(self.model):
             self._decide.take(*told)
-        use_threads(self.recipe)
         self.recipe = lay_out(self.model, self.device, self._decide.take, self.recipe)
         self.rows = parameter_table(model, optimizer=self.recipe.optimizer, schedule=self.recipe.schedule)
         span = span_of(self.recipe, self.steps or 1, {}, _WHY_NOT)
@@ -183,6 +185,8 @@ class TrainStep:
         check_dtypes(self.recipe, self.model)
         self._step: Step | None = None
         self._finished = False
+        self._threads = torch.get_num_threads()  # of the process, before it is ours
+        use_threads(self.recipe)  # the last thing: what is refused leaves them alone
 
     def __call__(self, batch: Any) -> StepResult:
         """Train on one batch, cut into micro-batches of ``recipe.train.micro_batch`` samples.
@@ -224,10 +228,13 @@ class TrainStep:
     def finish(self) -> nn.Module:
         """The model, plain again: what precision, recomputation and named streams put around it is taken off.
 
-        Its weights are the live ones (see ``averaged``), in the dtypes that they were trained in.
+        Its weights are the live ones (see ``averaged``), in the dtypes that they were trained in. Torch computes with as many
+        threads as before, where ``threads`` of the recipe was another number.
         """
         step = self._built()
         self._step, self._finished = None, True
+        if torch.get_num_threads() == self.recipe.threads:  # nobody has said otherwise since
+            torch.set_num_threads(self._threads)
         if step.recomputation is not None:
             step.recomputation.release()
         if step.streams is not None:  # its layers draw from torch's generator again
@@ -323,7 +330,17 @@ class TrainStep:
         tell_split(self.model, recipe, self._decide)
         check_release(recipe, self.device.kind, self.rows, self._decide.take)
         against = self.device.against_graphs(self.model)
-        recipe = settle_compile(recipe, self.rows, self.device, self._decide.take, None, against)
+        asked = recipe.compile
+
+        def works(recipe: Recipe, able: Sequence[str], take: Take) -> str:
+            whole = replace(recipe, train=replace(recipe.train, micro_batch=recipe.train.micro_batch or size))
+            bench = Bench(plan_of, self.model, self.loss, batch, self.device, policy, held=self.prepared.held)
+            return first_that_works(bench, whole, able, take)
+
+        measure = works if asked == "best" else None
+        recipe = settle_compile(recipe, self.rows, self.device, self._decide.take, measure, against)
+        for text in fallbacks(self._decide.made, asked, recipe.compile):
+            warnings.warn(text, stacklevel=2)
         if recipe.steps_per_call not in ("auto", 1):
             self._decide.take("steps_per_call", recipe.steps_per_call, "not used: a call of TrainStep is one step")
         tell_gradients(recipe, self._decide.take)

@@ -10,6 +10,7 @@ from pathlib import Path
 from thalweg.checkpoint import LocalPlace, Store, open_place, write_file
 from thalweg.core import Plan, Recipe, RunFolderError, ThalwegError
 from thalweg.core.changes import changed_plan, differences, refuse_changes
+from thalweg.run.as_planned import as_planned
 
 #: Says that a checkpoint of the run has been saved: without one, a run that goes on begins again.
 SAVED = "saved"
@@ -141,7 +142,10 @@ class RunFolder:
         """
         changes = differences(recipe, Recipe.from_file(self.recipe_file))
         refuse_changes(self.path, changes, accept)
-        return changed_plan(self.saved_plan(), recipe, changes)
+        before = self.saved_plan()
+        plan, told = changed_plan(before, recipe, changes)
+        plan, kept = as_planned(self.path, before, plan, changes)
+        return plan, [*told, *kept]
 
     def _settle(self) -> None:
         """A change that was broken off while it was written down holds if its recipe is there, and else never was."""

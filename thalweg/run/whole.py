@@ -34,6 +34,7 @@ from thalweg.core.changes import accepted
 from thalweg.device import Device
 from thalweg.engine import Loop, Resolved, Step, build, evaluate, levers, resolve
 from thalweg.engine.agree import check_forward
+from thalweg.engine.compiled_told import fallbacks
 from thalweg.engine.memory import PeakWatch, begun
 from thalweg.engine.signals import Asked, asked_to_end
 from thalweg.engine.together import check_same, checksum, has_shards, take_state
@@ -263,12 +264,20 @@ class _Run:
         ranks = self.ranks
         plan = replace(resolved.plan, sizes=step.state.nbytes())
         if earlier.plan is None:
+            self._tell_of_graphs(plan)
             if plan.ledger is not None:
                 plan = replace(plan, ledger=begun(plan.ledger, resolved.device))
             plan = replace(plan, decisions=(*plan.decisions, *step.state.ways()))
         kept, told = take_state(step.state, earlier.snapshot, ranks)
         self.news += [("ranks", text) for text in told]
         return plan, kept
+
+    def _tell_of_graphs(self, plan: Plan) -> None:
+        """What could not be compiled; to whoever looks at nothing of the run, as a warning of Python's."""
+        for text in fallbacks(plan.decisions, self.recipe.compile, plan.recipe.compile):
+            self.news.append(("compiled", text))
+            if not self.given_sinks and self.ranks.is_first:
+                warnings.warn(text, stacklevel=2)
 
     def _begun(self, plan: Plan, earlier: Earlier, at: int) -> list[tuple[str, str]]:
         """The folder holds the run; where a launcher may start ranks again, the next ones will know of it, wherever they are."""
