@@ -6,10 +6,9 @@ from pathlib import Path
 
 import pytest
 import torch
-import torch.multiprocessing as mp
 from torch import nn
 
-from tests.conftest import ended, free_port, join_ranks
+from tests.conftest import ended, join_ranks, spawn
 
 SHAPES = [(12, 7), (5,), (8, 3, 3, 3), (7, 16), (12, 7), (4, 6, 5)]
 
@@ -58,7 +57,7 @@ def _every_rule(rank: int, world: int, port: int, out: str) -> None:
 
 @pytest.mark.parametrize("world", [3])
 def test_every_rule_gives_the_unsharded_result(world: int, tmp_path: Path) -> None:
-    mp.spawn(_every_rule, (world, free_port(), str(tmp_path / "found")), nprocs=world)
+    spawn(_every_rule, world, str(tmp_path / "found"))
     found = torch.load(tmp_path / "found")
     assert len(found) > 30
     assert {name: gap for name, gap in found.items() if not gap <= 1e-6} == {}
@@ -112,6 +111,6 @@ def _fsdp(rank: int, world: int, port: int, out: str) -> None:
 
 
 def test_fsdp2_trains_and_resumes_as_one_process(tmp_path: Path) -> None:
-    mp.spawn(_fsdp, (2, free_port(), str(tmp_path / "found")), nprocs=2)
+    spawn(_fsdp, 2, str(tmp_path / "found"))
     found = torch.load(tmp_path / "found")
     assert found["single"] < 1e-9 and found["resumed"] == 0.0

@@ -113,9 +113,21 @@ class Server:
             cwd=ROOT,
         )
 
-    def start(self, arguments: list[str], log: Path, call: str = CLI) -> Running:
+    def start(
+        self,
+        arguments: list[str],
+        log: Path,
+        call: str = CLI,
+        *,
+        errors: Path | None = None,
+        cwd: Path | None = None,
+        environ: dict[str, str] | None = None,
+    ) -> Running:
+        """``errors``: where stderr goes, if not into the log as well; ``cwd`` is where modules are looked for first, as with -m."""
         assert self.process.stdin is not None
-        self.process.stdin.write(json.dumps({"arguments": arguments, "log": str(log), "call": call}) + "\n")
+        order = {"arguments": arguments, "log": str(log), "call": call, "errors": str(errors or log)}
+        order |= {"cwd": str(cwd) if cwd else None, "environ": environ}
+        self.process.stdin.write(json.dumps(order) + "\n")
         self.process.stdin.flush()
         return Running(int(self._line(60.0) or 0), self._code, log)
 
@@ -186,10 +198,16 @@ def no_orphans(pid: int, seconds: float = 20.0) -> None:
 @contextlib.contextmanager
 def _child(order: dict[str, Any]) -> Iterator[None]:
     os.setsid()
-    out = os.open(order["log"], os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o666)
+    out, errors = (os.open(order[name], os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o666) for name in ("log", "errors"))
     nothing = os.open(os.devnull, os.O_RDONLY)
-    for target, number in ((nothing, 0), (out, 1), (out, 2)):
+    for target, number in ((nothing, 0), (out, 1), (errors, 2)):
         os.dup2(target, number)
+    if order["cwd"]:
+        os.chdir(order["cwd"])
+        sys.path.insert(0, order["cwd"])
+    if order["environ"]:
+        os.environ.clear()
+        os.environ.update(order["environ"])
     yield
 
 
