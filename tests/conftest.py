@@ -20,10 +20,15 @@ ROOT = Path(__file__).parent.parent
 @pytest.fixture(autouse=True, scope="session")
 def old_objects_are_not_looked_at_again() -> Iterator[None]:
     """Each start of a run collects garbage, which takes half a second where all that was imported is looked through."""
-    gc.collect()
-    gc.freeze()
+    freeze()
     yield
     gc.unfreeze()
+
+
+def freeze() -> None:
+    """What is here now is not looked at again, neither here nor in processes that are forked."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(autouse=True)
@@ -114,6 +119,7 @@ def spawn(function: Callable[..., None], world: int, *arguments: Any) -> None:
 def _fork(_: int, function: Callable[..., None], world: int, arguments: tuple[Any, ...]) -> None:
     import torch.multiprocessing as mp
 
+    freeze()
     mp.start_processes(function, arguments, nprocs=world, start_method="fork")
 
 

@@ -7,6 +7,7 @@ while they start up they have less to do than a fresh process, so that the harne
 from __future__ import annotations
 
 import contextlib
+import gc
 import importlib
 import json
 import os
@@ -242,6 +243,8 @@ def _serve() -> None:
     torch.set_num_threads(1)
     for name in PRELOADED:
         importlib.import_module(name)
+    gc.collect()
+    gc.freeze()  # else each child's first collection looks at all that was imported, and copies its pages
     for line in sys.stdin:
         order = json.loads(line)
         pid = os.fork()
