@@ -14,7 +14,7 @@ SHAPES = [(12, 7), (5,), (8, 3, 3, 3), (7, 16), (12, 7), (4, 6, 5)]
 
 
 def _every_rule(rank: int, world: int, port: int, out: str) -> None:
-    """The largest difference between sharded and whole parameters after six updates, of each rule."""
+    """The largest difference between sharded and whole parameters after four updates, of each rule."""
     join_ranks(rank, world, port)
     from torch.distributed.tensor import Replicate, Shard, distribute_tensor, init_device_mesh
 
@@ -25,7 +25,7 @@ def _every_rule(rank: int, world: int, port: int, out: str) -> None:
     placements = [[Shard(0)], [Replicate()], [Shard(0)], [Shard(1)], [Shard(0)], [Shard(0)]]
     draw = torch.Generator().manual_seed(0)
     starts = [torch.randn(shape, generator=draw, dtype=torch.float64) for shape in SHAPES]
-    gradients = [[torch.randn(shape, generator=draw, dtype=torch.float64) for shape in SHAPES] for _ in range(6)]
+    gradients = [[torch.randn(shape, generator=draw, dtype=torch.float64) for shape in SHAPES] for _ in range(4)]
     found = {}
     for name in RULES:
         if "curvature" in RULES[name].needs:  # a second gradient, which its own test gives
@@ -38,7 +38,7 @@ def _every_rule(rank: int, world: int, port: int, out: str) -> None:
             for p, q, g, place in zip(ours, theirs, gs, placements):
                 p.grad = g.clone()
                 q.grad = distribute_tensor(g.clone(), mesh, place)
-            if t == 3:  # one rank's shard overflows: all ranks skip
+            if t == 2:  # one rank's shard overflows: all ranks skip
                 ours[0].grad[0, 0] = torch.inf
                 q = theirs[0]
                 if rank == 0:
