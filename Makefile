@@ -16,9 +16,10 @@ train: .venv/run.stamp
 	$(BIN)/thalweg train pycode
 
 # One thread a process: torch's threads wait by spinning, and two processes with two each slow each other tenfold. One worker
-# more than cores: many tests wait for processes that they start.
+# more than cores: many tests wait for processes that they start. Each worker has whole files while there are enough, so that what
+# the tests of a file share is made once. Bytecode is kept: hundreds of processes would compile the sources anew.
 test: lint .venv/test.stamp
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $$(( $$(nproc) + 1 ))
+	PYTHONDONTWRITEBYTECODE= OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $$(( $$(nproc) + 1 )) --dist worksteal
 
 test-gpu: .venv/test.stamp
 	$(BIN)/python -m pytest -n 0 -rs -m gpu

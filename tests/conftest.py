@@ -7,7 +7,8 @@ import os
 import socket
 import subprocess
 import sys
-from collections.abc import Iterator
+import tempfile
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,10 +20,15 @@ ROOT = Path(__file__).parent.parent
 @pytest.fixture(autouse=True, scope="session")
 def old_objects_are_not_looked_at_again() -> Iterator[None]:
     """Each start of a run collects garbage, which takes half a second where all that was imported is looked through."""
-    gc.collect()
-    gc.freeze()
+    freeze()
     yield
     gc.unfreeze()
+
+
+def freeze() -> None:
+    """What is here now is not looked at again, neither here nor in processes that are forked."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(autouse=True)
@@ -36,8 +42,23 @@ def same_torch_random_state() -> Iterator[None]:
     torch.set_rng_state(state)
 
 
-def run_cli(*arguments: str, cwd: Path, **environment: str) -> subprocess.CompletedProcess[str]:
-    """``thalweg ARGUMENTS`` in a process of its own."""
+@pytest.fixture(autouse=True, scope="session")
+def one_fork_server() -> Iterator[None]:
+    """Started by the first test that asks for it."""
+    from tests.faults.server import close_shared_server
+
+    yield
+    close_shared_server()
+
+
+def run_cli(*arguments: str, cwd: Path, fresh: bool = False, **environment: str) -> subprocess.CompletedProcess[str]:
+    """``thalweg ARGUMENTS`` in a process of its own.
+
+    It is a child of one that has imported torch already, which saves more than most commands take; where it is ``fresh``, or is
+    given an environment, it is a new interpreter.
+    """
+    if not fresh and not environment:
+        return _forked(arguments, cwd)
     return subprocess.run(
         [sys.executable, "-m", "thalweg.cli.main", *arguments],
         cwd=cwd,
@@ -47,6 +68,17 @@ def run_cli(*arguments: str, cwd: Path, **environment: str) -> subprocess.Comple
         timeout=300,
         check=False,
     )
+
+
+def _forked(arguments: tuple[str, ...], cwd: Path) -> subprocess.CompletedProcess[str]:
+    from tests.faults.server import shared_server
+
+    environ = {**os.environ, "PYTHONPATH": f"{ROOT}{os.pathsep}{cwd}", "COLUMNS": "120"}
+    with tempfile.TemporaryDirectory() as folder:
+        out, errors = Path(folder, "out"), Path(folder, "errors")
+        running = shared_server().start([*arguments], out, errors=errors, cwd=cwd, environ=environ)
+        code = running.ended(300)
+        return subprocess.CompletedProcess(["thalweg", *arguments], code, out.read_text(), errors.read_text())
 
 
 def start_cli(*arguments: str, cwd: Path, start_new_session: bool = False) -> subprocess.Popen[str]:
@@ -75,6 +107,20 @@ def free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])
+
+
+def spawn(function: Callable[..., None], world: int, *arguments: Any) -> None:
+    """``function(rank, world, port, *arguments)`` in so many processes; they are forked by one, which has imported it for all."""
+    import torch.multiprocessing as mp
+
+    mp.spawn(_fork, (function, world, (world, free_port(), *arguments)), nprocs=1)
+
+
+def _fork(_: int, function: Callable[..., None], world: int, arguments: tuple[Any, ...]) -> None:
+    import torch.multiprocessing as mp
+
+    freeze()
+    mp.start_processes(function, arguments, nprocs=world, start_method="fork")
 
 
 def join_ranks(rank: int, world: int, port: int) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +11,6 @@ import pytest
 from tests.faults import __main__ as command
 from tests.faults import kill
 from tests.faults.core import FAULTS, Fault, Row, Skip
-from tests.faults.server import close_shared_server
 from tests.faults.table import FAMILIES, printed
 
 #: What takes longest, and is made by another of the same family too.
@@ -27,12 +25,6 @@ LONG_ONLY = (
     "two nodes of two ranks are parted, and one joins again",
 )
 SHORT = [fault for fault in FAULTS if fault.name not in LONG_ONLY]
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_server() -> Iterator[None]:
-    yield
-    close_shared_server()
 
 
 @pytest.mark.parametrize("fault", SHORT, ids=lambda fault: f"{fault.family}: {fault.name}")

@@ -6,6 +6,7 @@ import json
 import math
 import random
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -85,10 +86,16 @@ def go(data: Any, folder: Path | None = None, *, resume: bool = False, **changes
     return result, [e for e in memory.events if e.name != "memory"]
 
 
+@cache
+def windows(steps: int, batch: int) -> list[set[int]]:
+    """The samples of each step."""
+    order = Order(NUM, batch, seed=SEED, keep_last=True)
+    return [{*order.window(step)[1].tolist()} for step in range(steps)]
+
+
 def bad_steps(*places: int, steps: int = 90, batch: int = BATCH) -> list[int]:
     """The steps, from 1, whose window holds one of these samples."""
-    order = Order(NUM, batch, seed=SEED, keep_last=True)
-    return [step + 1 for step in range(steps) if {*places} & {*order.window(step)[1].tolist()}]
+    return [step + 1 for step, window in enumerate(windows(steps, batch)) if {*places} & window]
 
 
 def first_at(step: int) -> int:

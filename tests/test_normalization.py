@@ -11,14 +11,13 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from tests.conftest import free_port, join_ranks, three_parts
+from tests.conftest import join_ranks, spawn, three_parts
 from tests.models import assert_same_bits
 from thalweg.core import DataError, ModelError
 from thalweg.regularize import (
@@ -170,7 +169,7 @@ def _both(rank: int, world: int) -> dict[str, Tensor]:
 @pytest.mark.parametrize("world", [2, 3])
 def test_ranks(world: int, tmp_path: Path) -> None:
     """Processes cost seconds to start: one set of them finds what all these checks look at."""
-    mp.spawn(_everything, (world, free_port(), str(tmp_path)), nprocs=world)
+    spawn(_everything, world, str(tmp_path))
     ranks = [torch.load(tmp_path / str(rank)) for rank in range(world)]
     for case in CASES:
         check_running_statistics_are_those_of_all_ranks_and_micro_batches(ranks, case)

@@ -14,10 +14,9 @@ from typing import Any
 
 import pytest
 import torch
-import torch.multiprocessing as mp
 
 from tests import ranks_cases
-from tests.conftest import ROOT, free_port, run_cli, start_cli, three_parts
+from tests.conftest import ROOT, free_port, run_cli, spawn, start_cli, three_parts
 from tests.ranks_cases import BITS, CASES, LONG, STOP_IN, bits, case, counted_task, recorded, resumed, train
 from thalweg.core import VERSION, DeviceError, RanksError, RecipeError
 from thalweg.data import Items, Stream, Tensors, held_out, make_feed
@@ -39,7 +38,7 @@ def four(tmp_path_factory: pytest.TempPathFactory) -> tuple[list[dict[Any, Any]]
         fcntl.flock(lock, fcntl.LOCK_EX)
         if not folder.exists():
             folder.mkdir()
-            mp.spawn(ranks_cases.go_through, (4, free_port(), str(folder)), nprocs=4)
+            spawn(ranks_cases.go_through, 4, str(folder))
     return [torch.load(folder / f"rank {rank}") for rank in range(4)], folder
 
 

@@ -51,7 +51,7 @@ from thalweg.core.recipe import (
     Train,
 )
 
-often = settings(max_examples=60, deadline=None, database=None)
+often = settings(max_examples=30, deadline=None, database=None)
 
 
 def table_fields() -> list[tuple[str, type, Any]]:
@@ -691,7 +691,7 @@ def tree_of(flat: dict[str, Any]) -> dict[str, Any]:
 
 
 @given(tree=st.one_of(toml_trees, fields_filled_at_random.map(tree_of)))
-@settings(often, max_examples=300)
+@settings(often, max_examples=150)
 def test_any_tree_is_a_recipe_or_our_error(tree: dict[str, Any]) -> None:
     for act in (Recipe.from_dict, Recipe().override, lambda t: Recipe.from_toml(tomli_w.dumps(t))):
         try:
@@ -797,7 +797,7 @@ UNIT = {"B": 1, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30, "TiB": 2**40, "": 1, "
 
 
 @given(count=st.one_of(st.integers(0, 2**50), st.integers(0, 50).map(lambda n: 2**n - 1)))
-@settings(often, max_examples=300)
+@settings(often, max_examples=150)
 def test_bytes_are_written_plainly_and_within_one_percent(count: int) -> None:
     found = re.fullmatch(r"(\d+|\d+\.\d+) (B|[KMGT]iB)", human_bytes(count))
     assert found, human_bytes(count)
@@ -813,7 +813,7 @@ def test_counts_are_written_in_thousands(count: float, text: str) -> None:
 
 
 @given(count=st.one_of(st.integers(0, 10**11), st.integers(0, 12).map(lambda n: 10**n - 1)))
-@settings(often, max_examples=300)
+@settings(often, max_examples=150)
 def test_counts_are_written_plainly_and_within_one_percent(count: int) -> None:
     found = re.fullmatch(r"(\d+|\d+\.\d+)([kMG]?)", human_count(count))
     assert found, human_count(count)

@@ -10,6 +10,7 @@ What lives in the model is also compiled, and recomputed in the backward pass.
 from __future__ import annotations
 
 import dataclasses
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -140,8 +141,14 @@ def check_same_run(a: Result, b: Result, *, loss: float, norm: float, moved: flo
 
 def start_of(result: Result) -> nn.Module:
     """The model as a run like this one began with."""
-    task = task_of(Entry(tokens=result.plan.unit == "tokens"), next(result.model.parameters()).dtype)
-    recipe = dataclasses.replace(Recipe(), model=result.plan.recipe.model)
+    options = tuple(sorted(result.plan.recipe.model.items()))
+    return _start(result.plan.unit == "tokens", next(result.model.parameters()).dtype, options)
+
+
+@cache
+def _start(tokens: bool, dtype: torch.dtype, options: tuple[tuple[str, Any], ...]) -> nn.Module:
+    task = task_of(Entry(tokens=tokens), dtype)
+    recipe = dataclasses.replace(Recipe(), model=dict(options))
     return resolve(task, recipe.override({"precision": "fp32", "train.steps": 1, "train.batch": BATCH})).model
 
 

@@ -200,14 +200,19 @@ def test_a_store_that_nobody_answers_for_is_said_so(monkeypatch: pytest.MonkeyPa
     assert "pip install s3fs" in three_parts(missing.value)[2]
 
 
+SELDOM = {"checkpoint.every": 5}  # a save costs the store's server a quarter of a second
+
+
 def test_a_run_whose_folder_is_lost_goes_on_from_its_store(address: str, tmp_path: Path) -> None:
     whole, _ = go(tmp_path / "whole")
-    first, sink = go(tmp_path / "run", {20: _ask_to_end}, **{"checkpoint.store": address, "checkpoint.grace": 60.0})
+    first, sink = go(
+        tmp_path / "run", {20: _ask_to_end}, **{**SELDOM, "checkpoint.store": address, "checkpoint.grace": 60.0}
+    )
     assert first.reason is StopReason.INTERRUPTED, sink.events
     assert not (tmp_path / "run" / "checkpoints").exists()
     stopped = first.records[-1].step
     shutil.rmtree(tmp_path / "run")
-    again, _ = go(tmp_path / "run", resume="auto", **{"checkpoint.store": address})
+    again, _ = go(tmp_path / "run", resume="auto", **SELDOM, **{"checkpoint.store": address})
     assert again.reason is StopReason.FINISHED and again.records[0].step == stopped + 1
     want = whole.model.state_dict()
     assert all((t == want[name]).all() for name, t in again.model.state_dict().items())
@@ -226,7 +231,13 @@ def test_a_store_that_goes_and_comes_back(server: Server, address: str, tmp_path
     Its samples draw nothing: botocore draws its pauses from Python's own generator, in the middle of them.
     """
     whole, _ = go(tmp_path / "whole", drawn=False)
-    more = {"checkpoint.store": address, "checkpoint.failures": 100, "checkpoint.grace": 60.0, "train.steps": 40}
+    more = {
+        **SELDOM,
+        "checkpoint.store": address,
+        "checkpoint.failures": 100,
+        "checkpoint.grace": 60.0,
+        "train.steps": 40,
+    }
     stopped = threading.Event()
 
     def vanish() -> None:
@@ -245,7 +256,7 @@ def test_a_store_that_goes_and_comes_back(server: Server, address: str, tmp_path
 
 
 def test_a_store_that_does_not_come_back(server: Server, address: str, tmp_path: Path) -> None:
-    more = {"checkpoint.store": address, "checkpoint.failures": 100, "checkpoint.grace": 0.5}
+    more = {**SELDOM, "checkpoint.store": address, "checkpoint.failures": 100, "checkpoint.grace": 0.5}
     result, sink = go(tmp_path / "run", {12: server.stop}, **more)
     server.start()
     assert result.reason is StopReason.UNSAVED and result.exit_code == 4

@@ -12,9 +12,8 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 
-from tests.conftest import ended, free_port, join_ranks, three_parts
+from tests.conftest import ended, join_ranks, spawn, three_parts
 from thalweg.checkpoint import Store
 from thalweg.core import CheckpointError
 
@@ -92,7 +91,7 @@ def refusal(act: Callable[[], Any]) -> str:
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A checkpoint of step 12 that three ranks have saved, and two copies that are no longer what was written."""
     folder = tmp_path_factory.mktemp("sharded")
-    mp.spawn(_save, (3, free_port(), str(folder)), nprocs=3)
+    spawn(_save, 3, str(folder))
     for step, shard in ((13, 2), (14, 1)):
         copy = folder / f"step-{step:08d}"
         copy.mkdir()
@@ -132,7 +131,7 @@ def test_nothing_in_it_is_pickle_and_every_tensor_has_a_digest(folder: Path) -> 
 
 @pytest.mark.parametrize("world", [2, 4])
 def test_another_number_of_ranks_reads_it_and_refuses_damage(folder: Path, world: int) -> None:
-    mp.spawn(_load, (world, free_port(), str(folder)), nprocs=world)
+    spawn(_load, world, str(folder))
 
 
 def test_shards_that_do_not_fill_a_tensor_are_damage(folder: Path, tmp_path: Path) -> None:
@@ -189,4 +188,4 @@ def _fail(rank: int, world: int, port: int, folder: str) -> None:
 
 
 def test_a_rank_that_cannot_write_is_named_on_all(tmp_path: Path) -> None:
-    mp.spawn(_fail, (2, free_port(), str(tmp_path)), nprocs=2)
+    spawn(_fail, 2, str(tmp_path))

@@ -7,6 +7,7 @@ while they start up they have less to do than a fresh process, so that the harne
 from __future__ import annotations
 
 import contextlib
+import gc
 import importlib
 import json
 import os
@@ -113,9 +114,21 @@ class Server:
             cwd=ROOT,
         )
 
-    def start(self, arguments: list[str], log: Path, call: str = CLI) -> Running:
+    def start(
+        self,
+        arguments: list[str],
+        log: Path,
+        call: str = CLI,
+        *,
+        errors: Path | None = None,
+        cwd: Path | None = None,
+        environ: dict[str, str] | None = None,
+    ) -> Running:
+        """``errors``: where stderr goes, if not into the log as well; ``cwd`` is where modules are looked for first, as with -m."""
         assert self.process.stdin is not None
-        self.process.stdin.write(json.dumps({"arguments": arguments, "log": str(log), "call": call}) + "\n")
+        order = {"arguments": arguments, "log": str(log), "call": call, "errors": str(errors or log)}
+        order |= {"cwd": str(cwd) if cwd else None, "environ": environ}
+        self.process.stdin.write(json.dumps(order) + "\n")
         self.process.stdin.flush()
         return Running(int(self._line(60.0) or 0), self._code, log)
 
@@ -186,10 +199,16 @@ def no_orphans(pid: int, seconds: float = 20.0) -> None:
 @contextlib.contextmanager
 def _child(order: dict[str, Any]) -> Iterator[None]:
     os.setsid()
-    out = os.open(order["log"], os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o666)
+    out, errors = (os.open(order[name], os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o666) for name in ("log", "errors"))
     nothing = os.open(os.devnull, os.O_RDONLY)
-    for target, number in ((nothing, 0), (out, 1), (out, 2)):
+    for target, number in ((nothing, 0), (out, 1), (errors, 2)):
         os.dup2(target, number)
+    if order["cwd"]:
+        os.chdir(order["cwd"])
+        sys.path.insert(0, order["cwd"])
+    if order["environ"]:
+        os.environ.clear()
+        os.environ.update(order["environ"])
     yield
 
 
@@ -224,6 +243,8 @@ def _serve() -> None:
     torch.set_num_threads(1)
     for name in PRELOADED:
         importlib.import_module(name)
+    gc.collect()
+    gc.freeze()  # else each child's first collection looks at all that was imported, and copies its pages
     for line in sys.stdin:
         order = json.loads(line)
         pid = os.fork()

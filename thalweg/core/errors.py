@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Iterable
+from functools import lru_cache
 
 
 class ThalwegError(Exception):
@@ -91,7 +92,11 @@ def did_you_mean(wrong: str, known: Iterable[str]) -> str:
     >>> did_you_mean("cosin", ["cosine", "linear"])
     'Did you mean cosine? Known: cosine, linear.'
     """
-    known = sorted(known)
+    return _nearest(wrong, tuple(sorted(known)))
+
+
+@lru_cache(maxsize=512)  # a recipe asks for each of its words before it knows whether one is wrong
+def _nearest(wrong: str, known: tuple[str, ...]) -> str:
     near = difflib.get_close_matches(wrong, known, n=1, cutoff=0.6)
     listed = f"Known: {', '.join(known)}." if known else "None are known."
     return f"Did you mean {near[0]}? {listed}" if near else listed

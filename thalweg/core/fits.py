@@ -26,7 +26,7 @@ def misfit(value: Any, kind: Any, where: str) -> str:
     if isinstance(kind, type) and dataclasses.is_dataclass(kind):
         if not isinstance(value, kind):
             return _told(value, where)
-        pairs = ((getattr(value, name), hint, f"{where}.{name}") for name, hint in _hints(kind).items())
+        pairs = ((getattr(value, name), hint, f"{where}.{name}") for name, hint in hints_of(kind).items())
         return next((text for text in itertools.starmap(misfit, pairs) if text), "")
     if origin is tuple and inner[1:] == (...,):
         if not isinstance(value, tuple):
@@ -48,7 +48,8 @@ def _is_plain(value: Any, kind: Any) -> bool:
 
 
 @cache
-def _hints(kind: typing.Hashable) -> dict[str, Any]:
+def hints_of(kind: typing.Hashable) -> dict[str, Any]:
+    """The types of a dataclass's fields: texts in the source, and each asking of Python would compile all of them again."""
     return typing.get_type_hints(kind)
 
 

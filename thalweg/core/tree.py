@@ -12,6 +12,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from thalweg.core.errors import RecipeError, did_you_mean
+from thalweg.core.fits import hints_of
 
 
 def plain(value: Any) -> Any:
@@ -82,7 +83,7 @@ def _may_be_table(kind: Any) -> bool:
 
 
 def _field_type(kind: Any, name: str, where: str) -> Any:
-    hints = typing.get_type_hints(kind)
+    hints = hints_of(kind)
     if name not in hints:
         path = f"{where}.{name}" if where else name
         table = f"[{where}]" if where else "a recipe"
