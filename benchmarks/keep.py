@@ -66,5 +66,12 @@ def shown(name: str) -> dict[str, Any] | None:
     return max(forms, key=lambda tree: tree["date"], default=None)
 
 
+def where(tree: dict[str, Any]) -> str:
+    """On what machine, and when, in a few words."""
+    machine = tree["machine"]
+    chip = machine.get("name") or machine.get("chip") or machine.get("device", "")
+    return f"{chip}, {machine['threads']} thread{'s' if machine['threads'] != 1 else ''}, {tree['date']}"
+
+
 def _path(name: str, short: bool) -> Path:
     return (RESULTS / "short" if short else RESULTS) / f"{name}.json"

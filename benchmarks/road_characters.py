@@ -24,7 +24,7 @@ from torch import nn
 
 from benchmarks import road_nanogpt
 from benchmarks.draw import curves
-from benchmarks.keep import RESULTS, keep, shown, summary
+from benchmarks.keep import RESULTS, keep, shown, summary, where
 from benchmarks.shared_data import folder
 from thalweg import Recipe, train_task
 from thalweg.data.folder import reading_from
@@ -186,8 +186,7 @@ def picture(tree: dict[str, Any]) -> str:
     arms = [row for row in tree["rows"] if "curve" in row]
     drawn = [(row["arm"], [(t, loss) for _, t, loss in row["curve"] if loss < 2.6]) for row in arms]
     target = min((row for row in arms if row["arm"].startswith("nanoGPT")), key=lambda row: row["wall seconds"])["loss"]
-    machine = tree["machine"]
-    note = f"{machine['name']}, {machine['threads']} threads, {tree['date']}; dashed: nanoGPT's end"
+    note = f"{where(tree)}; dashed: nanoGPT's end"
     title = "tiny-shakespeare: nats a character, held out"
     return curves(title, "over seconds of training", drawn, targets=[target], note=note)
 

@@ -239,6 +239,7 @@ _T = {2: 12.71, 3: 4.30, 4: 3.18, 5: 2.78}
 def picture(tree: dict[str, Any]) -> str:
     """Test accuracy against seconds of training, all runs."""
     from benchmarks.draw import curves
+    from benchmarks.keep import where
 
     runs = [row for row in tree["rows"] if "arm" in row]
     task = runs[0]["task"]
@@ -247,10 +248,8 @@ def picture(tree: dict[str, Any]) -> str:
         (row["arm"], [(p["seconds"], 100 * p["accuracy"]) for p in row["points"] if p["accuracy"] >= least])
         for row in runs
     ]
-    machine = tree["machine"]
-    note = f"{machine['name']}, {machine['threads']} threads, {tree['date']}"
     title, targets = f"{task}: accuracy in percent, test", [100 * target for target in TARGETS[task]]
-    return curves(title, "over seconds of training", drawn, targets=targets, note=note)
+    return curves(title, "over seconds of training", drawn, targets=targets, note=where(tree))
 
 
 def main(words: list[str] | None = None) -> None:

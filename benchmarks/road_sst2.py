@@ -20,7 +20,7 @@ from typing import Any
 
 from benchmarks.batchnorm import STUDENT, interval
 from benchmarks.draw import curves
-from benchmarks.keep import RESULTS, keep, shown
+from benchmarks.keep import RESULTS, keep, shown, where
 from benchmarks.shared_data import folder
 from thalweg import Recipe, train_task
 from thalweg.data.folder import reading_from
@@ -159,7 +159,7 @@ def picture(tree: dict[str, Any]) -> str:
     """Our curve, and where the Hugging Face Trainer ended."""
     arms = [row for row in tree["rows"] if "arm" in row]
     drawn = [(row["arm"], row["curve"] or [(row["seconds"], row["value"])]) for row in arms]
-    note = f"{tree['machine']['name']}, {tree['machine']['threads']} threads, {tree['date']}, {arms[0]['sentences']} sentences"
+    note = f"{where(tree)}, {arms[0]['sentences']} sentences"
     title = "SST-2: accuracy in percent, test (dashed: Hugging Face Trainer's end)"
     return curves(title, "over seconds of training", drawn, targets=[arms[1]["value"]], note=note)
 

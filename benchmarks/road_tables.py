@@ -21,7 +21,7 @@ import numpy as np
 
 from benchmarks.batchnorm import STUDENT, interval
 from benchmarks.draw import curves
-from benchmarks.keep import RESULTS, keep, kept, shown
+from benchmarks.keep import RESULTS, keep, kept, shown, where
 from benchmarks.shared_data import folder
 from thalweg import Recipe, train_task
 from thalweg.core import Task
@@ -190,8 +190,7 @@ def picture(name: str, tree: dict[str, Any]) -> str:
     """Our curve, and where each of scikit-learn's models ended."""
     rows = [row for row in tree["rows"] if row.get("task") == name and "arm" in row]
     drawn = [(row["arm"], row["curve"] or [(row["seconds"], row["value"])]) for row in rows]
-    machine = tree["machine"]
-    note = f"{machine['name']}, {machine['threads']} threads, {tree['date']}; dashed: HistGradientBoosting"
+    note = f"{where(tree)}; dashed: HistGradientBoosting"
     title = f"{name}: {FIGURE[name][0]}, held out"
     return curves(title, "over seconds of training", drawn, targets=[rows[1]["value"]], note=note)
 

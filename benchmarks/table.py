@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from benchmarks import keep
 from benchmarks.draw import Bar, bars
 from benchmarks.keep import shown, summary
 from benchmarks.short import PARTS, Row
@@ -116,10 +117,7 @@ def spread(tree: dict[str, Any]) -> str:
 
 
 def where(tree: dict[str, Any]) -> str:
-    machine = tree["machine"]
-    chip = machine.get("name") or machine.get("chip") or machine.get("device", "")
-    threads = f"{machine['threads']} thread{'s' if machine['threads'] != 1 else ''}"
-    return f"{tree['date']}, {chip}, {threads}, torch {machine['torch']}, {tree['form']} form."
+    return f"{keep.where(tree)}, torch {tree['machine']['torch']}, {tree['form']} form."
 
 
 #: Of the lines below the picture.
