@@ -1,11 +1,11 @@
-"""Pictures of results as SVG, readable on light and dark pages: horizontal bars with intervals, and lines on logarithmic axes."""
+"""Pictures of results as SVG, readable on light and dark pages: bars with intervals, lines over sizes, curves over seconds."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from thalweg.report.axes import Axis
+from thalweg.report.axes import Axis, fit
 from thalweg.report.markup import tag, wrap
 
 #: Text, grid and three tones; the dark ones where the reader's page is dark.
@@ -20,6 +20,14 @@ text { fill: #e6edf3 } .note { fill: #9198a1 } .grid { stroke: #3d444d } .one { 
 .whisker { stroke: #e6edf3 } .ours { fill: #4493f8; stroke: #4493f8 } .hand { fill: #9198a1; stroke: #9198a1 }
 .trainer { fill: #59636e; stroke: #59636e } .line { fill: none } }
 """
+#: Of curves: (on a light page, on a dark one).
+TONES = (
+    ("#0969da", "#4493f8"),
+    ("#bf5700", "#db8a3c"),
+    ("#6e7781", "#9198a1"),
+    ("#1a7f37", "#3fb950"),
+    ("#8250df", "#ab7df8"),
+)
 _WIDTH, _ROW, _LEFT, _RIGHT = 820, 18, 230, 690
 
 
@@ -136,6 +144,45 @@ def _panel(panel: Panel, frame: _Frame, unit: str) -> list[str]:
     return parts
 
 
+Curve = tuple[str, Sequence[tuple[float, float]]]
+
+
+def curves(title: str, unit: str, drawn: Sequence[Curve], *, targets: Sequence[float], note: str) -> str:
+    """Values over seconds on a logarithmic axis, so that short and long runs are read together; a dashed line at each target.
+
+    Args:
+        drawn: (name, pairs of seconds, above 0, and value); curves of one name have one tone.
+    """
+    seconds = [x for _, points in drawn for x, _ in points]
+    y = fit([*(value for _, points in drawn for _, value in points), *targets])
+    frame = _Frame(56.0, 700.0, 44.0, 296.0, Axis(min(seconds) / 1.1, max(seconds) * 1.1, log=True), y)
+    parts = [_text(title, frame.left, 18, "start", "title"), _text(unit, frame.left, 34, "start", "note")]
+    for value, told in y.ticks():
+        parts.append(_stroke("grid", frame.left, frame.up(value), frame.right, frame.up(value)))
+        parts.append(_text(told, frame.left - 6, frame.up(value) + 4, "end", "note"))
+    for value, told in frame.x.ticks():
+        parts.append(_stroke("grid", frame.across(value), frame.top, frame.across(value), frame.bottom))
+        parts.append(_text(f"{told} s", frame.across(value), frame.bottom + 16, "middle", "note"))
+    parts += [_stroke("one", frame.left, frame.up(at), frame.right, frame.up(at)) for at in targets]
+    names = list(dict.fromkeys(name for name, _ in drawn))
+    for name, points in drawn:
+        tone = f"tone{names.index(name) % len(TONES)}"
+        placed = [(f"{frame.across(x):.1f}", f"{frame.up(value):.1f}") for x, value in points]
+        parts.append(wrap("path", "", class_=f"line {tone}", d="M" + "L".join(" ".join(place) for place in placed)))
+        parts += [wrap("circle", "", class_=tone, cx=x, cy=value, r="2.5") for x, value in placed]
+    for i, name in enumerate(names):
+        parts.append(_text(name, frame.right, frame.top + 14 + 16 * i, "end", f"title tone{i % len(TONES)}"))
+    parts.append(_text(note, frame.left, frame.bottom + 36, "start", "note"))
+    return _svg(parts, 720, frame.bottom + 46, _tones())
+
+
+def _tones() -> str:
+    """Lines are stroked, dots and names filled."""
+    one = lambda i, tone: f".tone{i} {{ fill: {tone} }} .line.tone{i} {{ fill: none; stroke: {tone} }}"
+    light, dark = ("\n".join(one(i, pair[k]) for i, pair in enumerate(TONES)) for k in (0, 1))
+    return f"{light}\n@media (prefers-color-scheme: dark) {{\n{dark} }}\n"
+
+
 def _text(text: str, x: float, y: float, anchor: str, style: str = "") -> str:
     return tag("text", text, class_=style or "name", x=f"{x:.1f}", y=f"{y:.1f}", text_anchor=anchor)
 
@@ -149,8 +196,8 @@ def _stroke(style: str, x1: float, y1: float, x2: float, y2: float) -> str:
     return wrap("path", "", class_=style, d=f"M{x1:.1f} {y1:.1f}L{x2:.1f} {y2:.1f}")
 
 
-def _svg(parts: Sequence[str], width: float, height: float) -> str:
-    body = wrap("style", STYLE) + "\n" + "\n".join(parts) + "\n"
+def _svg(parts: Sequence[str], width: float, height: float, more: str = "") -> str:
+    body = wrap("style", STYLE + more) + "\n" + "\n".join(parts) + "\n"
     return (
         wrap("svg", body, xmlns="http://www.w3.org/2000/svg", viewBox=f"0 0 {width:.0f} {height:.0f}", role="img")
         + "\n"

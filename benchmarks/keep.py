@@ -1,4 +1,7 @@
-"""Results are kept with what they rest on: machine, versions, commit, number of pairs, intervals."""
+"""Results are kept with what they rest on: machine, versions, commit, number of pairs, intervals.
+
+A full form is kept in ``results/NAME.json``, a short one in ``results/short/NAME.json``: neither takes the place of the other.
+"""
 
 from __future__ import annotations
 
@@ -28,19 +31,47 @@ def summary(values: Sequence[float]) -> dict[str, float]:
     return {"n": len(ordered), "median": statistics.median(ordered), "low": ordered[low], "high": ordered[high]}
 
 
-def keep(name: str, rows: list[dict[str, Any]], command: str) -> Path:
-    """Write the rows of one benchmark to ``results/NAME.json``."""
+def keep(name: str, rows: list[dict[str, Any]], command: str, *, short: bool = False) -> Path:
+    """Write the rows of one benchmark to the file of its form."""
     told = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False)
     device, _ = choose("auto")
     tree = {
         "benchmark": name,
         "command": command,
+        "form": "short" if short else "full",
         "date": date.today().isoformat(),
         "commit": told.stdout.strip(),
         "machine": {**facts(device), "torch": torch.__version__, "platform": platform.platform()},
         "rows": rows,
     }
-    RESULTS.mkdir(exist_ok=True)
-    path = RESULTS / f"{name}.json"
+    path = _path(name, short)
+    path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(tree, indent=1) + "\n")
+    if short and (full := kept(name)) is not None:
+        later = shown(name) != full
+        told_as = "this short form, which is newer" if later else "the full form"
+        print(f"{name}: a full form of {full['date']} is kept as well; tables and pictures show {told_as}.")
     return path
+
+
+def kept(name: str, *, short: bool = False) -> dict[str, Any] | None:
+    """What was kept of one form."""
+    path = _path(name, short)
+    return {"form": "short" if short else "full", **json.loads(path.read_text())} if path.exists() else None
+
+
+def shown(name: str) -> dict[str, Any] | None:
+    """What tables and pictures are made from: the form that was measured later; of one day, the full one."""
+    forms = [tree for tree in (kept(name), kept(name, short=True)) if tree is not None]
+    return max(forms, key=lambda tree: tree["date"], default=None)
+
+
+def where(tree: dict[str, Any]) -> str:
+    """On what machine, and when, in a few words."""
+    machine = tree["machine"]
+    chip = machine.get("name") or machine.get("chip") or machine.get("device", "")
+    return f"{chip}, {machine['threads']} thread{'s' if machine['threads'] != 1 else ''}, {tree['date']}"
+
+
+def _path(name: str, short: bool) -> Path:
+    return (RESULTS / "short" if short else RESULTS) / f"{name}.json"

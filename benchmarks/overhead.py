@@ -163,7 +163,11 @@ def main(arguments: list[str] | None = None) -> None:
             f"peak memory {peak['median']:.3f} of the loop's; n={over['n']}"
         )
     if not asked.dry:
-        print(keep("overhead", [*rows, *lines(rows)], f"python -m benchmarks.overhead --rounds {rounds}"))
+        print(
+            keep(
+                "overhead", [*rows, *lines(rows)], f"python -m benchmarks.overhead --rounds {rounds}", short=asked.short
+            )
+        )
 
 
 if __name__ == "__main__":

@@ -23,8 +23,8 @@ import torch.nn.functional as F
 from torch import nn
 
 from benchmarks import road_nanogpt
-from benchmarks.curves import draw
-from benchmarks.keep import RESULTS, keep, summary
+from benchmarks.draw import curves
+from benchmarks.keep import RESULTS, keep, shown, summary, where
 from benchmarks.shared_data import folder
 from thalweg import Recipe, train_task
 from thalweg.data.folder import reading_from
@@ -176,20 +176,19 @@ def race(full: bool) -> None:
     for row in rows:
         if "what" in row:
             print(f"{row['what']}: {row['figure']} (bar: {row['bar']})")
-    print(keep("road_characters", rows, "python -m benchmarks.road_characters" + " --full" * full))
-    PICTURE.write_text(picture(json.loads((RESULTS / "road_characters.json").read_text())))
+    command = "python -m benchmarks.road_characters" + (" --full" if full else " --short")
+    print(keep("road_characters", rows, command, short=not full))
+    PICTURE.write_text(picture(shown("road_characters")))
 
 
 def picture(tree: dict[str, Any]) -> str:
     """The curves of the arms against training seconds."""
     arms = [row for row in tree["rows"] if "curve" in row]
-    curves = [(row["arm"], [(t, loss) for _, t, loss in row["curve"] if loss < 2.6]) for row in arms]
+    drawn = [(row["arm"], [(t, loss) for _, t, loss in row["curve"] if loss < 2.6]) for row in arms]
     target = min((row for row in arms if row["arm"].startswith("nanoGPT")), key=lambda row: row["wall seconds"])["loss"]
-    machine = tree["machine"]
-    note = f"{machine['name']}, {machine['threads']} threads, {tree['date']}; dashed: nanoGPT's end"
-    return draw(
-        "tiny-shakespeare: nats a character, held out", "over seconds of training", curves, target=target, note=note
-    )
+    note = f"{where(tree)}; dashed: nanoGPT's end"
+    title = "tiny-shakespeare: nats a character, held out"
+    return curves(title, "over seconds of training", drawn, targets=[target], note=note)
 
 
 def ablate(seeds: int, only: Sequence[str]) -> None:

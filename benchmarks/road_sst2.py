@@ -19,15 +19,15 @@ from collections.abc import Sequence
 from typing import Any
 
 from benchmarks.batchnorm import STUDENT, interval
-from benchmarks.curves import draw
-from benchmarks.keep import RESULTS, keep
+from benchmarks.draw import curves
+from benchmarks.keep import RESULTS, keep, shown, where
 from benchmarks.shared_data import folder
 from thalweg import Recipe, train_task
 from thalweg.data.folder import reading_from
 from thalweg.recipes import find_task, recipe_for, sst2
 
 PICTURE = RESULTS.parent.parent / "docs" / "pictures" / "sst2.svg"
-SHORT = 1_000  # sentences of the short form
+SHORT = 500  # sentences of the short form
 FEW = 640  # of the ablation
 #: Arms of the ablation: the recipe, less or with one thing.
 CHANGES: dict[str, dict[str, Any]] = {
@@ -155,6 +155,15 @@ def ablate(encoder: str, seeds: int, only: Sequence[str]) -> None:
             print(f"{arm:32} seed {seed}: {run['value']:.2f} %, {run['seconds']:.1f} s", flush=True)
 
 
+def picture(tree: dict[str, Any]) -> str:
+    """Our curve, and where the Hugging Face Trainer ended."""
+    arms = [row for row in tree["rows"] if "arm" in row]
+    drawn = [(row["arm"], row["curve"] or [(row["seconds"], row["value"])]) for row in arms]
+    note = f"{where(tree)}, {arms[0]['sentences']} sentences"
+    title = "SST-2: accuracy in percent, test (dashed: Hugging Face Trainer's end)"
+    return curves(title, "over seconds of training", drawn, targets=[arms[1]["value"]], note=note)
+
+
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--short", action="store_true", help=f"{SHORT} sentences and one seed")
@@ -167,14 +176,8 @@ def main(arguments: list[str] | None = None) -> None:
         ablate(given.encoder, given.seeds, given.only)
         return
     rows = race(given.encoder, 1 if given.short else given.seeds, SHORT if given.short else 0)
-    path = keep("road_sst2", rows, "python -m benchmarks.road_sst2" + " --short" * given.short)
-    tree = json.loads(path.read_text())
-    note = f"{tree['machine']['name']}, {tree['machine']['threads']} threads, {tree['date']}; dashed: Hugging Face Trainer's end"
-    curves = [(row["arm"], row["curve"] or [(row["seconds"], row["value"])]) for row in rows if "arm" in row]
-    told = draw(
-        "SST-2: accuracy in percent, test", "over seconds of training", curves, target=rows[1]["value"], note=note
-    )
-    PICTURE.write_text(told)
+    print(keep("road_sst2", rows, "python -m benchmarks.road_sst2" + " --short" * given.short, short=given.short))
+    PICTURE.write_text(picture(shown("road_sst2")))
     print("{what}: {figure} (bar: {bar})".format(**rows[-1]))
 
 

@@ -20,8 +20,8 @@ from typing import Any
 import numpy as np
 
 from benchmarks.batchnorm import STUDENT, interval
-from benchmarks.curves import draw
-from benchmarks.keep import RESULTS, keep
+from benchmarks.draw import curves
+from benchmarks.keep import RESULTS, keep, kept, shown, where
 from benchmarks.shared_data import folder
 from thalweg import Recipe, train_task
 from thalweg.core import Task
@@ -175,6 +175,7 @@ def race(name: str, seeds: int) -> list[Row]:
     )
     rows.append(
         {
+            "task": name,
             "what": f"{name}: {FIGURE[name][0]} of the perceptron ({mine['seconds']:.1f} s), of HistGradientBoosting "
             f"({trees['seconds']:.1f} s)",
             "figure": figure,
@@ -185,11 +186,13 @@ def race(name: str, seeds: int) -> list[Row]:
     return rows
 
 
-def picture(name: str, rows: Sequence[Row], note: str) -> str:
-    curves = [(row["arm"], row["curve"] or [(row["seconds"], row["value"])]) for row in rows if "arm" in row]
-    return draw(
-        f"{name}: {FIGURE[name][0]}, held out", "over seconds of training", curves, target=rows[1]["value"], note=note
-    )
+def picture(name: str, tree: dict[str, Any]) -> str:
+    """Our curve, and where each of scikit-learn's models ended."""
+    rows = [row for row in tree["rows"] if row.get("task") == name and "arm" in row]
+    drawn = [(row["arm"], row["curve"] or [(row["seconds"], row["value"])]) for row in rows]
+    note = f"{where(tree)}; dashed: HistGradientBoosting"
+    title = f"{name}: {FIGURE[name][0]}, held out"
+    return curves(title, "over seconds of training", drawn, targets=[rows[1]["value"]], note=note)
 
 
 def ablate(names: Sequence[str], seeds: int) -> None:
@@ -218,7 +221,7 @@ def ablate(names: Sequence[str], seeds: int) -> None:
 
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--short", action="store_true", help="2 seeds for 5")
+    parser.add_argument("--short", action="store_true", help="1 seed for 5")
     parser.add_argument("--ablate", action="store_true")
     parser.add_argument("--seeds", type=int, default=5, choices=STUDENT)
     parser.add_argument("--only", nargs="+", default=list(FIGURE), choices=FIGURE)
@@ -226,19 +229,12 @@ def main(arguments: list[str] | None = None) -> None:
     if given.ablate:
         ablate(given.only, given.seeds)
         return
-    found = {name: race(name, 2 if given.short else given.seeds) for name in given.only}
-    path = keep(
-        "road_tables",
-        [row for rows in found.values() for row in rows],
-        "python -m benchmarks.road_tables" + " --short" * given.short,
-    )
-    tree = json.loads(path.read_text())
-    note = (
-        f"{tree['machine']['name']}, {tree['machine']['threads']} threads, {tree['date']}; dashed: HistGradientBoosting"
-    )
+    found = {name: race(name, 1 if given.short else given.seeds) for name in given.only}
+    before = [row for row in (kept("road_tables", short=given.short) or {"rows": ()})["rows"] if "task" in row]
+    rows = [row for row in before if row["task"] not in found] + [row for rows in found.values() for row in rows]
+    print(keep("road_tables", rows, "python -m benchmarks.road_tables" + " --short" * given.short, short=given.short))
     for name, rows in found.items():
-        PICTURE.parent.mkdir(exist_ok=True)
-        PICTURE.with_name(f"{name}.svg").write_text(picture(name, rows, note))
+        PICTURE.with_name(f"{name}.svg").write_text(picture(name, shown("road_tables")))
         print(next(f"{row['what']}: {row['figure']} (bar: {row['bar']})" for row in rows if "what" in row))
 
 

@@ -4,7 +4,7 @@ Three kinds of process in turn: one that imports torch and reads the same images
 first step; one that stands for a hand-written loop, which builds torch's AdamW and makes one step. Bytecode is kept, as in an
 installed package; the first round of each is not counted.
 
-    python -m benchmarks.startup [--rounds 15]
+    python -m benchmarks.startup [--short] [--rounds 15]
 """
 
 from __future__ import annotations
@@ -96,9 +96,11 @@ def measure(rounds: int) -> dict[str, Any]:
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--short", action="store_true", help="5 rounds")
     parser.add_argument("--dry", action="store_true", help="keep no row")
     asked = parser.parse_args(arguments)
-    row = measure(asked.rounds)
+    rounds = 5 if asked.short else asked.rounds
+    row = measure(rounds)
     for name in KINDS:
         print(f"{name:16} {row[f'{name}, s']['median']:.2f} s to the first step")
     ratio = row["ratio"]
@@ -106,7 +108,7 @@ def main(arguments: list[str] | None = None) -> None:
         f"thalweg over torch and data: {ratio['median']:.2f} [{ratio['low']:.2f}, {ratio['high']:.2f}] n={ratio['n']}"
     )
     if not asked.dry:
-        print(keep("startup", [row], f"python -m benchmarks.startup --rounds {asked.rounds}"))
+        print(keep("startup", [row], f"python -m benchmarks.startup --rounds {rounds}", short=asked.short))
 
 
 if __name__ == "__main__":

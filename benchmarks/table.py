@@ -6,13 +6,13 @@ python -m benchmarks.table [--write README.md]
 from __future__ import annotations
 
 import argparse
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from benchmarks import keep
 from benchmarks.draw import Bar, bars
-from benchmarks.keep import RESULTS, summary
+from benchmarks.keep import shown, summary
 from benchmarks.short import PARTS, Row
 from benchmarks.speed.workloads import WORKLOADS
 
@@ -29,11 +29,6 @@ BARS = {
     "W4": (1.0, None, 1.05),
     "W5": (1.0, None, 1.05),
 }
-
-
-def kept(name: str) -> dict[str, Any] | None:
-    path = RESULTS / f"{name}.json"
-    return json.loads(path.read_text()) if path.exists() else None
 
 
 def interval(value: dict[str, float]) -> str:
@@ -122,9 +117,7 @@ def spread(tree: dict[str, Any]) -> str:
 
 
 def where(tree: dict[str, Any]) -> str:
-    machine = tree["machine"]
-    chip = machine.get("name") or machine.get("chip") or machine.get("device", "")
-    return f"{tree['date']}, {chip}, {machine['threads']} thread{'s' if machine['threads'] != 1 else ''}, torch {machine['torch']}."
+    return f"{keep.where(tree)}, torch {tree['machine']['torch']}, {tree['form']} form."
 
 
 #: Of the lines below the picture.
@@ -143,7 +136,7 @@ def section() -> str:
         "What `make bench` measured last, written here by `python -m benchmarks.table --write README.md`",
     ]
     parts[-1] += " ([what it means and how to run it again](docs/how-fast.md))."
-    tree = kept("speed")
+    tree = shown("speed")
     if tree is not None:
         parts += [
             f"{where(tree)} Same net, batches, weights and losses; each in a process and an environment of its own, in turns; "
@@ -152,7 +145,7 @@ def section() -> str:
         parts += ["", speed_table(tree["rows"]), "", *failures(tree["rows"]), "", f"![The same as bars]({PICTURE})"]
     lines = []
     for part in PARTS:
-        other = kept(part.name)
+        other = shown(part.name)
         lines += [] if other is None else part.lines(other)
     if lines:
         parts += ["", "| what | figure | bar |", "|---|---|---|"]
@@ -178,7 +171,7 @@ def main(arguments: list[str] | None = None) -> None:
     if given.write:
         path = ROOT / given.write
         path.write_text(replaced(path.read_text(), section()))
-        tree = kept("speed")
+        tree = shown("speed")
         if tree is not None:
             (ROOT / PICTURE).write_text(picture(tree))
 

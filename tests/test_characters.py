@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 
 from benchmarks import road_characters, road_nanogpt
-from benchmarks.curves import draw
+from benchmarks.draw import curves
 from tests.conftest import three_parts
 from thalweg.cli.main import main
 from thalweg.core import DataError, ModelError
@@ -155,13 +155,12 @@ def test_an_arm_of_the_ablation_changes_what_it_names(monkeypatch: pytest.Monkey
 
 
 def test_the_picture_has_every_arm_in_its_frame() -> None:
-    curves = [("a", [(1.0, 2.0), (10.0, 1.0)]), ("b <c>", [(5.0, 1.5)])]
-    svg = draw("title", "unit", curves, target=1.2, note="note")
-    assert "b &lt;c&gt;" in svg and svg.count("<circle") == 3
-    numbers = [
-        float(x) for line in re.findall(r'points="([^"]+)"', svg) for pair in line.split() for x in pair.split(",")
-    ]
-    assert all(0 <= number <= 720 for number in numbers)
+    arms = [("a", [(1.0, 2.0), (10.0, 1.0)]), ("b <c>", [(5.0, 1.5)]), ("a", [(2.0, 3.0)])]
+    svg = curves("title", "unit", arms, targets=[1.2, 4.0], note="note")
+    assert svg.count(">b &lt;c&gt;<") == svg.count(">a<") == 1 and svg.count("<circle") == 4
+    assert svg.count('class="one"') == 2
+    places = [float(number) for line in re.findall(r'\bd="M([^"]+)"', svg) for number in line.replace("L", " ").split()]
+    assert len(places) > 20 and all(0 <= place <= 720 for place in places)
 
 
 def test_the_table_has_a_row_for_every_arm() -> None:

@@ -93,15 +93,19 @@ def few_images(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 @pytest.mark.filterwarnings("ignore:.*is not the file that the figures")
-def test_cifar10_is_decoded_once_and_kept(few_images: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_cifar10_is_decoded_once_and_kept(
+    few_images: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     task = find_task("cifar10")
     first = task.data(limit=4)
+    assert f"decoded once, which takes seconds, and kept in {few_images / 'cache' / 'thalweg' / 'cifar10-'}" in capsys.readouterr().err
     assert first.train["images"].shape == (4, 3, 32, 32) and first.train["labels"].tolist() == [0, 1, 2, 3]
     channels = first.train["images"].float().mean((2, 3))
     torch.testing.assert_close(channels[3], torch.tensor([120.0, 100.0, 200.0]), rtol=0, atol=4.0)
     assert len(first.test["labels"]) == 2
     monkeypatch.setattr("thalweg.recipes.cifar10._images", None)  # nothing is decoded again
     assert torch.equal(task.data().train["images"][:4], first.train["images"])
+    assert not capsys.readouterr().err
 
 
 @pytest.mark.filterwarnings("ignore:.*is not the file that the figures")

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
+from datetime import date
 from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
 
 import pytest
 
-from benchmarks import draw, short, sizes, table
+from benchmarks import draw, keep, short, sizes, table
 from benchmarks.speed import driver, environments
 from benchmarks.speed.adapters import raw
 from benchmarks.speed.adapters import thalweg as ours
@@ -128,7 +129,7 @@ def test_few_rounds_are_not_called_a_95_percent_interval():
 def test_readme_says_what_is_kept():
     readme = (ROOT / "README.md").read_text()
     assert readme == table.replaced(readme, table.section())
-    tree = table.kept("speed")
+    tree = table.shown("speed")
     assert tree is not None and (ROOT / table.PICTURE).read_text() == table.picture(tree)
     assert "| **thalweg, eager** |" in readme
 
@@ -163,16 +164,40 @@ def test_the_short_forms_run_in_turn_and_failures_are_told(
         ran.append(command[1:])
         return type("Done", (), {"returncode": int(command[2].endswith("speed"))})
 
+    lacking = short.Part("road_sst2", missing=lambda: "No weights.")
     monkeypatch.setattr(short.subprocess, "run", run)
-    monkeypatch.setattr(short, "PARTS", (short.Part("speed"), short.Part("no_such_benchmark"), short.Part("sizes", ())))
+    monkeypatch.setattr(short, "PARTS", (short.Part("speed"), lacking, short.Part("sizes")))
     assert short.main() == 1
     assert ran == [
         ["-m", "benchmarks.speed", "--short"],
-        ["-m", "benchmarks.sizes"],
+        ["-m", "benchmarks.sizes", "--short"],
         ["-m", "benchmarks.table", "--write", "README.md"],
     ]
     told = capsys.readouterr().out
-    assert "no_such_benchmark: not in this version" in told and "Failed: speed." in told
+    assert "road_sst2: passed over. No weights." in told and "Failed: speed." in told
+
+
+def test_neither_form_takes_the_place_of_the_other(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    monkeypatch.setattr(keep, "RESULTS", tmp_path)
+    full = keep.keep("speed", [{"a": 1}], "full")
+    assert not capsys.readouterr().out
+    keep.keep("speed", [{"a": 2}], "short", short=True)
+    assert "a full form of" in (told := capsys.readouterr().out) and told.endswith("show the full form.\n")
+    assert keep.kept("speed")["rows"] == [{"a": 1}] and keep.kept("speed", short=True)["rows"] == [{"a": 2}]
+    assert keep.shown("speed")["form"] == "full"
+    full.write_text(full.read_text().replace(date.today().isoformat(), "2000-01-01"))
+    assert keep.shown("speed")["form"] == "short" and keep.shown("nothing") is None
+    keep.keep("speed", [{"a": 3}], "short", short=True)
+    assert capsys.readouterr().out.endswith("show this short form, which is newer.\n")
+
+
+def test_the_short_form_has_trainers_at_every_workload_and_nothing_bare():
+    for name in WORKLOADS:
+        here = {p.kind for p in PEERS.values() if name in p.short.split()}
+        assert here == {"hand", "ours", "trainer"}
+    assert not any(p.short for p in PEERS.values() if p.name.endswith("bare"))
 
 
 def test_sizes_measure_a_step_over_the_one_by_hand():

@@ -10,13 +10,12 @@ medians with their 95 % intervals, of steps/s and of the ratio to the loop by ha
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 import tempfile
 from pathlib import Path
 from typing import Any
 
-from benchmarks.keep import RESULTS, keep
+from benchmarks.keep import keep, kept
 from benchmarks.speed.driver import measure
 from benchmarks.speed.environments import ENVIRONMENTS, TORCH
 from benchmarks.speed.peers import PEERS
@@ -25,13 +24,14 @@ from benchmarks.speed.workloads import WORKLOADS
 
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--short", action="store_true", help="fewer rows, fewer and shorter windows")
+    parser.add_argument(
+        "--short", action="store_true", help="fewer rows, fewer and shorter windows: about five minutes"
+    )
     parser.add_argument("--workloads", default=",".join(WORKLOADS))
     parser.add_argument("--peers", nargs="+", metavar="NAME", choices=PEERS, help="these rows alone; nothing is kept")
     parser.add_argument("--rounds", type=int, help="windows that count (11, short 6)")
     parser.add_argument("--seconds", type=float, default=0.0, help="of a window")
     given = parser.parse_args(arguments)
-    names = given.peers or [p.name for p in PEERS.values() if p.short or not given.short]
     rounds = given.rounds or (6 if given.short else 11)
     command = "python -m benchmarks.speed" + (" --short" if given.short else "")
     with tempfile.TemporaryDirectory() as folder:
@@ -39,20 +39,22 @@ def main(arguments: list[str] | None = None) -> None:
         for name in given.workloads.split(","):
             w = WORKLOADS[name]
             seconds = given.seconds or (w.seconds / 4 if given.short else w.seconds)
-            rows = measure(w, [PEERS[peer] for peer in names], Path(folder), rounds=rounds, seconds=seconds)
+            peers = [p for p in PEERS.values() if not given.short or name in p.short.split()]
+            if given.peers:
+                peers = [PEERS[peer] for peer in given.peers]
+            rows = measure(w, peers, Path(folder), rounds=rounds, seconds=seconds)
             print(told(w.title, rows), flush=True)
             if not given.peers:
-                print(keep("speed", merged(rows), command))
+                print(keep("speed", merged(rows, given.short), command, short=given.short))
 
 
-def merged(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The kept rows, with these in the place of those of the same workload."""
-    path = RESULTS / "speed.json"
-    kept = json.loads(path.read_text())["rows"] if path.exists() else []
+def merged(rows: list[dict[str, Any]], short: bool) -> list[dict[str, Any]]:
+    """The kept rows of this form, with these in the place of those of the same workload."""
+    tree = kept("speed", short=short)
     new = {row["workload"] for row in rows}
     for row in rows:
         row["packages"] = ", ".join(ENVIRONMENTS.get(PEERS[row["peer"]].environment, (TORCH,)))
-    joined = [row for row in kept if row["workload"] not in new] + rows
+    joined = [row for row in (tree or {"rows": ()})["rows"] if row["workload"] not in new] + rows
     return sorted(joined, key=lambda row: list(WORKLOADS).index(row["workload"]))
 
 
