@@ -98,7 +98,10 @@ def test_cifar10_is_decoded_once_and_kept(
 ) -> None:
     task = find_task("cifar10")
     first = task.data(limit=4)
-    assert f"decoded once, which takes seconds, and kept in {few_images / 'cache' / 'thalweg' / 'cifar10-'}" in capsys.readouterr().err
+    assert (
+        f"decoded once, which takes seconds, and kept in {few_images / 'cache' / 'thalweg' / 'cifar10-'}"
+        in capsys.readouterr().err
+    )
     assert first.train["images"].shape == (4, 3, 32, 32) and first.train["labels"].tolist() == [0, 1, 2, 3]
     channels = first.train["images"].float().mean((2, 3))
     torch.testing.assert_close(channels[3], torch.tensor([120.0, 100.0, 200.0]), rtol=0, atol=4.0)

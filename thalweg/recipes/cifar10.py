@@ -67,7 +67,11 @@ def _decoded(files: dict[str, Path], cache: Path) -> dict[str, Any]:
             return dict(kept)
     except NO_ARCHIVE:  # none yet, or half of one
         pass
-    print(f"cifar10: its JPEG images are decoded once, which takes seconds, and kept in {cache}.", file=sys.stderr, flush=True)
+    print(
+        f"cifar10: its JPEG images are decoded once, which takes seconds, and kept in {cache}.",
+        file=sys.stderr,
+        flush=True,
+    )
     index = arrays(files["index.npz"], ("off_train", "off_test", "y_train", "y_test"), what="CIFAR-10's index")
     decoded: dict[str, Any] = {}
     for part in ("train", "test"):
