@@ -16,6 +16,8 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import subprocess
+import sys
 import tempfile
 import time
 from collections.abc import Callable
@@ -140,6 +142,11 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--arms", default="", help="of those, by name")
     parser.add_argument("--blocks", action="store_true", help="the model and its blocks, nothing in the cache")
     words = parser.parse_args(arguments)
+    if words.blocks and words.only not in DEEP:  # a process each: blocks of one would be in the memory of the next
+        for name in DEEP:
+            given = ["--pairs", str(words.pairs or 5), "--arms", words.arms, "--only", name]
+            subprocess.run([sys.executable, "-m", "benchmarks.compiled", "--blocks", *given], check=True)
+        return
     torch.set_num_threads(1)
     rows = []
     arms, pairs = (PARTS, 5) if words.blocks else (ARMS, 15)
