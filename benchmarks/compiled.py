@@ -143,7 +143,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--blocks", action="store_true", help="the model and its blocks, nothing in the cache")
     words = parser.parse_args(arguments)
     if words.blocks and words.only not in DEEP:  # a process each: blocks of one would be in the memory of the next
-        for name in DEEP:
+        for name in (name for name in DEEP if words.only in name):
             given = ["--pairs", str(words.pairs or 5), "--arms", words.arms, "--only", name]
             subprocess.run([sys.executable, "-m", "benchmarks.compiled", "--blocks", *given], check=True)
         return
