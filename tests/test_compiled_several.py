@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -11,7 +13,8 @@ from torch import Tensor, nn
 
 import thalweg
 from tests.models import assert_same_bits, make_step, mean_loss, mlp, points, state_bits
-from thalweg.core import Recipe, Split, Task
+from thalweg.core import Recipe, Split, StopReason, Task
+from thalweg.data import Order
 from thalweg.engine import Loop, resolve
 from thalweg.engine.compiled_backend import BACKEND, Ran
 from thalweg.engine.compiled_choice import settle_several
@@ -114,6 +117,45 @@ def test_what_comes_between_calls_finds_torchs_generator_as_after_steps_one_by_o
     assert_same_bits(*bits)
     assert len(again) >= 10 and steps[0] == {*range(24)}
     assert (steps[1] == steps[0]) == (share > 0)
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute:UserWarning")
+@pytest.mark.parametrize(
+    ("changes", "reason", "last"),
+    [
+        ({"guard.nonfinite": "rewind", "guard.every": 9, "evaluate.target": 1e9}, StopReason.REACHED, 9),
+        ({"guard.nonfinite": "stop"}, StopReason.DIVERGED, 6),
+    ],
+    ids=["rewound, then at its target", "stopped by a step"],
+)
+def test_a_run_ends_and_goes_back_at_the_same_step(
+    changes: dict[str, Any], reason: StopReason, last: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Step 6 is not finite; with four a call it is neither the first of its call nor the last."""
+    data = points(200)
+    data["x"][int(Order(200, 20, seed=0, keep_last=True).window(5)[1][0])] = float("nan")
+    base = {"device": "cpu", "precision": "fp32", "train.batch": 20, "train.steps": 24, "compile": "step"}
+    base |= {"evaluate.every": 9, "checkpoint.every": 4, "checkpoint.keep_last": 99}
+    found, calls, at_once = [], list[int](), Loop._several
+    monkeypatch.setattr(Loop, "_several", lambda loop, windows: (calls.append(len(windows)), at_once(loop, windows))[1])
+    for several in (1, 4):
+        torch.manual_seed(0)
+        events = list[tuple[int, str, str]]()
+        ear = Memory()
+        ear.event = lambda event, to=events: to.append((event.step, event.name, event.text))  # type: ignore
+        split = Split(train={k: v.clone() for k, v in data.items()}, test=points(8))
+        folder = tmp_path / str(several)
+        given = {**base, **changes, "steps_per_call": several}
+        result = thalweg.train(mlp(), mean_loss, split, given, folder=folder, sinks=[ear])
+        assert result.reason is reason and result.records[-1].step == last
+        assert (4 in calls) == (several == 4)
+        records = [replace(record, seconds=0.0, waited=0.0) for record in result.records]
+        files = {str(file.relative_to(folder)): file.read_bytes() for file in sorted(folder.rglob("*.safetensors"))}
+        told = [event for event in events if event[1] not in ("compiled", "memory", "data")]
+        found.append((repr(records), repr([(e.step, e.metrics) for e in result.evaluations]), told, files))
+    for one, several_too in zip(*found):
+        assert one == several_too
+    assert found[0][2] and found[0][3]
 
 
 class Showing(nn.Module):

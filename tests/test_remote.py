@@ -257,7 +257,15 @@ def test_a_store_that_goes_and_comes_back(server: Server, address: str, tmp_path
 
 def test_a_store_that_does_not_come_back(server: Server, address: str, tmp_path: Path) -> None:
     more = {**SELDOM, "checkpoint.store": address, "checkpoint.failures": 100, "checkpoint.grace": 0.5}
-    result, sink = go(tmp_path / "run", {12: server.stop}, **more)
+
+    def leave() -> None:
+        """Once something has been saved, which takes as long as it takes."""
+        until = time.monotonic() + 60
+        while not Store(address).steps() and time.monotonic() < until:
+            time.sleep(0.05)
+        server.stop()
+
+    result, sink = go(tmp_path / "run", {12: leave}, **more)
     server.start()
     assert result.reason is StopReason.UNSAVED and result.exit_code == 4
     assert any(event.name == "not saved" and "s3://" in event.text for event in sink.events)

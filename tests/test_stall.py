@@ -114,7 +114,8 @@ def test_what_to_do_follows_the_data() -> None:
         return advice(feed, Recipe().override({"data.workers": workers}))
 
     assert "data.workers=2" in said(Slow(0)) and "3 workers do not keep up" in said(Slow(0), 3)
-    assert "read ahead" in said(Live()) and "one byte a value" in said(torch.zeros(4))
+    assert "read ahead" in said(Live()) and "one byte a value" in said(torch.zeros(4, 512))
+    assert "larger train.batch" in said(torch.zeros(4))
     assert "augmented" in said(torch.zeros(4), augment=lambda batch, draw: batch)
 
 

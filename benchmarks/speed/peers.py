@@ -43,7 +43,7 @@ PEERS = {
         Peer("Lightning", "trainer", "lightning", "lightning", short="W1 W2 W5"),
         Peer("Lightning, bare", "trainer", "lightning", "lightning", "bare"),
         Peer("Fabric", "trainer", "fabric", "lightning", short="W1 W4"),
-        Peer("Accelerate", "trainer", "accelerate", "accelerate", short="W1 W3 W4"),
+        Peer("Accelerate", "trainer", "accelerate", "accelerate", short="W1 W4"),
         Peer("HF Trainer", "trainer", "hf", "hf", short="W1"),
         Peer("HF Trainer, bare", "trainer", "hf", "hf", "bare"),
         Peer("Keras on torch", "trainer", "keras", "keras", short="W1", settings=_ON_TORCH),
@@ -53,7 +53,7 @@ PEERS = {
         Peer("fastai, bare", "trainer", "fastai", "fastai", "bare"),
         Peer("ignite", "trainer", "ignite", "ignite", short="W1 W2 W3"),
         Peer("ignite, bare", "trainer", "ignite", "ignite", "bare"),
-        Peer("skorch", "trainer", "skorch", "skorch", short="W1 W2 W3 W4"),
+        Peer("skorch", "trainer", "skorch", "skorch", short="W1 W2 W3"),
         Peer("skorch, bare", "trainer", "skorch", "skorch", "bare"),
         Peer("Composer", "trainer", "composer", "composer", short=ALL),
     )

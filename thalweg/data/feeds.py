@@ -102,8 +102,8 @@ class MemoryFeed:
         self.tell: Tell = quiet
         self.stop: Callable[[], bool] = never
         one = source.gather(torch.zeros(1, dtype=torch.int64))
-        sample_bytes = max(1, sum(t.numel() * t.element_size() for _, t in tensors(one)))
-        self.ahead = max(1, min(64, _AHEAD_BYTES // (sample_bytes * order.batch)))
+        self.sample_bytes = max(1, sum(t.numel() * t.element_size() for _, t in tensors(one)))
+        self.ahead = max(1, min(64, _AHEAD_BYTES // (self.sample_bytes * order.batch)))
 
     def epoch_of(self, step: int) -> int:
         return self.order.epoch_of(step)

@@ -11,6 +11,7 @@ from thalweg.data import feeds, items, streams
 
 #: A person is told from this part of the time of steps on, once that is known of so many steps and seconds.
 SHARE, _STEPS, _SECONDS = 0.05, 20, 1.0
+_SMALL_BYTES = 1024  # of a sample: it is not its bytes that take long
 
 
 class Stall:
@@ -76,4 +77,6 @@ def advice(feed: Feed, recipe: Recipe) -> str:
         return "The stream is read between the steps: let it read ahead, as torchdata's StatefulDataLoader does by workers."
     if isinstance(feed, feeds.MemoryFeed) and feed.augment is not None:
         return "The data lies in memory and is augmented in batches: take transforms out of regularize.augment, or cheaper ones."
+    if isinstance(feed, feeds.MemoryFeed) and feed.sample_bytes <= _SMALL_BYTES:
+        return "The data lies in memory, and the steps are short beside gathering it: a larger train.batch makes less of it."
     return "The data lies in memory: gather less a sample, such as images of one byte a value, made float in the model."
