@@ -63,7 +63,9 @@ def test_a_short_run_is_told_by_an_estimate_at_once(monkeypatch: pytest.MonkeyPa
     assert chosen(300)[0] == "off" and "would be saved, by an estimate for" in chosen(300)[1] and not measuring.asked
     begun = time.perf_counter()
     for _ in range(100):
-        measured(Recipe(), ["step"], lambda *told: told[1], rows=(), steps=300, bench=lambda: 1 / 0, alone=True)  # type: ignore
+        measured(
+            Recipe(), ["step"], lambda *told: told[1], rows=(), steps=300, bench=lambda: 1 / 0, alone=True, model=mlp()
+        )  # type: ignore
     assert time.perf_counter() - begun < 0.05  # half a millisecond each, at the very most
 
 

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch import nn
 
 import thalweg
 from tests.models import batchnorm_net, make_step, mean_loss, points, run_steps, state_bits
@@ -66,6 +67,21 @@ def test_what_is_compiled_is_the_step(compiled: str) -> None:
         step, feed = make_step(batchnorm_net(0.3), mean_loss, points(), **changes)
         rows[how] = run_steps(step, feed, 8)
     torch.testing.assert_close(torch.tensor(rows[compiled]), torch.tensor(rows["off"]), rtol=1e-4, atol=1e-5)
+
+
+def test_blocks_are_the_step_and_share_a_graph(no_synchronisation: None) -> None:
+    rows = {}
+    for how in ("off", "blocks"):
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(6, 8), *(nn.Sequential(nn.Linear(8, 8), nn.GELU()) for _ in range(4)))
+        changes = {"device": "cuda", "precision": "fp32", "train.batch": 16, "compile": how}
+        step, feed = make_step(nn.Sequential(model, nn.Linear(8, 3)), mean_loss, points(), **changes)
+        rows[how] = run_steps(step, feed, 8)
+    torch.testing.assert_close(torch.tensor(rows["blocks"]), torch.tensor(rows["off"]), rtol=1e-4, atol=1e-5)
+    assert step.recomputation.compiler.made == 1
+    window = next(iter(feed.windows(8, 9)))
+    torch.cuda.set_sync_debug_mode("error")
+    step.run(window)
 
 
 @pytest.mark.parametrize("compiled", ["step", "captured"])

@@ -461,8 +461,8 @@ def test_a_value_of_the_wrong_type_is_named(kind: type, bad: Any) -> None:
 @pytest.mark.parametrize("text", ["compile = 3", "compile = ['all']", "compile = 0.5"])
 def test_a_switch_of_the_wrong_type_is_told_the_words_that_there_are(text: str) -> None:
     asked, numbers, remedy = refused(Recipe.from_toml, text)
-    assert asked.startswith("compile=") and numbers == "6 are, and true and false."
-    assert remedy == "Known: auto, best, captured, model, off, step."
+    assert asked.startswith("compile=") and numbers == "7 are, and true and false."
+    assert remedy == "Known: auto, best, blocks, captured, model, off, step."
     refused(lambda: Recipe(steps_per_call=True))  # 1 is meant, or nothing
 
 

@@ -541,7 +541,7 @@ class Checkpoint:
 
 PRECISIONS = ("fp32", "tf32", "bf16", "fp16", "bf16-pure", "fp8")
 RECOMPUTED = ("none", "blocks", "ops", "compiled")
-COMPILED = ("auto", "off", "model", "step", "captured", "best")
+COMPILED = ("auto", "off", "model", "blocks", "step", "captured", "best")
 _SWITCHED = {"true": "best", "false": "off"}  # of ``compile``, which may be given as a switch
 MEMORY_FORMATS = ("auto", "contiguous", "channels_last")
 #: The words that a value of the recipe's own may be.
@@ -570,10 +570,11 @@ class Recipe:
         recompute: which activations are not kept but computed again in the backward pass: "none"; "blocks": those
             inside the model's repeated blocks; "ops": all but the products of matrices; "compiled": what torch.compile's
             activation memory budget leaves out; None: "none", unless ``memory_budget`` asks for more.
-        compile: what torch.compile is given: "off"; "model": the model alone; "step": forward and backward pass, clipping and
-            update as one graph; "captured": the same, and its launches recorded once and played again, where the device can;
-            "auto": what ends the run first, estimated or measured; "best" or true: the first of "step" and "model" that
-            works, however short the run; false: "off" (docs/compile.md).
+        compile: what torch.compile is given: "off"; "model": the model alone; "blocks": its repeated blocks, one graph for
+            all of a kind; "step": forward and backward pass, clipping and update as one graph; "captured": the same, and its
+            launches recorded once and played again, where the device can; "auto": what ends the run first, estimated or
+            measured; "best" or true: the first of "step", "model" and "blocks" that works, however short the run; false:
+            "off" (docs/compile.md).
         steps_per_call: steps that are taken by one call of a graph (compile="step"), nothing else being due between them; "auto":
             as many as take 20 ms, at most 64. It changes no result.
         memory_format: how the kernels of two-dimensional convolutions lie, and with them what flows through the model:

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import nn
 
 from thalweg.optim import plain_name
 
+Kind = tuple[Any, ...]
 _LISTS = (nn.ModuleList, nn.ModuleDict, nn.Sequential)
 
 
@@ -32,6 +34,17 @@ def repeated_blocks(model: nn.Module) -> dict[str, nn.Module]:
         if times[type(module)] > 1 and not any(module is other for other in blocks.values()):
             blocks[name] = module
     return blocks
+
+
+def kind_of(block: nn.Module) -> Kind:
+    """Equal for blocks that one graph fits: class, layers, shapes, and what trains."""
+    tensors = [*block.named_parameters(), *block.named_buffers()]
+    return type(block), repr(block), tuple((name, t.shape, t.dtype, t.requires_grad) for name, t in tensors)
+
+
+def most_of_a_kind(model: nn.Module) -> int:
+    """How many repeated blocks of one kind the model has, of that which it has most of."""
+    return max(Counter(map(kind_of, repeated_blocks(model).values())).values(), default=0)
 
 
 def _candidates(module: nn.Module, name: str, stages: set[type]) -> Iterator[tuple[str, nn.Module]]:

@@ -9,6 +9,7 @@ import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
+from itertools import count
 from types import FunctionType, MethodType
 from typing import Any
 
@@ -26,6 +27,9 @@ BACKEND = "THALWEG_COMPILE_BACKEND"
 FEW = 3
 
 TIME_LOST = "are time lost"
+
+#: Torch's own warning of what it looks at in a block's input: an error where warnings are.
+_NO_LEAF = "The .grad attribute of a Tensor that is not a leaf"
 
 #: Shapes of micro-batches that a run may have.
 MOST_SHAPES = 64
@@ -125,9 +129,26 @@ class Compiler:
         ran, self.ran = self.ran, None
         return ran
 
-    def compile_model(self, model: nn.Module) -> None:
-        """Let ``model``, when it is called, run what is made of its forward function."""
-        model.compile(backend=self._backend)
+    def shared(self) -> Callable[..., Any]:
+        """A compiled function that calls the module which is its first argument: its graphs fit all modules that are alike.
+
+        nn.Module.compile would put the graphs of all models of a process together, and what has had eight stays uncompiled.
+        """
+        from torch._dynamo.exc import TorchDynamoException
+
+        compiled = torch.compile(_renamed(_called), backend=self._backend)
+
+        def run(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+            try:
+                return compiled(module, *args, **kwargs)
+            except TorchDynamoException as err:
+                if _NO_LEAF not in str(err):
+                    raise
+            with warnings.catch_warnings():  # while it traces; nothing has run yet
+                warnings.filterwarnings("ignore", message=_NO_LEAF)
+                return compiled(module, *args, **kwargs)
+
+        return run
 
     def _backend(self, graph: Any, inputs: Any) -> Any:
         with warnings.catch_warnings():
@@ -235,6 +256,20 @@ def _not_one_graph(err: Exception) -> ModelError:
         "Let the model and the loss not branch on values of tensors, print, or call what torch cannot trace; or use "
         "compile='model', which may be cut into several graphs, or compile='off'.",
     )
+
+
+def _called(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+    """A module's hooks and forward function."""
+    return module._call_impl(*args, **kwargs)
+
+
+_NUMBERS = count()
+
+
+def _renamed(function: Callable[..., Any]) -> Callable[..., Any]:
+    """The function with code and a name of its own: by the name torch.compile knows which sizes have changed."""
+    name = f"{function.__name__.strip('_')}_{next(_NUMBERS)}"
+    return FunctionType(function.__code__.replace(co_name=name), function.__globals__, name)
 
 
 def _fresh(method: Callable[..., Any]) -> Callable[..., Any]:

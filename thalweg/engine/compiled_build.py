@@ -37,7 +37,7 @@ def compiled_step(
     """As ``build`` makes it.
 
     Args:
-        how: "model", "step" or "captured".
+        how: "model", "blocks", "step" or "captured".
         several: the recipe's ``steps_per_call``.
         release: of gradients, where they are.
     """
@@ -51,7 +51,7 @@ def compiled_step(
         elif ranks.world == 1:
             step.per_call, step.call_s = (MOST, CALL_S) if isinstance(several, str) else (several, 0.0)
         return step
-    compiled = CompiledModel(state.model, compiler, again)
+    compiled = CompiledModel(state.model, compiler, again, blocks=how == "blocks")
     if release is not None:
         return ReleasedStep(state, loss, policy, options, streams, compiled, release=release)
     return Step(state, loss, policy, options, streams, compiled, ranks)

@@ -7,10 +7,13 @@ from dataclasses import replace
 from typing import Any
 
 from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from thalweg.core import ParameterRow, Recipe, RecipeError
 from thalweg.device import Device
+from thalweg.engine.blocks import most_of_a_kind, repeated_blocks
 from thalweg.engine.compiled_backend import traces_autograd
+from thalweg.regularize import FrozenBatchNorm
 from thalweg.rules import RULES
 
 Take = Callable[[str, Any, str], Any]
@@ -20,15 +23,25 @@ OLDER = "this torch cannot trace a backward pass into the graph of its forward p
 #: Against any graph of a model whose parameters are spread over ranks.
 IN_PARTS = "parameters are spread over ranks, and gathered block by block while a pass runs"
 WHOLE = ("step", "captured")  # values of ``compile`` that make one graph of a step
+#: Blocks of one kind from which on ``auto`` tries them: a graph is compiled for each kind.
+ENOUGH = 3
 
 
-def why_not(recipe: Recipe, rows: Sequence[ParameterRow], device: Device, how: str, against: str = "") -> str:
+def why_not(
+    recipe: Recipe,
+    rows: Sequence[ParameterRow],
+    device: Device,
+    how: str,
+    against: str = "",
+    model: nn.Module | None = None,
+) -> str:
     """Why a complete recipe cannot be compiled so on a device; "" where it can.
 
     Args:
         rows: the parameter table.
-        how: "model", "step" or "captured".
+        how: "model", "blocks", "step" or "captured".
         against: what is against graphs of this model there, if anything is.
+        model: whose blocks are looked for; None: of one that has none.
     """
     if how == "off":
         return ""
@@ -38,6 +51,8 @@ def why_not(recipe: Recipe, rows: Sequence[ParameterRow], device: Device, how: s
         return f"torch.compile has no backend for {device.kind}"
     if how == "model":
         return ""
+    if how == "blocks":
+        return _why_no_blocks(recipe, model)
     if how == "captured" and not device.captures_graphs:
         return f"launches cannot be recorded on {device.kind}"
     optimizer = recipe.optimizer
@@ -57,6 +72,23 @@ def why_not(recipe: Recipe, rows: Sequence[ParameterRow], device: Device, how: s
     return ""
 
 
+def _why_no_blocks(recipe: Recipe, model: nn.Module | None) -> str:
+    if recipe.recompute not in (None, "none"):
+        return f"recompute='{recipe.recompute}' runs blocks again, each by a function of its own, and they would share no graph"
+    blocks = {} if model is None else repeated_blocks(model)
+    if not blocks:
+        return (
+            "the model has no repeated blocks: two or more modules of one class, with layers of their own, in an "
+            "nn.ModuleList, nn.ModuleDict or nn.Sequential"
+        )
+    for name, block in blocks.items():
+        if any(isinstance(m, _BatchNorm) and not isinstance(m, FrozenBatchNorm) for m in block.modules()):
+            return (
+                f"'{name}' holds batch normalization, which is counted by layer: each block would be a graph of its own"
+            )
+    return ""
+
+
 def settle_compile(
     recipe: Recipe,
     rows: Sequence[ParameterRow],
@@ -64,25 +96,26 @@ def settle_compile(
     take: Take,
     measure: Callable[[Recipe, Sequence[str], Take], str] | None = None,
     against: str = "",
+    model: nn.Module | None = None,
 ) -> Recipe:
     """The recipe with ``compile`` decided.
 
     Args:
         recipe: complete but for it.
         measure: tries ways of a recipe, and tells the fastest; None: nothing can be tried.
-        against: as for ``why_not``.
+        against, model: as for ``why_not``.
 
     Raises:
         RecipeError: for what was asked for and cannot be.
     """
     asked = recipe.compile
     if asked == "auto":
-        return replace(recipe, compile=_auto(recipe, rows, device, take, measure, against))
+        return replace(recipe, compile=_auto(recipe, rows, device, take, measure, against, model))
     if asked == "best":
-        return replace(recipe, compile=_best(recipe, rows, device, take, measure, against))
+        return replace(recipe, compile=_best(recipe, rows, device, take, measure, against, model))
     if asked in WHOLE and not traces_autograd():
         return replace(recipe, compile=take("compile", "model", f"'{asked}' was asked for, but {OLDER}"))
-    if reason := why_not(recipe, rows, device, asked, against):
+    if reason := why_not(recipe, rows, device, asked, against, model):
         raise RecipeError(
             f"compile='{asked}' is not possible in this run.",
             f"The reason: {reason}.",
@@ -99,26 +132,37 @@ def _auto(
     take: Take,
     measure: Callable[[Recipe, Sequence[str], Take], str] | None,
     against: str,
+    model: nn.Module | None,
 ) -> str:
     if device.graph_kind == "cpu":
         # Whether this torch can is asked where a graph is worth it: to ask imports its compiler.
-        possible = not why_not(recipe, rows, device, "step", against)
-        return measure(recipe, ["step"], take) if possible and measure is not None else "off"
-    reasons = _reasons(recipe, rows, device, against)
+        able = [how for how in ("step", "blocks") if not why_not(recipe, rows, device, how, against, model)]
+        if "blocks" in able and not _enough(model):
+            able.remove("blocks")
+        return measure(recipe, able, take) if able and measure is not None else "off"
+    reasons = _reasons(recipe, rows, device, against, model)
     if device.graph_kind == "graph":
         if reasons["step"]:
             return str(take("compile", "off", f"not 'step': {reasons['step']}"))
         return str(take("compile", "step", f"{device.kind} runs whole graphs, compiled before they run"))
-    _pass_over(reasons, ("model", "step"), take)
+    if not reasons["blocks"] and not _enough(model):
+        reasons["blocks"] = f"fewer than {ENOUGH} of its blocks are of one kind, and each kind is a graph"
+    _pass_over(reasons, ("model", "blocks", "step"), take)
     able = ["off", *(how for how, reason in reasons.items() if not reason)]
     if measure is None or len(able) == 1:
         return str(take("compile", "off", "nothing is measured here" if len(able) > 1 else "nothing else is possible"))
     return measure(recipe, able, take)
 
 
-def _reasons(recipe: Recipe, rows: Sequence[ParameterRow], device: Device, against: str) -> dict[str, str]:
+def _enough(model: nn.Module | None) -> bool:
+    return model is not None and most_of_a_kind(model) >= ENOUGH
+
+
+def _reasons(
+    recipe: Recipe, rows: Sequence[ParameterRow], device: Device, against: str, model: nn.Module | None
+) -> dict[str, str]:
     """Why each way is not possible, or ""."""
-    reasons = {how: why_not(recipe, rows, device, how, against) for how in ("model", *WHOLE)}
+    reasons = {how: why_not(recipe, rows, device, how, against, model) for how in ("model", "blocks", *WHOLE)}
     older = "" if traces_autograd() else OLDER
     return {how: reason or (older if how in WHOLE else "") for how, reason in reasons.items()}
 
@@ -137,11 +181,12 @@ def _best(
     take: Take,
     measure: Callable[[Recipe, Sequence[str], Take], str] | None,
     against: str,
+    model: nn.Module | None,
 ) -> str:
     """What was asked for by ``true``: the first way that works, and what does not by name."""
-    reasons = _reasons(recipe, rows, device, against)
+    reasons = _reasons(recipe, rows, device, against, model)
     _pass_over(reasons, ("step", "model"), take)
-    able = [how for how in ("step", "model") if not reasons[how]]
+    able = [how for how in ("step", "model", "blocks") if not reasons[how]]
     if not able:
         return str(take("compile", "off", "nothing else is possible"))
     return measure(recipe, able, take) if measure is not None else str(take("compile", able[0], "asked for"))

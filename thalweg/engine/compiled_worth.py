@@ -13,14 +13,16 @@ import platform
 import statistics
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
+from torch import nn
 
 from thalweg.core import ParameterRow, Recipe
 from thalweg.data import split, tensors
 from thalweg.device.kept import same_generators
+from thalweg.engine.blocks import kind_of, repeated_blocks
 from thalweg.engine.checks import whole_of
 from thalweg.engine.compiled_backend import traces_autograd
 from thalweg.engine.compiled_cache import keep, kept, surroundings
@@ -32,6 +34,8 @@ from thalweg.engine.memory import Bench
 SAVED_S = 8e-5
 #: Seconds until a graph is compiled: at least, and for each trained tensor; of those, the share where all is in the cache.
 COMPILE_S, EACH_S, WARM = 5.0, 0.2, 0.35
+#: The share of ``SAVED_S`` that is saved for a tensor in a block where blocks alone are compiled, and the update is not.
+IN_BLOCKS = 0.5
 #: Of an eager step, the most that a graph may save.
 MOST_SAVED = 0.75
 #: Of the run's expected time, the most that goes into timing the eager step.
@@ -45,6 +49,17 @@ def estimate(rows: Sequence[ParameterRow], steps: int) -> tuple[float, float]:
     return steps * SAVED_S * len(rows), COMPILE_S + EACH_S * len(rows)
 
 
+def estimate_blocks(model: nn.Module, steps: int) -> tuple[float, float]:
+    """The same for repeated blocks: what their tensors save, and to compile a graph for each kind of them."""
+    blocks = repeated_blocks(model).values()
+    sizes = {kind_of(block): _trained(block) for block in blocks}
+    return steps * IN_BLOCKS * SAVED_S * sum(map(_trained, blocks)), COMPILE_S + EACH_S * sum(sizes.values())
+
+
+def _trained(module: nn.Module) -> int:
+    return sum(p.requires_grad for p in module.parameters())
+
+
 def measured(
     recipe: Recipe,
     able: Sequence[str],
@@ -54,58 +69,90 @@ def measured(
     steps: int,
     bench: Callable[[], Bench],
     alone: bool,
+    model: nn.Module,
 ) -> str:
     """What ``compile`` becomes by trying, where a recipe leaves it open.
 
     Args:
-        able: ways that are possible.
+        able: ways that are possible; "off" among them where all are to be tried.
         alone: whether the run has one rank.
+        model: whose blocks an estimate counts.
     """
     if recipe.compile == "best":
         return first_that_works(bench(), recipe, able, take)
-    if able != ["step"]:
+    if "off" in able:
         return fastest(bench(), recipe, able, steps, take)
     if not alone:
-        return str(take("compile", "off", "nothing is measured for ranks on a CPU; 'step' can be asked for"))
-    return worth(recipe, rows, steps, bench, take)
+        return str(take("compile", "off", f"nothing is measured for ranks on a CPU; '{able[0]}' can be asked for"))
+    if "step" in able:
+        found = worth(recipe, estimate(rows, steps), f"{len(rows)} tensors", "step", steps, bench, take)
+        if found.how or "blocks" not in able:
+            return found.how or str(take("compile", "off", found.failed))
+        take("compile", "not 'step'", found.failed)
+    guess = estimate_blocks(model, steps)
+    found = worth(recipe, guess, "the tensors in blocks", "blocks", steps, bench, take)
+    if found.how:
+        return found.how
+    take("compile", "not 'blocks'", found.failed)
+    return str(take("compile", "off", "nothing else works here"))
 
 
-def worth(recipe: Recipe, rows: Sequence[ParameterRow], steps: int, bench: Callable[[], Bench], take: Take) -> str:
-    """ "step" where it ends the run sooner, else "off".
+@dataclass(frozen=True)
+class Worth:
+    """What ``compile`` becomes, noted with its reason; or "", and why the way cannot be taken."""
+
+    how: str = ""
+    failed: str = ""
+
+
+def worth(
+    recipe: Recipe,
+    guess: tuple[float, float],
+    of: str,
+    way: str,
+    steps: int,
+    bench: Callable[[], Bench],
+    take: Take,
+) -> Worth:
+    """``way`` where it ends the run sooner, else "off".
 
     Args:
         recipe: complete but for ``compile``.
+        guess: seconds that it may save in the run, and that it takes to compile.
+        of: what that is reckoned from, in words.
+        way: "step" or "blocks".
         steps: of the run.
         bench: makes what tries a recipe on copies of the model.
         take: notes the choice with its reason.
     """
-    saved, cost = estimate(rows, steps)
-    told = f"about {saved:.2g} s of {steps} steps would be saved, by an estimate for {len(rows)} tensors"
+    saved, cost = guess
+    told = f"about {saved:.2g} s of {steps} steps would be saved, by an estimate for {of}"
+    too_few = f"{told}, and to compile takes {cost:.2g} s"
     if saved < WARM * cost:
-        return str(take("compile", "off", f"{told}, and to compile takes {cost:.2g} s"))
-    if not traces_autograd():
-        return str(take("compile", "off", OLDER))
+        return Worth(str(take("compile", "off", too_few)))
+    if way == "step" and not traces_autograd():
+        return Worth(failed=OLDER)
     here = bench()
-    facts = facts_of(recipe, here)
+    facts = facts_of(recipe, here) | ({} if way == "step" else {"way": way})
     around = surroundings({*map(type, here.model.modules()), _function(here.loss)})
-    found = _usable(kept(facts), around)
+    found = _usable(kept(facts), around, way)
     if found is None:
         if saved < cost:
-            return str(take("compile", "off", f"{told}, and to compile takes {cost:.2g} s"))
-        found = _measured(here, recipe, steps, cost, take)
+            return Worth(str(take("compile", "off", too_few)))
+        found = _measured(here, recipe, way, steps, cost, take)
         if found is None:
-            return "off"
+            return Worth("off")
         keep(facts, {**found, "around": around, "at": time.time()})
         text = ""
     else:
         text = " (measured in an earlier run, and kept)"
     if found.get("failed"):
-        return str(take("compile", "off", f"'step' {FAILED}{found['failed']}{text}"))
-    figures = {"off": Tried(found["off"], found["off"], 0.0), "step": Tried(WARM * found["first"], found["step"], 0.0)}
-    return choice(figures, steps, lambda path, value, why: take(path, value, why + text))
+        return Worth(failed=f"'{way}' {FAILED}{found['failed']}{text}")
+    figures = {"off": Tried(found["off"], found["off"], 0.0), way: Tried(WARM * found["first"], found[way], 0.0)}
+    return Worth(choice(figures, steps, lambda path, value, why: take(path, value, why + text)))
 
 
-def _usable(found: dict[str, Any] | None, around: str) -> dict[str, Any] | None:
+def _usable(found: dict[str, Any] | None, around: str, way: str) -> dict[str, Any] | None:
     """What was kept, if it is what ``worth`` keeps: others may have written there. What failed is tried again elsewhere than
     where it did, and after a day: by what it failed may have been mended."""
     if found is None:
@@ -114,11 +161,11 @@ def _usable(found: dict[str, Any] | None, around: str) -> dict[str, Any] | None:
         at = found.get("at")
         lasts = isinstance(at, (int, float)) and 0 <= time.time() - at < _DAY_S
         return found if lasts and found.get("around") == around else None
-    figures = [found.get(name) for name in ("off", "step", "first")]
+    figures = [found.get(name) for name in ("off", way, "first")]
     return found if all(isinstance(one, (int, float)) and 0 < one < math.inf for one in figures) else None
 
 
-def _measured(bench: Bench, recipe: Recipe, steps: int, cost: float, take: Take) -> dict[str, Any] | None:
+def _measured(bench: Bench, recipe: Recipe, way: str, steps: int, cost: float, take: Take) -> dict[str, Any] | None:
     """Seconds of a step by plain operators and as a graph, and to compile it; None where the former are enough to say no."""
     eager = eager_step(bench, recipe, steps)
     if steps * eager * MOST_SAVED < cost:
@@ -127,10 +174,10 @@ def _measured(bench: Bench, recipe: Recipe, steps: int, cost: float, take: Take)
         )
         return None
     try:
-        graph = tried(bench, replace(recipe, compile="step"))
+        graph = tried(bench, replace(recipe, compile=way))
     except Exception as err:
         return {"failed": first_line(err)}
-    return {"off": eager, "step": graph.step, "first": graph.first}
+    return {"off": eager, way: graph.step, "first": graph.first}
 
 
 def eager_step(bench: Bench, recipe: Recipe, steps: int) -> float:

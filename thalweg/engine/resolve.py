@@ -359,13 +359,15 @@ def _resolve(
             first = _first_window(_changed(feeding(micro_batch=recipe.train.batch, sizes=None), mix, []), steps, device)
             return bench or Bench(plan_of, model, loss, first[0], device, policy, data=data, held=prepared.held)
 
-        measure = partial(measured, rows=plan_of(recipe).parameters, steps=steps, bench=trying, alone=ranks.world == 1)
+        measure = partial(
+            measured, rows=plan_of(recipe).parameters, steps=steps, bench=trying, alone=ranks.world == 1, model=model
+        )
         tried_here = None if planning else measure
-        recipe = settle_compile(recipe, plan_of(recipe).parameters, device, decide.take, tried_here, against)
+        recipe = settle_compile(recipe, plan_of(recipe).parameters, device, decide.take, tried_here, against, model)
     elif recipe.compile == "auto":  # of before there was a choice
         recipe = replace(recipe, compile="off")
     elif recipe.compile != "off":  # something may have been accepted since that has no place in a graph
-        recipe = settle_compile(recipe, plan_of(recipe).parameters, device, decide.take, None, against)
+        recipe = settle_compile(recipe, plan_of(recipe).parameters, device, decide.take, None, against, model)
     recipe = settle_several(recipe, isinstance(source, Stream), decide.take)
     tell_gradients(recipe, decide.take)
     tell_split(model, recipe, decide)

@@ -338,7 +338,7 @@ class TrainStep:
             return first_that_works(bench, whole, able, take)
 
         measure = works if asked == "best" else None
-        recipe = settle_compile(recipe, self.rows, self.device, self._decide.take, measure, against)
+        recipe = settle_compile(recipe, self.rows, self.device, self._decide.take, measure, against, self.model)
         for text in fallbacks(self._decide.made, asked, recipe.compile):
             warnings.warn(text, stacklevel=2)
         if recipe.steps_per_call not in ("auto", 1):
