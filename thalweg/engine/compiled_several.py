@@ -45,7 +45,7 @@ class Known:
 
     def again(self, batch: Any, due: tuple[int, ...]) -> tuple[Tensor, Tensor]:
         """What the graph gives for a batch of the same kind; ``due`` is its own."""
-        leaves, args = [t for _, t in tensors(batch)], list(self.ran.args)
+        leaves, args = _leaves(batch), list(self.ran.args)
         for place, leaf in self.places:
             args[place] = leaves[leaf]
         found = self.call(*args)
@@ -70,7 +70,7 @@ class Repeated:
         repeated: it would not come by it."""
         if ran is None or len(ran.found) != 2:
             return
-        own = [id(t) for _, t in tensors(batch)]
+        own = [id(t) for t in _leaves(batch)]
         leaves = {one: k for k, one in enumerate(own)}
         if len(leaves) != len(
             own
@@ -103,11 +103,20 @@ def _same_besides(before: Ran, now: Ran, places: dict[int, int]) -> bool:
     return all(a is b or i in places for i, (a, b) in enumerate(zip(before.args, now.args)))
 
 
+def _leaves(batch: Any) -> list[Tensor]:
+    """The tensors of a batch, in the order of ``tensors``."""
+    if type(batch) is dict and all(type(value) is Tensor for value in batch.values()):
+        return list(batch.values())
+    return [t for _, t in tensors(batch)]
+
+
 def kind_of(batch: Any) -> Any:
     """What two batches have in common that one graph may be given: all of them but the elements of tensors."""
     kind = type(batch)
     if kind is Tensor:
         return batch.dtype, batch.device, batch.shape, batch.stride(), batch.requires_grad
+    if kind is dict and all(type(value) is Tensor for value in batch.values()):  # nearly every batch
+        return tuple(batch), [(t.dtype, t.device, t.shape, t.stride(), t.requires_grad) for t in batch.values()]
     if isinstance(batch, dict):
         return kind, *batch, *map(kind_of, batch.values())
     if isinstance(batch, (list, tuple)):
