@@ -21,6 +21,7 @@ import torch
 from torch.utils.data import get_worker_info
 
 from tests.conftest import ROOT, start_cli, three_parts
+from tests.faults.server import shared_servers
 from tests.models import mlp
 from tests.test_data import Noisy, feed_of, same
 from tests.test_resume import OWN, wait_for_records
@@ -47,10 +48,10 @@ def is_alive(pid: int) -> bool:
 
 
 def children(pid: int) -> list[int]:
-    """But for the tracker of multiprocessing's resources, which other tests in this process may have started."""
+    """But for what other tests in this process may have started: the tracker of shared memory, and the fork server."""
     found = [int(path.name) for path in Path("/proc").iterdir() if path.name.isdigit()]
-    tracker = resource_tracker._resource_tracker._pid
-    return [c for c in found if status(c).get("PPid") == str(pid) and is_alive(c) and c != tracker]
+    others = {resource_tracker._resource_tracker._pid, *(server.process.pid for server in shared_servers)}
+    return [c for c in found if status(c).get("PPid") == str(pid) and is_alive(c) and c not in others]
 
 
 def comes_true(what: Callable[[], Any], seconds: float = 20) -> bool:

@@ -142,30 +142,34 @@ class Server:
         if not select.select([out], [], [], seconds)[0]:
             return None
         line = out.readline()
-        assert line, "the fork server has ended"
+        assert line, f"the fork server has ended with {self.process.wait(30)}"
         return line
 
     def close(self) -> None:
         assert self.process.stdin is not None
-        self.process.stdin.close()
+        with contextlib.suppress(BrokenPipeError):  # it has ended before
+            self.process.stdin.close()
         self.process.wait(30)
         if self.process.stdout is not None:
             self.process.stdout.close()
 
 
-_shared: list[Server] = []
+shared_servers: list[Server] = []
 
 
 def shared_server() -> Server:
-    """One for all faults of this process."""
-    if not _shared:
-        _shared.append(Server())
-    return _shared[0]
+    """One for all faults of this process, and another where it has ended: what harms processes may have met it too."""
+    if shared_servers and (code := shared_servers[0].process.poll()) is not None:
+        print(f"the fork server has ended with {code}; another takes its place", file=sys.stderr)
+        close_shared_server()
+    if not shared_servers:
+        shared_servers.append(Server())
+    return shared_servers[0]
 
 
 def close_shared_server() -> None:
-    while _shared:
-        _shared.pop().close()
+    while shared_servers:
+        shared_servers.pop().close()
 
 
 def session_of(pid: int) -> list[int]:
