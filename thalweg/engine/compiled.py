@@ -49,9 +49,8 @@ class CompiledStep(Step):
         self.check: FirstCheck | None = FirstCheck(self)
         self.undo = Undo(state.model, state.arenas, self.sums, self.graph_statistics)
         self.repeated = Repeated()
-        self.unseeded: int | None = (
-            None  # the step for which torch's generators were not seeded, since its graph draws nothing
-        )
+        #: The step for which torch's generators were not seeded, since its graph draws nothing.
+        self.unseeded: int | None = None
         self._graphs: dict[str, Callable[..., Any]] = {
             "add": compiler.graph(self._add),
             "end": compiler.graph(self._end),
@@ -94,16 +93,9 @@ class CompiledStep(Step):
             check = self.check.begin(parts) if self.check is not None else None
             for arena in state.arenas:
                 arena.let_go_of_gradients()
-            noting = self.compiler.noting and self._is_alone(parts)
-            if noting:
-                self._seed_generators(state.step, 0)
-                before = [generator.get_state() for generator in self.generators]
             row, ok = self._single_pass(parts) if self._is_alone(parts) else self._passes_of(parts, check)
             if check is not None and self.place is None:
                 check.compare(row[0], row[1], row[2] * (row[1] * row[5] * self.unit))
-            if noting:
-                draws = any(not torch.equal(was, now.get_state()) for was, now in zip(before, self.generators))
-                self.repeated.learn(self.compiler.take(), parts[0], due_of(self.flats, state.step), (row, ok), draws)
         self.check, self.compiler.stepped, self.compiled_s = None, True, self.compiler.seconds
         return self._passed(row, ok)
 
@@ -144,9 +136,16 @@ class CompiledStep(Step):
         return self.place is None and len(parts) == 1
 
     def _single_pass(self, parts: Sequence[Any]) -> tuple[Tensor, Tensor]:
-        """A window of one micro-batch."""
-        self._seed(0, 0, parts[0])
-        return self._moved(self._graphs["single"], parts[0], due_of(self.flats, self.state.step))
+        """A window of one micro-batch; what ran for it is noted where it may be run again."""
+        batch, due = parts[0], due_of(self.flats, self.state.step)
+        self._seed(0, 0, batch)
+        if not self.compiler.noting:
+            return self._moved(self._graphs["single"], batch, due)
+        before = [generator.get_state() for generator in self.generators]
+        found = self._moved(self._graphs["single"], batch, due)
+        draws = any(not torch.equal(was, now.get_state()) for was, now in zip(before, self.generators))
+        self.repeated.learn(self.compiler.take(), batch, due, found, draws)
+        return found
 
     def _passes_of(self, parts: Sequence[Any], check: FirstCheck | None) -> tuple[Tensor, Tensor]:
         """A window of several, or a rank's share of one."""

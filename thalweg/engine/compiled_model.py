@@ -65,10 +65,8 @@ class _Once:
 
     def __init__(self, module: nn.Module, name: str, function: Callable[..., Any], keyed: list[Keyed]) -> None:
         self.module, self.name, self.function, self.keyed = module, name, function, keyed
-        self.drawn: tuple[Any, int] = (
-            None,
-            0,
-        )  # the keys of the last call, and their version: each pass writes new ones
+        #: The keys of the last call, and their version: each pass writes new ones.
+        self.drawn: tuple[Any, int] = (None, 0)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         first = self.keyed[0]

@@ -115,8 +115,6 @@ def kind_of(batch: Any) -> Any:
     kind = type(batch)
     if kind is Tensor:
         return batch.dtype, batch.device, batch.shape, batch.stride(), batch.requires_grad
-    if kind is dict and all(type(value) is Tensor for value in batch.values()):  # nearly every batch
-        return tuple(batch), [(t.dtype, t.device, t.shape, t.stride(), t.requires_grad) for t in batch.values()]
     if isinstance(batch, dict):
         return kind, *batch, *map(kind_of, batch.values())
     if isinstance(batch, (list, tuple)):

@@ -59,7 +59,7 @@ class HostStep(Step):
         self._mean, self._total, self._weight, self._norm = map(memory, (self.mean, self.total, self.weight, self.norm))
         self._divisor, self._single, self._skipped = map(memory, (self.divisor, self.single, self.skipped))
         self._ok, self._sums, self._applied, self._t = map(memory, (self.ok, self.sums, state.applied, state.t))
-        self._now, self._table = state.timetable.memory()
+        self._now = state.timetable.memory()
         names = list(state.timetable.now)
         self._lr, self._told = names.index("lr"), [names.index(name) for name in state.timetable.told]
         self._clip = memory(self.clip) if isinstance(self.clip, Tensor) else [self.clip]
@@ -85,13 +85,8 @@ class HostStep(Step):
         return row
 
     def _begin(self) -> None:
-        state, sums, table = self.state, self._sums, self._table
-        sums[0] = sums[1] = 0.0
-        width = len(self._now)
-        at = min(self._applied[0], state.timetable.length - 1) * width
-        self._now[:] = table[at : at + width]
-        if state.timetable.feedback.pieces:
-            state.timetable.feedback.apply(state.timetable.now)
+        self._sums[0] = self._sums[1] = 0.0
+        self.state.timetable.turn(self.state.applied, self.state.step)
         for arena in self._arenas:
             arena.clear_gradients()
         if self._statistics.layers:

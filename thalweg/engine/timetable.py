@@ -36,7 +36,7 @@ class Timetable:
         self.table = torch.tensor(full, dtype=torch.float64).T.contiguous().to(device.exact).to(device.torch_device)
         self._row = torch.zeros(1, len(full), dtype=device.exact, device=device.torch_device)
         self.now: dict[str, Tensor] = {name: self._row[0, k] for k, name in enumerate(rows)}
-        self._here = self.memory() if device.is_host else None
+        self._here = (memory(self._row), memory(self.table)) if device.is_host else None
         self._applied: tuple[Tensor, memoryview] | None = None  # what ``turn`` was given last, and its memory
         self.feedback = Feedback(listening, device.torch_device, device.exact)
         self.told = dict(scales or {})
@@ -45,9 +45,10 @@ class Timetable:
         """``now``, cut out of its row anew: what a graph reads, whose inputs must not overlap."""
         return {name: self._row[0, k] for k, name in enumerate(self.now)}
 
-    def memory(self) -> tuple[memoryview, memoryview]:
-        """``now`` and the table, one row after the other, in the CPU's memory."""
-        return memory(self._row), memory(self.table)
+    def memory(self) -> memoryview:
+        """``now`` in the CPU's memory, in the order of its names."""
+        view: memoryview = memory(self._row)
+        return view
 
     def turn(self, applied: Tensor, attempted: int) -> None:
         """Go to the row of ``applied`` updates, (1,); beyond the end, the last one."""

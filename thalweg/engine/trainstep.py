@@ -6,6 +6,7 @@ import warnings
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -320,12 +321,12 @@ class TrainStep:
                 changes=tuple(map(str, changes)),
             )
 
+        bench = partial(Bench, plan_of, self.model, self.loss, batch, self.device, policy, held=self.prepared.held)
         ledger = None
         if opened or self.recipe.memory_budget is not None:
             train = replace(recipe.train, micro_batch="auto" if opened else recipe.train.micro_batch)
-            bench = Bench(plan_of, self.model, self.loss, batch, self.device, policy, held=self.prepared.held)
             self._decide.take("memory", f"{size} samples", "of the first batch; what is chosen holds for all that come")
-            recipe, ledger = fit(replace(recipe, train=train), bench, self._decide.take)
+            recipe, ledger = fit(replace(recipe, train=train), bench(), self._decide.take)
         recipe = settle_memory(recipe)
         tell_split(self.model, recipe, self._decide)
         check_release(recipe, self.device.kind, self.rows, self._decide.take)
@@ -334,8 +335,7 @@ class TrainStep:
 
         def works(recipe: Recipe, able: Sequence[str], take: Take) -> str:
             whole = replace(recipe, train=replace(recipe.train, micro_batch=recipe.train.micro_batch or size))
-            bench = Bench(plan_of, self.model, self.loss, batch, self.device, policy, held=self.prepared.held)
-            return first_that_works(bench, whole, able, take)
+            return first_that_works(bench(), whole, able, take)
 
         measure = works if asked == "best" else None
         recipe = settle_compile(recipe, self.rows, self.device, self._decide.take, measure, against, self.model)
