@@ -119,6 +119,16 @@ def test_what_comes_between_calls_finds_torchs_generator_as_after_steps_one_by_o
     assert (steps[1] == steps[0]) == (share > 0)
 
 
+def test_a_last_step_that_torch_has_looked_at_leaves_the_generator_as_it_left_it() -> None:
+    """The call ends with the short window of an epoch (200 = 60 + 60 + 60 + 20), after one that was not seeded."""
+    drawn = []
+    for several in (1, 6):
+        torch.manual_seed(0)
+        trained(nn.Linear(6, 3), several, 24, **{"evaluate.every": 7, "checkpoint.every": 10})
+        drawn.append(torch.rand(4))
+    assert torch.equal(*drawn)
+
+
 @pytest.mark.filterwarnings("ignore:The .grad attribute:UserWarning")
 @pytest.mark.parametrize(
     ("changes", "reason", "last"),

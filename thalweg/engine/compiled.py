@@ -86,6 +86,7 @@ class CompiledStep(Step):
     def _run(self, window: Sequence[Any]) -> Tensor:
         if self.compiler.noting and (row := self._run_again(window)) is not None:
             return row
+        self.unseeded = None  # this step is
         state = self.state
         parts = state.limit.cut(window)
         state.timetable.turn(state.applied, state.step)
