@@ -17,6 +17,7 @@ from torch import Tensor, nn
 import thalweg
 from tests.conftest import three_parts
 from tests.models import batchnorm_net, make_step, mean_loss, mlp, points, run_steps, small_gpt, state_bits
+from tests.test_compiled_worth import Branching
 from thalweg.checkpoint import Snapshot
 from thalweg.core import Recipe, RecipeError, ThalwegError
 from thalweg.device import choose, probes
@@ -165,16 +166,6 @@ def test_inductor_and_the_model_alone_stay_within_rounding(monkeypatch: pytest.M
     found = torch.cat([p.detach().flatten() for p in model.parameters()])
     torch.testing.assert_close(found, weights["off"], rtol=0, atol=5e-6)
     assert result.plan.recipe.compile == "model" and model._compiled_call_impl is None  # the model is the user's again
-
-
-class Branching(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.layer = nn.Linear(6, 3)
-
-    def forward(self, x: Tensor) -> Tensor:
-        y: Tensor = self.layer(x)
-        return y if y.sum() > 0 else -y
 
 
 class Sideways(nn.Module):
