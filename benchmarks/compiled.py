@@ -14,7 +14,6 @@ The model and its repeated blocks beside the whole step, for GPTs of 4 and 12 la
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import subprocess
 import sys
@@ -28,7 +27,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from benchmarks.keep import RESULTS, keep, summary
+from benchmarks.keep import keep, rows_of, summary
 from benchmarks.loop import CLIP, DECAY, LR, Workload, by_hand, classify, images, mlp, next_token, text
 from thalweg.core import Recipe, Split, Task
 from thalweg.engine import Loop, build, resolve
@@ -169,7 +168,8 @@ def main(arguments: list[str] | None = None) -> None:
             )
     name, command = ("compiled_blocks", " --blocks") if words.blocks else ("compiled", "")
     if words.only:  # the others stay as they were
-        rows += [row for row in _kept(name) if words.only not in row["workload"]]
+        known = DEEP if words.blocks else WORKLOADS
+        rows += [row for row in rows_of(name) if row["workload"] in known and words.only not in row["workload"]]
     print(keep(name, rows, f"python -m benchmarks.compiled{command}"))
     folder.cleanup()
 
@@ -179,12 +179,6 @@ def _warm() -> None:
     compiled = Compiler("inductor").shared()
     use_cache()
     compiled(nn.Linear(8, 8), torch.ones(2, 8)).sum().backward()
-
-
-def _kept(name: str) -> list[dict[str, Any]]:
-    path = RESULTS / f"{name}.json"
-    rows = json.loads(path.read_text())["rows"] if path.exists() else []
-    return [row for row in rows if row["workload"] in (DEEP if name == "compiled_blocks" else WORKLOADS)]
 
 
 if __name__ == "__main__":

@@ -60,6 +60,12 @@ def kept(name: str, *, short: bool = False) -> dict[str, Any] | None:
     return {"form": "short" if short else "full", **json.loads(path.read_text())} if path.exists() else None
 
 
+def rows_of(name: str, *, short: bool = False) -> list[dict[str, Any]]:
+    """The rows that were kept of one form; none where none were."""
+    tree = kept(name, short=short)
+    return [] if tree is None else tree["rows"]
+
+
 def shown(name: str) -> dict[str, Any] | None:
     """What tables and pictures are made from: the form that was measured later; of one day, the full one."""
     forms = [tree for tree in (kept(name), kept(name, short=True)) if tree is not None]

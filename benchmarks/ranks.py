@@ -14,7 +14,6 @@ import argparse
 import ctypes
 import gc
 import importlib
-import json
 import math
 import os
 import socket
@@ -28,7 +27,7 @@ import torch.multiprocessing as mp
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from benchmarks.keep import RESULTS, keep
+from benchmarks.keep import keep, rows_of
 
 WORLD = 4
 FORMS = ("ddp", "fsdp")
@@ -227,9 +226,7 @@ def _rows_of_memory(allocator: str) -> list[dict[str, Any]]:
 
 def kept(*, of_memory: bool) -> list[dict[str, Any]]:
     """The rows of the part that is not measured again."""
-    path = RESULTS / "ranks.json"
-    rows: list[dict[str, Any]] = json.loads(path.read_text())["rows"] if path.exists() else []
-    return [row for row in rows if ("allocator" in row) is of_memory]
+    return [row for row in rows_of("ranks") if ("allocator" in row) is of_memory]
 
 
 def free_port() -> int:

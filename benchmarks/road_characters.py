@@ -12,7 +12,6 @@ before it in its own window. These evaluations, from which the curves are drawn,
 from __future__ import annotations
 
 import argparse
-import json
 import time
 from collections.abc import Sequence
 from dataclasses import replace
@@ -24,7 +23,7 @@ from torch import nn
 
 from benchmarks import road_nanogpt
 from benchmarks.draw import curves
-from benchmarks.keep import RESULTS, keep, shown, summary, where
+from benchmarks.keep import RESULTS, keep, rows_of, shown, summary, where
 from benchmarks.shared_data import folder
 from thalweg import Recipe, train_task
 from thalweg.data.folder import reading_from
@@ -193,8 +192,7 @@ def picture(tree: dict[str, Any]) -> str:
 
 def ablate(seeds: int, only: Sequence[str]) -> None:
     """Each arm with each seed; what is there already is kept, so that it can be done in parts."""
-    path = RESULTS / "road_characters_ablation.json"
-    rows = json.loads(path.read_text())["rows"] if path.exists() else []
+    rows = rows_of("road_characters_ablation")
     done = {(row["arm"], seed) for row in rows for seed in row["seeds"]}
     _, tokens = held_out()
     by_arm: dict[str, dict[str, Any]] = {row["arm"]: row for row in rows}
@@ -246,7 +244,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--page", action="store_true", help="print the table of the ablation that is kept")
     asked = parser.parse_args(arguments)
     if asked.page:
-        print(table(json.loads((RESULTS / "road_characters_ablation.json").read_text())))
+        print(table({"rows": rows_of("road_characters_ablation")}))
     elif asked.ablate:
         ablate(asked.seeds, asked.only)
     else:

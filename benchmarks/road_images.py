@@ -185,7 +185,7 @@ def _middle(values: list[float | None]) -> float | None:
 
 def ablate(seeds: list[int], names: list[str]) -> dict[str, Any]:
     """Accuracy and loss of short runs, one trick changed; kept run by run, so that it can go on."""
-    from benchmarks.keep import keep, kept
+    from benchmarks.keep import keep, rows_of
     from benchmarks.shared_data import folder
     from thalweg.core import Recipe
     from thalweg.recipes import find_task
@@ -193,8 +193,7 @@ def ablate(seeds: list[int], names: list[str]) -> dict[str, Any]:
 
     os.environ["THALWEG_DATA"] = str(folder())
     task = find_task("fashion_mnist")
-    tree = kept("road_images_ablation")
-    found = {row["arm"]: row["runs"] for row in tree["rows"]} if tree else {}
+    found = {row["arm"]: row["runs"] for row in rows_of("road_images_ablation")}
     for seed in seeds:
         for name in names:
             if str(seed) in found.get(name, {}):

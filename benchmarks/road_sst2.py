@@ -11,7 +11,6 @@ or another folder by ``--encoder``. Their arm is ``AutoModelForSequenceClassific
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
 import tempfile
 import time
@@ -20,7 +19,7 @@ from typing import Any
 
 from benchmarks.batchnorm import STUDENT, interval
 from benchmarks.draw import curves
-from benchmarks.keep import RESULTS, keep, shown, where
+from benchmarks.keep import RESULTS, keep, rows_of, shown, where
 from benchmarks.shared_data import folder
 from thalweg import Recipe, train_task
 from thalweg.data.folder import reading_from
@@ -137,8 +136,7 @@ def race(encoder: str, seeds: int, limit: int) -> list[Row]:
 
 def ablate(encoder: str, seeds: int, only: Sequence[str]) -> None:
     """Each arm with each seed, kept after each; what is there is not measured again."""
-    path = RESULTS / "road_sst2_ablation.json"
-    kept = {row["arm"]: row for row in (json.loads(path.read_text())["rows"] if path.exists() else [])}
+    kept = {row["arm"]: row for row in rows_of("road_sst2_ablation")}
     for seed in range(seeds):
         for arm, changes in CHANGES.items():
             row = kept.setdefault(arm, {"arm": arm, "changes": changes, "sentences": FEW, "values": [], "times": []})

@@ -10,7 +10,6 @@ one-hot categories and early stopping; boosting is told which columns are catego
 from __future__ import annotations
 
 import argparse
-import json
 import math
 import statistics
 import time
@@ -21,7 +20,7 @@ import numpy as np
 
 from benchmarks.batchnorm import STUDENT, interval
 from benchmarks.draw import curves
-from benchmarks.keep import RESULTS, keep, kept, shown, where
+from benchmarks.keep import RESULTS, keep, rows_of, shown, where
 from benchmarks.shared_data import folder
 from thalweg import Recipe, train_task
 from thalweg.core import Task
@@ -196,8 +195,7 @@ def picture(name: str, tree: dict[str, Any]) -> str:
 
 
 def ablate(names: Sequence[str], seeds: int) -> None:
-    path = RESULTS / "road_tables_ablation.json"
-    rows = json.loads(path.read_text())["rows"] if path.exists() else []
+    rows = rows_of("road_tables_ablation")
     for name in names:
         rows = [row for row in rows if row["task"] != name]
         base: list[float] = []
@@ -230,7 +228,7 @@ def main(arguments: list[str] | None = None) -> None:
         ablate(given.only, given.seeds)
         return
     found = {name: race(name, 1 if given.short else given.seeds) for name in given.only}
-    before = [row for row in (kept("road_tables", short=given.short) or {"rows": ()})["rows"] if "task" in row]
+    before = [row for row in rows_of("road_tables", short=given.short) if "task" in row]
     rows = [row for row in before if row["task"] not in found] + [row for rows in found.values() for row in rows]
     print(keep("road_tables", rows, "python -m benchmarks.road_tables" + " --short" * given.short, short=given.short))
     for name, rows in found.items():

@@ -15,7 +15,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from benchmarks.keep import keep, kept
+from benchmarks.keep import keep, rows_of
 from benchmarks.speed.driver import measure
 from benchmarks.speed.environments import ENVIRONMENTS, TORCH
 from benchmarks.speed.peers import PEERS
@@ -50,11 +50,10 @@ def main(arguments: list[str] | None = None) -> None:
 
 def merged(rows: list[dict[str, Any]], short: bool) -> list[dict[str, Any]]:
     """The kept rows of this form, with these in the place of those of the same workload."""
-    tree = kept("speed", short=short)
     new = {row["workload"] for row in rows}
     for row in rows:
         row["packages"] = ", ".join(ENVIRONMENTS.get(PEERS[row["peer"]].environment, (TORCH,)))
-    joined = [row for row in (tree or {"rows": ()})["rows"] if row["workload"] not in new] + rows
+    joined = [row for row in rows_of("speed", short=short) if row["workload"] not in new] + rows
     return sorted(joined, key=lambda row: list(WORKLOADS).index(row["workload"]))
 
 
